@@ -1,0 +1,26 @@
+"""Settings shared by every test: quiet, loopback-only Ray, and where the real sample data lies."""
+
+import os
+from pathlib import Path
+
+# Before ray is imported anywhere: no usage report, no progress bars, a fast controller poll.
+for _key, _value in {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}.items():
+    os.environ.setdefault(_key, _value)
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def sample_data() -> Path:
+    """The folder of real annotated samples; tests that use it are skipped where it is absent."""
+    root = Path(os.environ.get("MPFORMER_SAMPLE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not root.is_dir():
+        pytest.skip(f"no real sample data at {root}: set MPFORMER_SAMPLE_DATA to a folder that holds it")
+    return root
