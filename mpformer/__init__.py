@@ -1,0 +1,35 @@
+"""mpformer: experiments with mask-piloted segmentation transformers.
+
+Importing the package loads neither torch nor ray: each public name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpformer.config import load_config
+    from mpformer.evaluate.inference import segment
+    from mpformer.model.segmenter import build_model
+    from mpformer.model.weights import load_weights
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "load_config": "mpformer.config",
+    "build_model": "mpformer.model.segmenter",
+    "load_weights": "mpformer.model.weights",
+    "segment": "mpformer.evaluate.inference",
+}
+_MODULES = ("ops",)
+
+__all__ = ["build_model", "load_config", "load_weights", "ops", "segment"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"mpformer.{name}")
+    raise AttributeError(f"module 'mpformer' has no attribute {name!r}")

@@ -1,0 +1,422 @@
+"""Every setting of mpformer: one frozen schema; loading, overriding, dumping, hashing, comparing.
+
+A recipe is a YAML file whose keys mirror `Config`. It may name one other recipe as its `base`; its own
+settings and then `key.sub=value` overrides are laid over it. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from mpformer.types import InputError
+from mpformer.yamlfile import Source, nearest, read_yaml
+
+
+class Section(BaseModel):
+    """A frozen group of settings; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _setting(default: Any, **bounds: Any) -> Any:
+    """A setting that does not change what is computed, so it stays out of a run's identity."""
+    return Field(default, json_schema_extra={"identity": False}, **bounds)
+
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+_DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?|images?)\s*$")
+
+
+def _check_duration(value: Any) -> Any:
+    if not isinstance(value, str) or not _DURATION.match(value):
+        raise ValueError("expected a length such as '50 epochs', '368750 steps' or '9600 images'")
+    return " ".join(value.split())
+
+
+Duration = Annotated[str, BeforeValidator(_check_duration)]
+"""A length of training: '50 epochs', '600 steps' (of the global batch) or '9600 images'."""
+
+
+def duration_in_steps(duration: str, images_per_epoch: int, batch_size: int) -> int:
+    """Optimiser steps of a `Duration`, rounded up, at least 1."""
+    amount, unit = _DURATION.match(duration).groups()
+    per_step = {"e": batch_size / max(images_per_epoch, 1), "s": 1.0, "i": batch_size}[unit[0]]
+    return max(1, -int(-float(amount) // per_step))
+
+
+# --- model ----------------------------------------------------------------------------------------
+
+
+class Backbone(Section):
+    name: str = "resnet50"
+    """A timm model with `features_only`."""
+    pretrained: str | None = "tv_in1k"
+    """timm's tag of the pretrained weights, a path of a weights file, or null for random weights."""
+    norm: Literal["frozen_bn", "bn", "group_norm"] = "frozen_bn"
+    """Normalisation of a convolutional backbone: frozen statistics (the papers), live ones, or GroupNorm."""
+    frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
+    """How many stages, the stem being the first, get no gradient."""
+
+
+class PixelDecoder(Section):
+    kind: Literal["deformable"] = "deformable"
+    """Multi-scale deformable attention over strides 32, 16, 8, then one FPN step to stride 4."""
+    layers: Annotated[int, Field(ge=0)] = 6
+    channels: Count = 256
+    """Channels of the feature levels; also the decoder's memory and the mask features."""
+    heads: Count = 8
+    points: Count = 4
+    """Sampling points per head and level."""
+    ffn: Count = 1024
+
+
+class Decoder(Section):
+    queries: Count = 100
+    layers: Count = 9
+    heads: Count = 8
+    ffn: Count = 2048
+    dropout: Fraction = 0.0
+
+
+class Noise(Section):
+    kind: Literal["none", "point"] = "point"
+    ratio: Annotated[float, Field(ge=0.0)] = 0.2
+    """Point: at most ratio times the object's area in cells are flipped (MP-Former section 4.3)."""
+
+
+class Pilot(Section):
+    """Mask-piloted training (MP-Former). `queries: 0` is Mask2Former."""
+
+    queries: Annotated[int, Field(ge=0)] = 100
+    """n_q: pilot queries per image; floor(n_q / objects) groups. 0 switches mask piloting off."""
+    layers: Literal["all", "first", "first_three"] | tuple[Count, ...] = "all"
+    """Decoder layers, counted from 1, in which a pilot's attention mask is its noised ground truth."""
+    noise: Noise = Noise()
+    label_noise: Fraction = 0.2
+    """Probability that a pilot is fed another class's embedding (MP-Former section 4.4)."""
+
+    def layer_numbers(self, decoder_layers: int) -> tuple[int, ...]:
+        """The piloted layers, counted from 1, for a decoder of that many layers."""
+        named = {"all": range(1, decoder_layers + 1), "first": (1,), "first_three": (1, 2, 3)}
+        chosen = named[self.layers] if isinstance(self.layers, str) else self.layers
+        return tuple(sorted({i for i in chosen if i <= decoder_layers}))
+
+
+class Loss(Section):
+    class_weight: Annotated[float, Field(ge=0.0)] = 2.0
+    mask_weight: Annotated[float, Field(ge=0.0)] = 5.0
+    dice_weight: Annotated[float, Field(ge=0.0)] = 5.0
+    no_object_weight: Annotated[float, Field(ge=0.0)] = 0.1
+    points: Count | None = 12544
+    """Sampled points per mask in matching and loss; null computes both on full masks."""
+    oversample: Annotated[float, Field(ge=1.0)] = 3.0
+    importance: Fraction = 0.75
+    """Share of the loss points taken where the prediction is least certain (PointRend)."""
+    padding: Literal["counted", "ignored"] = "counted"
+    """Whether points in the padding of a crop count, as in the papers' recipes."""
+
+
+class Model(Section):
+    backbone: Backbone = Backbone()
+    pixel_decoder: PixelDecoder = PixelDecoder()
+    decoder: Decoder = Decoder()
+    pilot: Pilot = Pilot()
+    loss: Loss = Loss()
+
+    @model_validator(mode="after")
+    def _check(self) -> Model:
+        for part, heads in (("pixel_decoder", self.pixel_decoder.heads), ("decoder", self.decoder.heads)):
+            if self.pixel_decoder.channels % heads:
+                raise ValueError(
+                    f"{part}.heads: {self.pixel_decoder.channels} channels do not divide by {heads}"
+                )
+        if self.pixel_decoder.channels % 4:
+            raise ValueError("pixel_decoder.channels: the sine position needs a multiple of 4")
+        if not isinstance(self.pilot.layers, str) and max(self.pilot.layers, default=0) > self.decoder.layers:
+            raise ValueError(f"pilot.layers: the decoder has layers 1 to {self.decoder.layers}")
+        return self
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+class Split(Section):
+    """Where one split of a data set lies, relative to `data.root`."""
+
+    images: str
+    """Folder of the images."""
+    annotations: str
+    """The JSON file."""
+    panoptic_masks: str | None = None
+    """COCO panoptic only: folder of the id PNGs."""
+
+
+class DataSet(Section):
+    """A data-set file (`experiments/data/*.yaml`)."""
+
+    name: str = "coco"
+    format: Literal["coco_instance", "coco_panoptic"] = "coco_instance"
+    train: Split = Split(images="train2017", annotations="annotations/instances_train2017.json")
+    val: Split = Split(images="val2017", annotations="annotations/instances_val2017.json")
+
+
+class LargeScaleJitter(Section):
+    """Resize by a uniform factor of the target size, then a fixed crop or padding (Copy-Paste's LSJ)."""
+
+    kind: Literal["large_scale_jitter"] = "large_scale_jitter"
+    size: tuple[Count, Count] = (1024, 1024)
+    """(height, width) of the crop; multiples of 32."""
+    scale: tuple[Positive, Positive] = (0.1, 2.0)
+    flip: Fraction = 0.5
+
+    @model_validator(mode="after")
+    def _check(self) -> LargeScaleJitter:
+        if self.size[0] % 32 or self.size[1] % 32:
+            raise ValueError(f"size: multiples of 32 expected, not {list(self.size)}")
+        if self.scale[0] > self.scale[1]:
+            raise ValueError("scale: the smaller factor first")
+        return self
+
+
+class TestResize(Section):
+    """Resizing for evaluation: the short side to `short`, but the long side at most `long`."""
+
+    short: Count = 800
+    long: Count = 1333
+
+
+class Data(Section):
+    root: str = "."
+    """Folder that holds the data set."""
+    dataset: DataSet = DataSet()
+    """In a recipe: the path of a data-set file, relative to the recipe, or its settings in place."""
+    task: Literal["instance", "panoptic", "semantic"] = "instance"
+    augment: LargeScaleJitter = LargeScaleJitter()
+    test_resize: TestResize = TestResize()
+    on_bad_sample: Literal["error", "skip"] = "error"
+    loader: Literal["ray", "inline"] = _setting("ray")
+    """Ray Data, or decoding in the training process; both give the very same batches."""
+    prefetch: Annotated[int, Field(ge=0)] = _setting(2)
+    """Batches prepared ahead."""
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+class StepSchedule(Section):
+    kind: Literal["step"] = "step"
+    at: tuple[Fraction, ...] = (0.9, 0.95)
+    """Fractions of the run at which the rate is multiplied by `factor`."""
+    factor: Positive = 0.1
+
+
+class PolySchedule(Section):
+    kind: Literal["poly"] = "poly"
+    power: Positive = 0.9
+
+
+class Train(Section):
+    seed: Annotated[int, Field(ge=0)] = 0
+    length: Duration = "50 epochs"
+    batch_size: Count = 16
+    """Images of the global batch, whatever the number of workers."""
+    lr: Positive = 1e-4
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+    backbone_lr_factor: Annotated[float, Field(ge=0.0)] = 0.1
+    clip_norm: Annotated[float, Field(ge=0.0)] = 0.01
+    """Largest gradient norm of the full model; 0 does not clip."""
+    warmup: Fraction = 0.0
+    """Fraction of the run over which the rate rises linearly from 0."""
+    schedule: Annotated[StepSchedule | PolySchedule, Field(discriminator="kind")] = StepSchedule()
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on GPUs that have it, else float32."""
+    micro_batch: Count | None = _setting(None)
+    """Most images of one forward; null: the worker's whole share of the global batch."""
+    checkpoint_every: Duration = _setting("1 epoch")
+    keep_checkpoints: Count = _setting(2)
+    log_every: Count = _setting(20)
+    """Steps between points of the metrics record."""
+
+
+class Evaluate(Section):
+    every: Duration | None = None
+    """Evaluate during training, too; null: only at the end."""
+    limit: Count | None = None
+    """At most that many images of the split, in its order."""
+    score_threshold: Fraction = 0.0
+    """Instances below this score are not kept."""
+    top_k: Count = 100
+    """Instances kept per image."""
+    class_confidence: Fraction = 0.8
+    """Panoptic: a query below this class probability is dropped."""
+    overlap: Fraction = 0.8
+    """Panoptic: a segment that keeps less than this share of its mask is dropped."""
+    pictures: Annotated[int, Field(ge=0)] = 8
+    """Overlays drawn at the end of a run."""
+
+
+class Cluster(Section):
+    workers: Count = 1
+    """Training workers; the global batch does not change with them."""
+    cpus_per_worker: Positive = 0.5
+    """Logical CPUs a worker claims; the rest is Ray Data's."""
+    gpu: Literal["auto", "yes", "no"] = "auto"
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Restarts of a run after worker failures; -1: without limit."""
+
+
+class Tracking(Section):
+    mlflow: str | None = "auto"
+    """MLflow store: 'auto' is sqlite in the storage folder, null none, else a tracking URI."""
+
+
+class Config(Section):
+    """All settings of one run."""
+
+    name: str = "run"
+    """Recipe name; the file's stem if not set."""
+    model: Model = Model()
+    data: Data = Data()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    cluster: Cluster = Cluster()
+    tracking: Tracking = Tracking()
+    storage: str = "runs"
+    """Folder of the runs."""
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The settings of a recipe file with `key.sub=value` overrides laid over it.
+
+    Raises `InputError` naming file, line, key and the nearest right key.
+    """
+    source = read_recipe(Path(path))
+    return build_config(source.overridden(overrides))
+
+
+def read_recipe(path: Path) -> Source:
+    """A recipe laid over its `base`, data-set file inlined; not yet checked against the schema."""
+    source = read_yaml(path)
+    base = source.tree.pop("base", None)
+    if base is not None:
+        parent = read_yaml((path.parent / str(base)).resolve(), named_by=f"{path}: base")
+        if "base" in parent.tree:
+            raise InputError(
+                f"{parent.path}: a base has no base of its own; lay {path.name} over {parent.tree['base']}"
+            )
+        _inline_dataset(parent)
+        _inline_dataset(source)
+        source = parent.laid_under(source)
+    else:
+        _inline_dataset(source)
+    source.tree.setdefault("name", path.stem)
+    return source
+
+
+def _inline_dataset(source: Source) -> None:
+    data = source.tree.get("data")
+    if isinstance(data, dict) and isinstance(data.get("dataset"), str):
+        data["dataset"] = read_dataset(source.path.parent / data["dataset"]).tree
+
+
+def read_dataset(path: Path) -> Source:
+    """A data-set file; not yet checked against the schema."""
+    source = read_yaml(path.resolve())
+    source.tree.setdefault("name", path.stem)
+    return source
+
+
+def build_config(source: Source) -> Config:
+    """Check a tree of settings against the schema; `InputError` names the place of the first error."""
+    try:
+        return Config.model_validate(source.tree)
+    except ValidationError as error:
+        raise InputError(_explain(error, source)) from None
+
+
+def _explain(error: ValidationError, source: Source) -> str:
+    first = error.errors()[0]
+    # pydantic adds the tag of a discriminated union to the location; it is no key of the file
+    keys = [str(k) for k in first["loc"]]
+    keys = [k for i, k in enumerate(keys) if not (i and keys[i - 1] == "schedule" and k in ("step", "poly"))]
+    key = ".".join(keys)
+    place = source.place(keys)
+    if first["type"] == "extra_forbidden":
+        known = flatten(Config().model_dump())
+        return f"{place}: no setting '{key}'; nearest: {nearest(key, known, sections=True)}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = "" if isinstance(given, BaseModel | dict) else f" (given: {given!r})"
+    return f"{place}: {key + ': ' if key else ''}{message}{shown}"
+
+
+# --- comparing ------------------------------------------------------------------------------------
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'train.lr': 1e-4, ...}: a nested mapping with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def diff(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """Settings in which two configs differ: {dotted key: (value in a, value in b)}; None where absent."""
+    left, right = flatten(a.model_dump(mode="json")), flatten(b.model_dump(mode="json"))
+    keys = [*left, *(k for k in right if k not in left)]
+    return {k: (left.get(k), right.get(k)) for k in keys if left.get(k) != right.get(k)}
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved settings as YAML; `load_config` reads it back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def identity_settings(config: Config) -> dict[str, Any]:
+    """Settings of model, data and train that differ from their defaults and change what is computed."""
+    neutral = set(_neutral_keys(Config))
+    neutral.add("train.seed")  # the seed stands in the run's name by itself
+    changed = diff(config, Config())
+    return {
+        key: value[0]
+        for key, value in sorted(changed.items())
+        if key.split(".")[0] in ("model", "data", "train") and key not in neutral
+    }
+
+
+def _neutral_keys(section: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    for name, field in section.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("identity") is False:
+            yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _neutral_keys(field.annotation, f"{prefix}{name}.")
+
+
+def config_hash(config: Config) -> str:
+    """Eight hexadecimal digits that depend on `identity_settings` alone."""
+    text = json.dumps(identity_settings(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def run_name(config: Config) -> str:
+    """The run's identity within its storage: recipe or row name, settings' hash, seed; no time stamp."""
+    return f"{config.name}-{config_hash(config)}-s{config.train.seed}"

@@ -1,0 +1,199 @@
+"""The shapes that travel between the parts of mpformer, and the one legend of shape letters.
+
+Shape letters, used in every docstring of the package:
+
+====  =======================================================================================
+B     images of one (micro-)batch
+Q     queries of the matching part;  P = pilot slots of one image (its groups laid end to end)
+K     classes of the data set (the no-object class comes on top: K + 1 logits)
+N     ground-truth objects of one image
+L     decoder layers; L + 1 heads for Mask2Former: head 0 stands before layer 1
+H, W  height and width of the padded network input, in pixels; h, w those of a feature level
+C     channels;  M attention heads;  D channels of one head
+====  =======================================================================================
+
+Importing this module loads neither torch nor ray; tensors are only named in annotations.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+class InputError(Exception):
+    """The input is wrong. The message is one line: the place, what was expected, the nearest right thing.
+
+    The command line prints it and leaves with exit code 2.
+    """
+
+
+class RunError(Exception):
+    """The run failed for a reason that the message states in one line (exit code 1)."""
+
+
+@dataclass(frozen=True)
+class ClassInfo:
+    """One class of a data set: its name, whether it is countable, its colour and its id at the source."""
+
+    name: str
+    source_id: int
+    is_thing: bool = True
+    color: tuple[int, int, int] = (0, 0, 0)
+    """RGB, 0..255."""
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """The classes of a data set in their contiguous order: index i of `classes` is label i everywhere."""
+
+    classes: tuple[ClassInfo, ...]
+
+    def __post_init__(self) -> None:
+        if not self.classes:
+            raise InputError("a class table without classes: at least one class is expected")
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(c.name for c in self.classes)
+
+    @property
+    def thing_labels(self) -> frozenset[int]:
+        """Contiguous labels of the countable classes."""
+        return frozenset(i for i, c in enumerate(self.classes) if c.is_thing)
+
+    def labels_by_source_id(self) -> dict[int, int]:
+        """Contiguous label of each source id."""
+        return {c.source_id: i for i, c in enumerate(self.classes)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `from_dict` is its inverse."""
+        return {
+            "classes": [
+                {"name": c.name, "source_id": c.source_id, "is_thing": c.is_thing, "color": list(c.color)}
+                for c in self.classes
+            ]
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ClassTable:
+        return cls(
+            tuple(
+                ClassInfo(c["name"], int(c["source_id"]), bool(c["is_thing"]), tuple(c["color"]))
+                for c in data["classes"]
+            )
+        )
+
+    @classmethod
+    def numbered(cls, count: int) -> ClassTable:
+        """A table of `count` things named by their number, for work without a data set."""
+        return cls(tuple(ClassInfo(f"class {i}", i, True, distinct_color(i)) for i in range(count)))
+
+
+def distinct_color(index: int) -> tuple[int, int, int]:
+    """The index-th colour (RGB, 0..255) of an endless sequence in which neighbours differ clearly in hue."""
+    hue = (index * 0.618033988749895) % 1.0  # golden-ratio steps never come close to an earlier hue soon
+    value = (0.95, 0.75, 0.55)[(index // 7) % 3]
+    r, g, b = colorsys.hsv_to_rgb(hue, 0.75, value)
+    return round(r * 255), round(g * 255), round(b * 255)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The ground truth of one image: `labels` [N] int64 in 0..K-1, `masks` [N,H,W] bool. N may be 0."""
+
+    labels: torch.Tensor
+    masks: torch.Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
+        return Target(
+            self.labels.to(device, non_blocking=non_blocking),
+            self.masks.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Augmented samples of one size, as the model takes them."""
+
+    images: torch.Tensor
+    """[B,3,H,W] uint8, RGB, 0..255; H and W multiples of 32."""
+    targets: tuple[Target, ...]
+    """One per image; masks at the size of `images`."""
+    valid_sizes: tuple[tuple[int, int], ...]
+    """(height, width) of the part of each image that is no padding: its upper left corner."""
+    image_ids: tuple[str, ...]
+    positions: tuple[int, ...]
+    """Global position of each sample in the run's sample stream: 0, 1, 2, ... over all epochs."""
+    skipped: tuple[str, ...] = ()
+    """One line per bad sample that `on_bad_sample: skip` replaced while this batch was made."""
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return Batch(
+            self.images.to(device, non_blocking=non_blocking),
+            tuple(t.to(device, non_blocking) for t in self.targets),
+            self.valid_sizes,
+            self.image_ids,
+            self.positions,
+        )
+
+    def split(self, size: int) -> list[Batch]:
+        """Micro-batches of at most `size` images, in order."""
+        return [self.select(range(i, min(i + size, len(self)))) for i in range(0, len(self), size)]
+
+    def select(self, indices: Sequence[int]) -> Batch:
+        return Batch(
+            self.images[list(indices)],
+            tuple(self.targets[i] for i in indices),
+            tuple(self.valid_sizes[i] for i in indices),
+            tuple(self.image_ids[i] for i in indices),
+            tuple(self.positions[i] for i in indices),
+        )
+
+
+@dataclass(frozen=True)
+class Head:
+    """The predictions of one head."""
+
+    class_logits: torch.Tensor | None
+    """[B,Q,K+1], the last entry being no-object; None for per-pixel models."""
+    mask_logits: torch.Tensor
+    """[B,Q,H/4,W/4]; for per-pixel models [B,K,H/4,W/4] class maps."""
+    boxes: torch.Tensor | None = None
+    """[B,Q,4] (centre x, centre y, width, height) in 0..1 of the padded input; None without a box head."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward returns, in training and in inference alike."""
+
+    heads: tuple[Head, ...]
+    """The matching part, last head last. Only the last head in inference, unless all were asked for."""
+    pilots: tuple[Head, ...] | None = None
+    """The mask-piloted part, as many heads as `heads`; None without pilots."""
+
+
+@dataclass(frozen=True)
+class Pilots:
+    """The mask-piloted part's input (MP-Former section 4): what is fed, and what it has to reconstruct."""
+
+    labels: torch.Tensor
+    """[B,P] int64: classes whose embeddings are fed as queries, label noise applied; 0 in padding slots."""
+    objects: torch.Tensor
+    """[B,P] int64: the object of its image that a slot has to reconstruct; -1 marks a padding slot."""
+    groups: torch.Tensor
+    """[B,P] int64: the slot's group within its image; -1 for padding."""
+    attention_masks: tuple[torch.Tensor | None, ...]
+    """One per decoder layer: [B,P,h*w] bool, True where the slot may look, at that layer's level; None in
+    layers that are not piloted, where a pilot looks at its own prediction like any query."""
