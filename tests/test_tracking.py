@@ -1,0 +1,344 @@
+"""The record of a run and its MLflow mirror, looked at through sqlite itself."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mpformer import tracking
+from mpformer.config import Config
+from mpformer.tracking import Link, Tracker, prepare_store, read_metrics, sync
+from mpformer.types import InputError, RunError
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory) -> Path:
+    """An MLflow sqlite file with its tables: making one takes seconds, copying it none."""
+    folder = tmp_path_factory.mktemp("store")
+    prepare_store(settings(folder), "default")
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def storage(tmp_path, empty_store) -> Path:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def settings(storage: Path, mlflow: str | None = "auto", **train) -> Config:
+    return Config.model_validate(
+        {"name": "tiny", "storage": str(storage), "tracking": {"mlflow": mlflow}, "train": train}
+    )
+
+
+def begin(storage: Path, start_step: int = 0, uri: str | None = "auto", parent: str | None = None) -> Tracker:
+    config = settings(storage, uri, seed=3)
+    return Tracker.open(
+        storage / "run",
+        config,
+        start_step=start_step,
+        parent_run_id=parent,
+        mlflow_uri=prepare_store(config, "study"),
+        experiment="study",
+        run_name="tiny s3",
+    )
+
+
+def in_mlflow(storage: Path, run_id: str) -> Counter:
+    """How often MLflow holds each (key, step) of a run."""
+    with sqlite3.connect(storage / "mlflow.db") as db:
+        return Counter(db.execute("select key, step from metrics where run_uuid = ?", [run_id]).fetchall())
+
+
+def in_record(storage: Path) -> Counter:
+    return Counter((key, step) for step, values in read_metrics(storage / "run") for key in values)
+
+
+def log_steps(tracker: Tracker, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        tracker.log(step, {"train/loss": 100.0 / (step + 1), "speed/images_seen": 8.0 * step})
+
+
+def test_the_record_is_there_at_once_and_needs_no_mlflow(tmp_path):
+    tracker = begin(tmp_path, uri=None)
+    tracker.log(5, {"train/loss": 2.5})
+    assert read_metrics(tmp_path / "run") == [(5, {"train/loss": 2.5})]
+    tracker.finish()
+    assert tracker.mlflow_run_id is None
+    assert not (tmp_path / "run" / "mlflow.json").exists()
+    assert "mlflow" not in {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_resumed_record_is_cut_at_the_restored_step_and_older_parts_stay_untouched(tmp_path):
+    first = begin(tmp_path, uri=None)
+    log_steps(first, 0, 7)
+    part = tmp_path / "run" / "metrics" / "0001.jsonl"
+    before = part.read_bytes()
+    second = begin(tmp_path, start_step=4, uri=None)
+    second.log(5, {"train/loss": -1.0})
+    assert part.read_bytes() == before
+    assert [step for step, _ in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]
+    assert read_metrics(tmp_path / "run")[-1] == (5, {"train/loss": -1.0})
+
+
+def test_a_line_torn_by_a_kill_is_left_out_but_a_damaged_one_is_an_error(tmp_path):
+    tracker = begin(tmp_path, uri=None)
+    log_steps(tracker, 1, 2)
+    part = tmp_path / "run" / "metrics" / "0001.jsonl"
+    with part.open("a") as file:
+        file.write('{"step": 3, "ti')
+    assert [step for step, _ in read_metrics(tmp_path / "run")] == [1, 2]
+    part.write_text(part.read_text().replace('"step": 2', '"step" 2'))
+    with pytest.raises(RunError, match=r"0001\.jsonl:3"):
+        read_metrics(tmp_path / "run")
+
+
+def test_values_of_one_step_logged_in_two_calls_become_one_point(tmp_path):
+    tracker = begin(tmp_path, uri=None)
+    tracker.log(4, {"train/loss": 1.0})
+    tracker.log(4, {"val/AP": math.nan})
+    [(step, values)] = read_metrics(tmp_path / "run")
+    assert step == 4
+    assert values["train/loss"] == 1.0
+    assert math.isnan(values["val/AP"])
+    for line in (tmp_path / "run" / "metrics" / "0001.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # no NaN: strict JSON
+
+
+def test_mlflow_has_only_what_a_checkpoint_covers_until_the_run_ends(storage):
+    tracker = begin(storage)
+    log_steps(tracker, 0, 9)
+    assert in_mlflow(storage, tracker.mlflow_run_id) == Counter()
+    tracker.commit(6)
+    assert {step for _, step in in_mlflow(storage, tracker.mlflow_run_id)} == set(range(7))
+    tracker.finish()
+    assert in_mlflow(storage, tracker.mlflow_run_id) == in_record(storage)
+
+
+def test_a_failed_run_leaves_what_no_checkpoint_covers_to_its_resumption(storage):
+    tracker = begin(storage)
+    log_steps(tracker, 0, 9)
+    tracker.commit(6)
+    tracker.finish("FAILED")
+    run = tracking.client(prepare_store(settings(storage), "study")).get_run(tracker.mlflow_run_id)
+    assert run.info.status == "FAILED"
+    assert {step for _, step in in_mlflow(storage, tracker.mlflow_run_id)} == set(range(7))
+    again = begin(storage, start_step=6)
+    log_steps(again, 7, 12)
+    again.finish()
+    assert again.mlflow_run_id == tracker.mlflow_run_id
+    assert in_mlflow(storage, again.mlflow_run_id) == in_record(storage)
+    assert set(in_record(storage).values()) == {1}
+    run = tracking.client(prepare_store(settings(storage), "study")).get_run(tracker.mlflow_run_id)
+    assert run.info.status == "FINISHED"
+
+
+def test_the_step_0_of_a_run_restarted_from_nothing_is_not_double(storage):
+    begin(storage).log(0, {"val/AP": 0.5})  # killed before its first checkpoint
+    tracker = begin(storage)
+    tracker.log(0, {"val/AP": 0.5})
+    tracker.finish()
+    assert in_mlflow(storage, tracker.mlflow_run_id) == {("val/AP", 0): 1} == in_record(storage)
+
+
+def test_a_restart_behind_what_mlflow_has_doubles_nothing(storage):
+    """The newest checkpoint was lost with its disk: the run goes on from an older one."""
+    tracker = begin(storage)
+    log_steps(tracker, 0, 8)
+    tracker.commit(8)
+    again = begin(storage, start_step=4)
+    log_steps(again, 5, 10)
+    again.finish()
+    assert set(in_mlflow(storage, again.mlflow_run_id).values()) == {1}
+    assert in_mlflow(storage, again.mlflow_run_id) == in_record(storage)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mpformer import tracking
+from tests.test_tracking import begin, log_steps
+tracker = begin(Path(sys.argv[1]))
+log_steps(tracker, 0, 29)
+tracking.METRICS_PER_CALL = 7  # the kill falls between the calls of one commit
+send, calls = tracker._mirror._client.log_batch, []
+def log_batch(*args, **kwargs):
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    calls.append(send(*args, **kwargs))
+tracker._mirror._client.log_batch = log_batch
+tracker.commit(20)
+"""
+
+
+def test_a_kill_in_the_middle_of_sending_doubles_and_loses_nothing(storage):
+    root = Path(__file__).parents[1]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(storage)], env={**os.environ, "PYTHONPATH": str(root)}, timeout=120
+    )
+    assert killed.returncode == -signal.SIGKILL
+    half = Link.read(storage / "run")
+    assert sum(in_mlflow(storage, half.run_id).values()) == 28
+    tracker = begin(storage, start_step=20)
+    assert tracker.mlflow_run_id == half.run_id
+    log_steps(tracker, 21, 33)
+    tracker.finish()
+    assert in_mlflow(storage, half.run_id) == in_record(storage)
+    assert set(in_mlflow(storage, half.run_id).values()) == {1}
+
+
+def test_a_run_deleted_in_mlflow_is_mirrored_anew_and_whole(storage):
+    tracker = begin(storage)
+    log_steps(tracker, 0, 5)
+    tracker.commit(5)
+    tracking.client(prepare_store(settings(storage), "study")).delete_run(tracker.mlflow_run_id)
+    again = begin(storage, start_step=5)
+    log_steps(again, 6, 8)
+    again.finish()
+    assert again.mlflow_run_id != tracker.mlflow_run_id
+    assert in_mlflow(storage, again.mlflow_run_id) == in_record(storage)
+
+
+def test_a_moved_storage_goes_on_in_the_same_mlflow_run(storage, tmp_path_factory):
+    tracker = begin(storage)
+    log_steps(tracker, 0, 5)
+    tracker.commit(5)
+    elsewhere = tmp_path_factory.mktemp("moved") / "runs"
+    shutil.move(storage, elsewhere)
+    again = begin(elsewhere, start_step=5)
+    log_steps(again, 6, 8)
+    again.finish()
+    assert again.mlflow_run_id == tracker.mlflow_run_id
+    assert in_mlflow(elsewhere, again.mlflow_run_id) == in_record(elsewhere)
+
+
+def test_child_runs_stand_in_the_study_s_experiment_with_tags_and_changed_settings(storage):
+    uri = prepare_store(settings(storage), "study")
+    parent = tracking.open_parent(storage / "study", uri, "study", {"study": "study"})
+    assert tracking.open_parent(storage / "study", uri, "study", {"study": "study"}) == parent
+    tracker = begin(storage, parent=parent)
+    tracker.finish()
+    run = tracking.client(uri).get_run(tracker.mlflow_run_id)
+    assert run.info.experiment_id == tracking.client(uri).get_run(parent).info.experiment_id
+    assert run.info.run_name == "tiny s3"
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert (run.data.tags["study"], run.data.tags["row"], run.data.tags["seed"]) == ("study", "tiny", "3")
+    assert run.data.params == {"name": "tiny", "storage": str(storage), "train.seed": "3"}
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_dead_server_stops_nothing_and_sync_brings_everything_later(storage, caplog):
+    dead = f"http://127.0.0.1:{closed_port()}"
+    tracker = begin(storage, uri=dead)
+    log_steps(tracker, 0, 9)
+    tracker.commit(6)
+    tracker.finish()
+    assert tracker.mlflow_run_id is None
+    assert len(read_metrics(storage / "run")) == 10
+    assert "mpformer sync" in caplog.text
+    with pytest.raises(RunError, match="127.0.0.1"):
+        sync(storage / "run")
+    # what a store that answers again looks like
+    link = Link.read(storage / "run")
+    alive = prepare_store(settings(storage), "other")
+    Link(**{**link.__dict__, "uri": alive}).write(storage / "run")
+    for _ in range(2):  # a second time changes nothing
+        assert "step 9" in sync(storage / "run")
+        link = Link.read(storage / "run")
+        assert in_mlflow(storage, link.run_id) == in_record(storage)
+    assert link.problem is None
+    assert tracking.client(alive).get_run(link.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_and_comes_back_during_a_run(storage):
+    port = closed_port()
+    uri = f"http://127.0.0.1:{port}"
+    server = serve(storage, port)
+    try:
+        tracker = begin(storage, uri=uri)
+        log_steps(tracker, 0, 9)
+        tracker.commit(5)
+        run_id = tracker.mlflow_run_id
+        assert {step for _, step in in_mlflow(storage, run_id)} == set(range(6))
+        stop(server)
+        tracker.commit(9)
+        log_steps(tracker, 10, 14)
+        tracker.finish()
+        assert {step for _, step in in_mlflow(storage, run_id)} == set(range(6))
+        server = serve(storage, port)
+        sync(storage / "run")
+        assert in_mlflow(storage, run_id) == in_record(storage)
+    finally:
+        stop(server)
+
+
+def serve(storage: Path, port: int) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        f"sqlite:///{storage}/mlflow.db",
+    ]
+    command += ["--artifacts-destination", str(storage), "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(
+        [*command, "--workers", "1"],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return server
+        except OSError:
+            time.sleep(0.5)
+    stop(server)
+    raise AssertionError("the MLflow server did not come up")
+
+
+def stop(server: subprocess.Popen) -> None:
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def test_a_store_that_mlflow_does_not_know_and_a_local_file_for_many_nodes_are_refused(tmp_path):
+    with pytest.raises(InputError, match="expected auto, null, http"):
+        prepare_store(settings(tmp_path, "runs/mlruns"), "study")
+    with pytest.raises(InputError, match="3 nodes"):
+        prepare_store(settings(tmp_path), "study", nodes=3)
+    assert prepare_store(settings(tmp_path, None), "study", nodes=3) is None
+
+
+def test_sync_of_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(InputError, match="no metrics record"):
+        sync(tmp_path)
+    begin(tmp_path, uri=None).finish()
+    with pytest.raises(InputError, match="not tracked with MLflow"):
+        sync(tmp_path / "run")
+
+
+def test_a_record_that_cannot_be_written_is_a_run_error(tmp_path):
+    (tmp_path / "run").write_text("a file where a folder should be")
+    with pytest.raises(RunError, match="cannot be written"):
+        begin(tmp_path, uri=None)
