@@ -191,9 +191,11 @@ class Pilots:
     labels: torch.Tensor
     """[B,P] int64: classes whose embeddings are fed as queries, label noise applied; 0 in padding slots."""
     objects: torch.Tensor
-    """[B,P] int64: the object of its image that a slot has to reconstruct; -1 marks a padding slot."""
+    """[B,P] int64: the object of its image that a slot has to reconstruct; 0 in padding slots."""
     groups: torch.Tensor
     """[B,P] int64: the slot's group within its image; -1 for padding."""
+    counts: tuple[int, ...]
+    """Slots in use per image: the first `counts[b]` of row b; the rest is padding."""
     attention_masks: tuple[torch.Tensor | None, ...]
     """One per decoder layer: [B,P,h*w] bool, True where the slot may look, at that layer's level; None in
     layers that are not piloted, where a pilot looks at its own prediction like any query."""

@@ -1,0 +1,98 @@
+"""Bipartite matching of predictions to ground truth (Mask2Former section 3.3; DETR)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn import functional as F
+
+from mpformer.config import Loss as LossConfig
+from mpformer.model.points import cell_centers, inside, sample
+from mpformer.model.streams import SampleRandom
+from mpformer.types import Head, RunError, Target
+
+
+class NonFiniteError(RunError):
+    """A number that must be finite is not: the run stops before the optimiser."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """The pairs of one image: query `queries[i]` predicts object `objects[i]`; both int64 on the CPU."""
+
+    queries: Tensor
+    objects: Tensor
+
+
+@torch.no_grad()
+def match(
+    head: Head,
+    targets: Sequence[Target],
+    config: LossConfig,
+    streams: SampleRandom,
+    valid_sizes: Sequence[tuple[int, int]],
+    image_ids: Sequence[str],
+) -> list[Match]:
+    """The cheapest assignment of each image's objects to distinct queries; min(Q, N) pairs.
+
+    Cost: class (minus the probability of the object's class), mask (binary cross-entropy) and dice, weighted
+    as in the loss, on points that all queries and objects of an image share. Raises `NonFiniteError` naming
+    the image where a cost is not finite.
+    """
+    matches = []
+    for b, target in enumerate(targets):
+        cost = _cost(head, b, target, config, streams, valid_sizes[b]).cpu()
+        if not torch.isfinite(cost).all():
+            raise NonFiniteError(f"matching: a cost of image {image_ids[b]} is not finite")
+        queries, objects = linear_sum_assignment(cost.numpy())
+        matches.append(Match(torch.from_numpy(queries), torch.from_numpy(objects)))
+    return matches
+
+
+def _cost(
+    head: Head,
+    b: int,
+    target: Target,
+    config: LossConfig,
+    streams: SampleRandom,
+    valid_size: tuple[int, int],
+) -> Tensor:
+    """[Q,N] float32."""
+    size = target.masks.shape[1:]
+    logits = head.mask_logits[b].float()
+    if config.points is None:
+        points = cell_centers(*logits.shape[1:], logits.device)
+    else:
+        points = streams.uniform(b, config.points, 2)
+    predicted = sample(logits, points.expand(len(logits), -1, -1))
+    wanted = sample(target.masks.float(), points.expand(len(target.masks), -1, -1))
+    counted = None
+    if config.padding == "ignored":
+        counted = inside(points, valid_size, size).float()
+    class_cost = -head.class_logits[b].float().softmax(-1)[:, target.labels]
+    return (
+        config.class_weight * class_cost
+        + config.mask_weight * _cross_entropy_cost(predicted, wanted, counted)
+        + config.dice_weight * _dice_cost(predicted, wanted, counted)
+    )
+
+
+def _cross_entropy_cost(logits: Tensor, wanted: Tensor, counted: Tensor | None) -> Tensor:
+    # -t log s(x) - (1 - t) log(1 - s(x)) = softplus(x) - t x, so all pairs cost one matrix product
+    positive = F.softplus(logits)
+    if counted is None:
+        return (positive.sum(1, keepdim=True) - logits @ wanted.T) / logits.shape[1]
+    total = counted.sum().clamp(min=1)
+    return ((positive * counted).sum(1, keepdim=True) - (logits * counted) @ wanted.T) / total
+
+
+def _dice_cost(logits: Tensor, wanted: Tensor, counted: Tensor | None) -> Tensor:
+    probability = logits.sigmoid()
+    if counted is not None:
+        probability, wanted = probability * counted, wanted * counted
+    overlap = 2 * probability @ wanted.T
+    return 1 - (overlap + 1) / (probability.sum(1, keepdim=True) + wanted.sum(1) + 1)

@@ -1,0 +1,144 @@
+"""The pixel decoder of Mask2Former: multi-scale deformable attention, then one FPN step to stride 4."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mpformer.config import PixelDecoder as PixelDecoderConfig
+from mpformer.model.position import sine_position
+from mpformer.ops import ms_deform_attn_fused
+
+LEVELS = 3
+"""Feature levels that deformable attention mixes: strides 32, 16, 8, in this order."""
+_NORM_GROUPS = 32
+
+
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable self-attention of one encoder layer (Deformable DETR, equation 3)."""
+
+    def __init__(self, channels: int, heads: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.points = heads, points
+        self.sampling_offsets = nn.Linear(channels, heads * LEVELS * points * 2)
+        self.attention_weights = nn.Linear(channels, heads * LEVELS * points)
+        self.value_proj = nn.Linear(channels, channels)
+        self.output_proj = nn.Linear(channels, channels)
+        self._reset()
+
+    def _reset(self) -> None:
+        # each head starts looking in a direction of its own, point k at distance k + 1
+        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        direction = torch.stack((angle.cos(), angle.sin()), dim=1)
+        direction = direction / direction.abs().amax(dim=1, keepdim=True)
+        distance = torch.arange(1, self.points + 1)
+        offsets = direction[:, None, None, :] * distance[None, None, :, None]
+        with torch.no_grad():
+            self.sampling_offsets.weight.zero_()
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, LEVELS, -1, -1).reshape(-1))
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self, query: Tensor, memory: Tensor, shapes: tuple[tuple[int, int], ...], reference: Tensor
+    ) -> Tensor:
+        """query and memory [B,S,C], reference [1,S,levels,2] as (x, y) in 0..1 -> [B,S,C]."""
+        batch, length, _ = query.shape
+        value = self.value_proj(memory).unflatten(2, (self.heads, -1))
+        offsets = self.sampling_offsets(query).view(batch, length, self.heads, LEVELS, self.points, 2)
+        logits = self.attention_weights(query).view(batch, length, self.heads, LEVELS, self.points)
+        return self.output_proj(ms_deform_attn_fused(value, shapes, reference, offsets, logits))
+
+
+class EncoderLayer(nn.Module):
+    """Deformable self-attention and feed-forward network, each with residual and norm after it."""
+
+    def __init__(self, config: PixelDecoderConfig) -> None:
+        super().__init__()
+        channels = config.channels
+        self.self_attn = DeformableAttention(channels, config.heads, config.points)
+        self.norm1 = nn.LayerNorm(channels)
+        self.linear1 = nn.Linear(channels, config.ffn)
+        self.linear2 = nn.Linear(config.ffn, channels)
+        self.norm2 = nn.LayerNorm(channels)
+
+    def forward(
+        self, x: Tensor, position: Tensor, shapes: tuple[tuple[int, int], ...], reference: Tensor
+    ) -> Tensor:
+        x = self.norm1(x + self.self_attn(x + position, x, shapes, reference))
+        return self.norm2(x + self.linear2(F.relu(self.linear1(x))))
+
+
+class DeformablePixelDecoder(nn.Module):
+    """MSDeformAttn over strides 32, 16 and 8, with mask features at stride 4 (Mask2Former section 3.2.2)."""
+
+    def __init__(self, config: PixelDecoderConfig, backbone_channels: tuple[int, ...]) -> None:
+        super().__init__()
+        channels = config.channels
+        self.channels = channels
+        groups = math.gcd(_NORM_GROUPS, channels)
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, channels, 1), nn.GroupNorm(groups, channels))
+            for c in reversed(backbone_channels[1:])
+        )
+        self.level_embed = nn.Parameter(torch.empty(LEVELS, channels))
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
+        self.lateral = nn.Sequential(
+            nn.Conv2d(backbone_channels[0], channels, 1, bias=False), nn.GroupNorm(groups, channels)
+        )
+        self.smooth = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(groups, channels), nn.ReLU()
+        )
+        self.mask_features = nn.Conv2d(channels, channels, 1)
+        self._reset()
+
+    def _reset(self) -> None:
+        nn.init.normal_(self.level_embed)
+        for layer in self.layers:
+            for linear in (layer.linear1, layer.linear2):
+                nn.init.xavier_uniform_(linear.weight)
+        for projection in self.input_proj:
+            nn.init.xavier_uniform_(projection[0].weight)
+            nn.init.zeros_(projection[0].bias)
+        for conv in (self.lateral[0], self.smooth[0], self.mask_features):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+        nn.init.zeros_(self.mask_features.bias)
+
+    def forward(self, features: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Backbone maps, finest first -> (mask features [B,C,H/4,W/4], memories [B,C,h,w] at 32, 16, 8)."""
+        projected = [p(f) for p, f in zip(self.input_proj, reversed(features[1:]))]
+        shapes = tuple((f.shape[2], f.shape[3]) for f in projected)
+        tokens = torch.cat([f.flatten(2).transpose(1, 2) for f in projected], dim=1)
+        position = torch.cat(
+            [
+                sine_position(h, w, self.channels, tokens.device, tokens.dtype) + embedding
+                for (h, w), embedding in zip(shapes, self.level_embed)
+            ]
+        )[None]
+        reference = _cell_centers(shapes, tokens.device)
+        for layer in self.layers:
+            tokens = layer(tokens, position, shapes, reference)
+        memories = tuple(
+            level.transpose(1, 2).unflatten(2, shape)
+            for level, shape in zip(tokens.split([h * w for h, w in shapes], dim=1), shapes)
+        )
+        fine = self.lateral(features[0])
+        raised = F.interpolate(memories[-1], size=fine.shape[2:], mode="bilinear", align_corners=False)
+        return self.mask_features(self.smooth(fine + raised)), memories
+
+
+def _cell_centers(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Centres of all cells of all levels, for every level alike: [1,S,levels,2] as (x, y) in 0..1."""
+    centers = []
+    for h, w in shapes:
+        y = (torch.arange(h, dtype=torch.float32, device=device) + 0.5) / h
+        x = (torch.arange(w, dtype=torch.float32, device=device) + 0.5) / w
+        grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+        centers.append(torch.stack((grid_x, grid_y), dim=2).reshape(-1, 2))
+    return torch.cat(centers)[None, :, None, :].expand(1, -1, len(shapes), 2)

@@ -1,0 +1,49 @@
+"""Masks at points: the sampled points on which matching and mask losses are computed (Mask2Former 3.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def sample(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values of maps [N,H,W] at points [N,P,2], (x, y) in 0..1 over the whole map -> [N,P].
+
+    Outside of the map is zero. Differentiable with respect to the maps.
+    """
+    if maps.shape[0] == 0:
+        # an empty selection stays part of the graph, so that its parameters get a (zero) gradient
+        return maps.flatten(1)[:, :1].expand(0, points.shape[1])
+    grid = 2 * points[:, :, None, :] - 1
+    values = F.grid_sample(maps[:, None], grid.to(maps.dtype), mode="bilinear", align_corners=False)
+    return values[:, 0, :, 0]
+
+
+def cell_centers(height: int, width: int, device: torch.device) -> Tensor:
+    """Centres of all cells of a map, [height*width,2] as (x, y) in 0..1, row by row."""
+    y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+    x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack((grid_x, grid_y), dim=2).reshape(-1, 2)
+
+
+@torch.no_grad()
+def uncertain_points(logits: Tensor, candidates: Tensor, uniform: Tensor, important: int) -> Tensor:
+    """Points for the mask losses (PointRend's importance sampling): [N,P,2].
+
+    logits [N,H,W]; candidates [N,oversample*P,2] and uniform [N,P-important,2], random in 0..1. Of the
+    candidates the `important` ones nearest to the decision boundary are kept; `uniform` completes them.
+    """
+    distance = sample(logits.detach(), candidates).abs()
+    nearest = distance.topk(important, dim=1, largest=False).indices
+    kept = candidates.gather(1, nearest[:, :, None].expand(-1, -1, 2))
+    return torch.cat((kept, uniform), dim=1)
+
+
+def inside(points: Tensor, valid_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Which points [...,P,2] lie in the valid upper left part of an image padded to `size`: [...,P] bool."""
+    limit = torch.tensor(
+        [valid_size[1] / size[1], valid_size[0] / size[0]], dtype=points.dtype, device=points.device
+    )
+    return (points < limit).all(dim=-1)

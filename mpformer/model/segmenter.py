@@ -1,0 +1,56 @@
+"""The whole model: normalisation, backbone, pixel decoder, transformer decoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mpformer.config import Model as ModelConfig
+from mpformer.model.backbone import Backbone
+from mpformer.model.decoder import MaskedDecoder
+from mpformer.model.pixel_decoder import DeformablePixelDecoder
+from mpformer.types import ClassTable, InputError, Output, Pilots
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+"""ImageNet statistics, RGB, 0..255."""
+
+
+class Segmenter(nn.Module):
+    """A mask-classification model. `classes` is the class table that its labels refer to."""
+
+    def __init__(self, config: ModelConfig, classes: ClassTable) -> None:
+        super().__init__()
+        self.config = config
+        self.classes = classes
+        self.backbone = Backbone(config.backbone)
+        self.pixel_decoder = DeformablePixelDecoder(config.pixel_decoder, self.backbone.channels)
+        self.decoder = MaskedDecoder(
+            config.decoder, config.pixel_decoder.channels, len(classes), piloted=config.pilot.queries > 0
+        )
+        for name, values in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, pilots: Pilots | None = None, all_heads: bool = False) -> Output:
+        """images [B,3,H,W] uint8 or float in 0..255 RGB, H and W multiples of 32 -> `Output`.
+
+        All heads are returned in training mode, with pilots, or where `all_heads` asks for them; else only
+        the last one. Raises `InputError` for other sizes, and for pilots where the model has none.
+        """
+        height, width = images.shape[-2:]
+        if height % 32 or width % 32:
+            raise InputError(f"images of {height}x{width}: height and width must be multiples of 32")
+        if pilots is not None and self.decoder.pilot_embed is None:
+            raise InputError("pilots for a model without mask piloting (model.pilot.queries is 0)")
+        normalized = (images - self.pixel_mean) / self.pixel_std
+        mask_features, memories = self.pixel_decoder(self.backbone(normalized))
+        every = all_heads or self.training or pilots is not None
+        return self.decoder(mask_features, memories, pilots, all_heads=every)
+
+
+def build_model(config: ModelConfig, classes: ClassTable | int) -> Segmenter:
+    """A model with pretrained backbone as the settings say, else random weights.
+
+    `classes`: the data set's class table, or a number of nameless classes.
+    """
+    return Segmenter(config, ClassTable.numbered(classes) if isinstance(classes, int) else classes)

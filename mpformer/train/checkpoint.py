@@ -1,0 +1,158 @@
+"""Checkpoints of a run: safetensors and JSON, written aside and renamed into place, no pickle.
+
+`RUN/checkpoints/step-00000400/` holds `model.safetensors` (with the resolved settings and the class table in
+its header, so that the file alone can be evaluated), `optimizer.safetensors` and `state.json`. The data position, the schedule and all random
+streams are functions of (seed, step); the step is therefore all the state there is beside the tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mpformer.config import Config
+from mpformer.model.segmenter import Segmenter
+from mpformer.model.weights import MODEL_FILE, checkpoint_metadata
+from mpformer.types import InputError, RunError
+
+_OPTIMIZER_FILE = "optimizer.safetensors"
+_STATE_FILE = "state.json"
+_NAME = re.compile(r"^step-(\d{8})$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    """What `save` was given as `state`, plus 'step' and 'batch_size'."""
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    model: Segmenter,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    state: dict[str, Any],
+) -> Checkpoint:
+    """Write the checkpoint of `step`, then drop all but the newest `train.keep_checkpoints`.
+
+    The checkpoint appears under its name only when every byte of it is on disk. Raises `RunError` where the
+    disk refuses; older checkpoints are then still there.
+    """
+    folder = run_dir / "checkpoints"
+    final = folder / f"step-{step:08d}"
+    partial = folder / f".partial-step-{step:08d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".partial-*"):
+            shutil.rmtree(leftover)
+        partial.mkdir()
+        tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+        save_file(tensors, partial / MODEL_FILE, checkpoint_metadata(config, model.classes))
+        save_file(_optimizer_tensors(model, optimizer), partial / _OPTIMIZER_FILE)
+        content = {
+            **state,
+            "step": step,
+            "batch_size": config.train.batch_size,
+            "sha256": {f.name: _digest(f) for f in sorted(partial.iterdir())},
+        }
+        (partial / _STATE_FILE).write_text(json.dumps(content, indent=1))
+        for file in partial.iterdir():
+            _flush(file)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _flush(folder)
+        for old in complete(run_dir)[: -config.train.keep_checkpoints]:
+            shutil.rmtree(old)
+    except OSError as error:
+        raise RunError(f"{final}: the checkpoint cannot be written: {error.strerror or error}") from error
+    return Checkpoint(final, step, content)
+
+
+def complete(run_dir: Path) -> list[Path]:
+    """Folders of complete checkpoints, oldest first."""
+    folder = run_dir / "checkpoints"
+    found = [p for p in folder.iterdir() if _NAME.match(p.name)] if folder.is_dir() else []
+    return sorted(found)
+
+
+def latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest intact checkpoint, and one line per newer one that is damaged."""
+    damaged = []
+    for path in reversed(complete(run_dir)):
+        try:
+            return _read(path), damaged
+        except RunError as error:
+            damaged.append(str(error))
+    return None, damaged
+
+
+def _read(path: Path) -> Checkpoint:
+    try:
+        content = json.loads((path / _STATE_FILE).read_text())
+        for name, digest in content["sha256"].items():
+            if _digest(path / name) != digest:
+                raise RunError(f"{path / name}: damaged: its content is not what was written")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: damaged: {error}") from None
+    return Checkpoint(path, content["step"], content)
+
+
+def restore(checkpoint: Checkpoint, model: Segmenter, optimizer: torch.optim.Optimizer) -> None:
+    """Load weights and optimiser state in place. Raises `InputError` where they are of another model."""
+    device = str(next(model.parameters()).device)
+    try:
+        model.load_state_dict(load_file(checkpoint.path / MODEL_FILE, device=device))
+    except RuntimeError as error:
+        line = str(error).splitlines()[1].strip()
+        raise InputError(f"{checkpoint.path}: the weights are of another model: {line}") from None
+    stored = load_file(checkpoint.path / _OPTIMIZER_FILE, device=device)
+    names = _names(model)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            prefix = names[parameter] + "/"
+            kept = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+            if kept:
+                optimizer.state[parameter] = kept
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    # by parameter name, so that the order of groups may change without breaking old checkpoints
+    names = _names(model)
+    return {
+        f"{names[parameter]}/{key}": value.detach().contiguous()
+        for parameter, entries in optimizer.state.items()
+        for key, value in entries.items()
+    }
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
