@@ -1,13 +1,13 @@
 """The record of a run: JSON lines always, MLflow as their mirror.
 
-`RUN/metrics/0001.jsonl`, `0002.jsonl`, ... are the source of truth: one part per (re)start, one line per point, never
-appended to by a later start. A part begins with the step it was started from; what older parts say about later steps
-is void, because the run went that way again.
+`RUN/metrics/0001.jsonl`, `0002.jsonl`, ... are the source of truth: one part per (re)start, one line per
+point, never appended to by a later start. A part begins with the step it was started from; what older parts
+say about later steps is void, because the run went that way again.
 
-Points go to MLflow when the checkpoint that covers them is committed, each key in the order of its steps. So what
-MLflow has of a key is always a beginning of the record, and MLflow's own latest step of that key says where to go on:
-after a kill at any moment no point is double and none is missing. A store that cannot be reached never stops a run:
-the reason is noted in `RUN/mlflow.json`, and `sync` brings what is missing.
+Points go to MLflow when the checkpoint that covers them is committed, each key in the order of its steps. So
+what MLflow has of a key is always a beginning of the record, and MLflow's own latest step of that key says
+where to go on: after a kill at any moment no point is double and none is missing. A store that cannot be
+reached never stops a run: the reason is noted in `RUN/mlflow.json`, and `sync` brings what is missing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Before mlflow is imported anywhere: give up on a dead server within seconds instead of minutes, and be quiet.
+# Before mlflow is imported anywhere: give up on a dead server within seconds, not minutes, and be quiet.
 for _name, _value in {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -48,7 +48,7 @@ LONGEST_VALUE = 500
 """MLflow's limits for one `log_batch` and for a parameter's value."""
 
 LONGEST_SHARE_WAITING = 0.02
-"""After a failed attempt the store is left alone so long that a dead one takes at most this share of the time."""
+"""After a failed attempt the store is left alone so long that a dead one takes no more of the time."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Point:
 def read_points(run_dir: Path) -> list[Point]:
     """The record of a run in the order of its steps, cut where later parts went on from an earlier step.
 
-    A line torn by a kill is left out. Non-finite values come back as NaN. Raises `RunError` for a damaged line.
+    A line torn by a kill is left out. Non-finite values come back as NaN. Raises `RunError` for a damaged
+    line.
     """
     by_step: dict[int, Point] = {}
     for part in _parts(run_dir):
@@ -157,8 +158,9 @@ class Tracker:
     ) -> Tracker:
         """Open the record for a run that begins, or goes on, at `start_step`.
 
-        `mlflow_uri` comes from `prepare_store`; None mirrors nothing. A run that was mirrored before goes on in the
-        same MLflow run. Raises `RunError` where the record cannot be written; MLflow's failures raise nothing.
+        `mlflow_uri` comes from `prepare_store`; None mirrors nothing. A run that was mirrored before goes on
+        in the same MLflow run. Raises `RunError` where the record cannot be written; MLflow's failures raise
+        nothing.
         """
         run_dir = Path(run_dir)
         part = _Part(run_dir, start_step)
@@ -201,8 +203,8 @@ class Tracker:
             self._mirror.attempt()
 
     def finish(self, status: str = "FINISHED") -> None:
-        """Close the record. `status`: FINISHED, which sends all that is left, or FAILED or KILLED, which do not:
-        a resumed run measures again what no checkpoint covers."""
+        """Close the record. `status`: FINISHED, which sends all that is left, or FAILED or KILLED, which do
+        not: a resumed run measures again what no checkpoint covers."""
         self._part.sync()
         self._part.close()
         if self._mirror:
@@ -376,8 +378,8 @@ def prepare_store(config: Config, experiment: str, nodes: int = 1) -> str | None
     """The tracking URI of a run's settings, its store and experiment created; None switches MLflow off.
 
     Called once by the driver, before any worker starts, since two processes cannot both create a sqlite file.
-    Raises `InputError` for a store that MLflow does not know and for a file on this machine when there are more
-    `nodes` than one. A server that is down is noted, and raises nothing.
+    Raises `InputError` for a store that MLflow does not know and for a file on this machine when there are
+    more `nodes` than one. A server that is down is noted, and raises nothing.
     """
     uri = config.tracking.mlflow
     if uri is None:
@@ -414,7 +416,7 @@ def prepare_store(config: Config, experiment: str, nodes: int = 1) -> str | None
 
 
 def open_parent(folder: Path, uri: str, experiment: str, tags: Mapping[str, str]) -> str | None:
-    """The MLflow run above all runs of a study, the same at every call; None, with a warning, if out of reach."""
+    """The MLflow run above all runs of a study, the same at every call; None where out of reach."""
     path = Path(folder) / "mlflow.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     failures = mlflow_failures()

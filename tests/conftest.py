@@ -14,7 +14,7 @@ for _key, _value in {
 }.items():
     os.environ.setdefault(_key, _value)
 
-import pytest
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -252,7 +252,7 @@ def test_a_dead_server_stops_nothing_and_sync_brings_everything_later(storage, c
     assert tracker.mlflow_run_id is None
     assert len(read_metrics(storage / "run")) == 10
     assert "mpformer sync" in caplog.text
-    with pytest.raises(RunError, match="127.0.0.1"):
+    with pytest.raises(RunError, match=r"127\.0\.0\.1"):
         sync(storage / "run")
     # what a store that answers again looks like
     link = Link.read(storage / "run")
