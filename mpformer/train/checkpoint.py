@@ -1,8 +1,9 @@
 """Checkpoints of a run: safetensors and JSON, written aside and renamed into place, no pickle.
 
 `RUN/checkpoints/step-00000400/` holds `model.safetensors` (with the resolved settings and the class table in
-its header, so that the file alone can be evaluated), `optimizer.safetensors` and `state.json`. The data position, the schedule and all random
-streams are functions of (seed, step); the step is therefore all the state there is beside the tensors.
+its header, so that the file alone can be evaluated), `optimizer.safetensors` and `state.json`. The data
+position, the schedule and all random streams are functions of (seed, step); the step is therefore all the
+state there is beside the tensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One training step, top to bottom in the order of the paper. No Ray, no tracker, no data set: read this first."""
+"""One training step, top to bottom in the order of the paper: read this first. No Ray, tracker, data set."""
 
 from __future__ import annotations
 
@@ -66,11 +66,9 @@ def train_step(
                 output = model(micro.images, pilots)
             try:
                 parts = _losses(output, pilots, micro, normalizers, config, streams, timers)
-                total = torch.stack([p for name, p in parts.items()]).sum()
+                total = torch.stack(list(parts.values())).sum()
                 if not torch.isfinite(total):
-                    failure = (
-                        f"the loss of images {', '.join(micro.image_ids)} is not finite ({_worst(parts)})"
-                    )
+                    failure = f"losses of images {', '.join(micro.image_ids)} not finite: {_worst(parts)}"
             except NonFiniteError as error:
                 failure = str(error)
             if last or failure:
