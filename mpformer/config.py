@@ -252,6 +252,8 @@ class Train(Section):
 class Evaluate(Section):
     every: Duration | None = None
     """Evaluate during training, too; null: only at the end."""
+    at_start: bool = False
+    """Evaluate the untrained model, too."""
     limit: Count | None = None
     """At most that many images of the split, in its order."""
     score_threshold: Fraction = 0.0
@@ -272,6 +274,9 @@ class Cluster(Section):
     cpus_per_worker: Positive = 0.5
     """Logical CPUs a worker claims; the rest is Ray Data's."""
     gpu: Literal["auto", "yes", "no"] = "auto"
+    """Whether each worker takes a GPU; auto: when the cluster has one for each."""
+    threads: Count | None = None
+    """CPU threads of a worker that trains on the CPU; null: the machine's cores shared among the workers."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Restarts of a run after worker failures; -1: without limit."""
 

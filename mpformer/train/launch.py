@@ -1,0 +1,168 @@
+"""Start or resume one run as a Ray Train `TorchTrainer`."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpformer.config import Config, dump_yaml, run_name
+from mpformer.data.catalog import open_split
+from mpformer.tracking import prepare_store
+from mpformer.train.summary import read_summary
+from mpformer.types import InputError, RunError
+
+# Before ray is imported anywhere in this process; its workers inherit them.
+for _name, _value in {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # idle OpenMP threads that spin take the cores from data tasks and from other trials
+    "OMP_WAIT_POLICY": "PASSIVE",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402
+from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: E402
+from ray.train.torch import TorchTrainer  # noqa: E402
+
+from mpformer.train.loop import FAILURE_FILE, Job, run_worker  # noqa: E402
+
+
+def start_ray() -> None:
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine; nothing if there is one already.
+
+    A machine with one core still gets two logical CPUs: Ray Data waits for ever where training workers
+    leave it none.
+    """
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        ray.init(num_cpus=max(2, os.cpu_count() or 1), include_dashboard=False, **quiet)
+
+
+def run_directory(config: Config) -> Path:
+    """The run's folder: a function of storage, name, settings and seed alone."""
+    return Path(config.storage).resolve() / run_name(config)
+
+
+def fit(
+    config: Config,
+    *,
+    experiment: str | None = None,
+    tracking_parent: str | None = None,
+    callbacks: Sequence[Any] = (),
+) -> dict[str, Any]:
+    """Train one run to its end and return its summary; the same settings again resume or just return it.
+
+    `experiment`: MLflow experiment, the recipe's name by default; `tracking_parent`: id of the MLflow run
+    above it; `callbacks` for Ray Train's RunConfig. Raises `InputError` for bad settings or data, `RunError`
+    where the run fails or another process is at work on it.
+    """
+    run_dir = run_directory(config)
+    if (summary := read_summary(run_dir)) is not None:
+        return summary
+    splits = {name: open_split(config.data, name) for name in ("train", "val")}
+    if not splits["train"].records:
+        raise InputError(f"{config.data.root}: the training split has no image")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _only_driver(run_dir):
+        (run_dir / "config.yaml").write_text(dump_yaml(config))
+        start_ray()
+        scaling = _scaling(config)
+        experiment = experiment or config.name
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        job = Job(
+            config,
+            run_dir,
+            ray.put(splits["train"]),
+            ray.put(splits["val"]),
+            uuid.uuid4().hex,
+            experiment,
+            prepare_store(config, experiment, nodes),
+            tracking_parent,
+        )
+        trainer = TorchTrainer(
+            run_worker,
+            train_loop_config={"job": job},
+            scaling_config=scaling,
+            run_config=RunConfig(
+                name="ray",
+                storage_path=str(run_dir),
+                callbacks=list(callbacks),
+                failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            _raise_noted_failure(run_dir, job.token)
+            raise RunError(f"{run_dir.name}: {_reason(error)}") from error
+        _raise_noted_failure(run_dir, job.token)
+        summary = read_summary(run_dir)
+    if summary is None:
+        raise RunError(f"{run_dir}: the workers ended without a summary")
+    return summary
+
+
+def _scaling(config: Config) -> ScalingConfig:
+    cluster = config.cluster
+    if cluster.workers > config.train.batch_size:
+        raise InputError(
+            f"cluster.workers: {cluster.workers} workers cannot share a global batch of "
+            f"{config.train.batch_size} images; at most {config.train.batch_size}"
+        )
+    have = ray.cluster_resources()
+    gpus, cpus = have.get("GPU", 0), have.get("CPU", 0)
+    use_gpu = cluster.gpu == "yes" or (cluster.gpu == "auto" and gpus >= cluster.workers)
+    if use_gpu and gpus < cluster.workers:
+        raise InputError(
+            f"cluster.workers: {cluster.workers} workers need a GPU each; the cluster has {gpus:g}"
+        )
+    needed = cluster.workers * cluster.cpus_per_worker
+    if needed + 1 > cpus:
+        raise InputError(
+            f"cluster.workers: {cluster.workers} workers x {cluster.cpus_per_worker:g} CPU + 1 for data "
+            f"= {needed + 1:g} CPUs, but the cluster has {cpus:g}"
+        )
+    return ScalingConfig(
+        num_workers=cluster.workers,
+        use_gpu=use_gpu,
+        resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+    )
+
+
+@contextlib.contextmanager
+def _only_driver(run_dir: Path) -> Iterator[None]:
+    """Hold the run's lock; the system frees it when the process ends, however it ends."""
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{run_dir}: another process is at work on this run") from None
+        yield
+
+
+def _raise_noted_failure(run_dir: Path, token: str) -> None:
+    note = run_dir / FAILURE_FILE
+    if not note.exists():
+        return
+    failure = json.loads(note.read_text())
+    if failure["token"] == token:
+        raise (InputError if failure["kind"] == "InputError" else RunError)(failure["message"])
+
+
+def _reason(error: Exception) -> str:
+    """The innermost cause in one line."""
+    causes = list(getattr(error, "worker_failures", {}).values()) or [error]
+    lines = str(causes[0]).strip().splitlines()
+    return lines[-1] if lines else type(causes[0]).__name__

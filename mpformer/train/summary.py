@@ -1,0 +1,59 @@
+"""`RUN/summary.json`: what a finished run came to, and with what it was made."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mpformer.config import Config, config_hash
+from mpformer.tracking import git_commit, read_metrics
+from mpformer.train.timing import Timers
+
+SUMMARY_FILE = "summary.json"
+_PACKAGES = ("torch", "ray", "timm", "mlflow", "numpy", "pycocotools")
+
+
+def write_summary(
+    run_dir: Path, config: Config, steps: int, timers: Timers, resources: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the summary of a run that has reached its last step.
+
+    The metrics come from the run's record, so a run cut off after its last step is summed up all the same.
+    """
+    points = [
+        (step, values) for step, values in read_metrics(run_dir) if any(k.startswith("val/") for k in values)
+    ]
+    first = [_val(values) for step, values in points if step == 0]
+    last = [_val(values) for step, values in points if step == steps]
+    summary = {
+        "name": config.name,
+        "seed": config.train.seed,
+        "config_hash": config_hash(config),
+        "steps": steps,
+        "images_seen": steps * config.train.batch_size,
+        "metrics": last[-1] if last else {},
+        "untrained_metrics": first[-1] if first else {},
+        **resources,
+        "timers_seconds": dict(timers.total),
+        "git_commit": git_commit(),
+        "versions": {"python": sys.version.split()[0], "platform": platform.platform()}
+        | {name: metadata.version(name) for name in _PACKAGES},
+    }
+    partial = run_dir / f".{SUMMARY_FILE}"
+    partial.write_text(json.dumps(summary, indent=1))
+    partial.replace(run_dir / SUMMARY_FILE)
+    return summary
+
+
+def read_summary(run_dir: Path) -> dict[str, Any] | None:
+    """The summary of a finished run; None for one that is not finished."""
+    path = run_dir / SUMMARY_FILE
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _val(values: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in values.items() if k.startswith("val/")}
