@@ -310,7 +310,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises `InputError` naming file, line, key and the nearest right key.
     """
     source = read_recipe(Path(path))
-    return build_config(source.overridden(overrides))
+    return build_config(inline_dataset(source.overridden(overrides), Path()))
 
 
 def read_recipe(path: Path) -> Source:
@@ -323,24 +323,29 @@ def read_recipe(path: Path) -> Source:
             raise InputError(
                 f"{parent.path}: a base has no base of its own; lay {path.name} over {parent.tree['base']}"
             )
-        _inline_dataset(parent)
-        _inline_dataset(source)
-        source = parent.laid_under(source)
+        source = inline_dataset(parent, parent.path.parent).laid_under(inline_dataset(source, path.parent))
     else:
-        _inline_dataset(source)
+        source = inline_dataset(source, path.parent)
     source.tree.setdefault("name", path.stem)
     return source
 
 
-def _inline_dataset(source: Source) -> None:
+def inline_dataset(source: Source, folder: Path) -> Source:
+    """With the file that `data.dataset` names, if it names one, read in its place; relative to `folder`."""
     data = source.tree.get("data")
     if isinstance(data, dict) and isinstance(data.get("dataset"), str):
-        data["dataset"] = read_dataset(source.path.parent / data["dataset"]).tree
+        dataset = read_dataset(
+            folder / data["dataset"], named_by=f"{source.place(['data', 'dataset'])}: data.dataset"
+        )
+        tree = {**source.tree, "data": {**data, "dataset": dataset.tree}}
+        places = {f"data.dataset.{key}": place for key, place in dataset.places.items()}
+        return Source(source.path, tree, {**source.places, **places})
+    return source
 
 
-def read_dataset(path: Path) -> Source:
+def read_dataset(path: Path, named_by: str = "") -> Source:
     """A data-set file; not yet checked against the schema."""
-    source = read_yaml(path.resolve())
+    source = read_yaml(path.resolve(), named_by)
     source.tree.setdefault("name", path.stem)
     return source
 
