@@ -1,0 +1,321 @@
+"""The one in-memory record of every data set: images, their segments, and masks that stay compact.
+
+A `Catalog` holds a whole split. Its records lie in a few flat arrays (`RecordTable`), so that millions of
+segments cost their bytes and little more, and so that Ray's object store shares one copy per node; a `Record`
+with its `Segment` objects is made when it is asked for.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import overload
+
+import numpy as np
+
+from mpformer.config import Data
+from mpformer.types import ClassTable, InputError
+from mpformer.yamlfile import nearest
+
+
+@dataclass(frozen=True)
+class Polygons:
+    """A mask as the union of polygons, in pixels: x right, y down from the upper left corner."""
+
+    parts: tuple[np.ndarray, ...]
+    """Each [n,2] float64 (x, y), n at least 3."""
+
+
+@dataclass(frozen=True)
+class Rle:
+    """A mask as COCO's run lengths (column-major, background first) in their compressed form."""
+
+    counts: bytes
+
+
+@dataclass(frozen=True)
+class MapId:
+    """A mask as the pixels of the record's label map that hold this value."""
+
+    value: int
+
+
+Mask = Polygons | Rle | MapId
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One object or stuff region of an image."""
+
+    label: int
+    """Contiguous label, an index into the catalog's `ClassTable`."""
+    crowd: bool
+    """A group of objects drawn as one: no training target, and no error to predict in."""
+    mask: Mask
+    area: float
+    """As the source states it, in pixels."""
+    id: int
+    """The source's own id (COCO: of the annotation; panoptic: of the segment)."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image and all that is known about it."""
+
+    image_id: str
+    image: str | bytes
+    """Path of the image file, or its encoded bytes."""
+    width: int
+    height: int
+    segments: tuple[Segment, ...]
+    label_map: str | bytes | None = None
+    """Path or encoded bytes of the PNG that `MapId` masks refer to."""
+    problem: str = ""
+    """Why the sample cannot be used, in one line that names file and annotation; empty when it can."""
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """One split of a data set."""
+
+    name: str
+    """Data set and split, for messages."""
+    classes: ClassTable
+    records: Sequence[Record]
+    root: str
+    """Folder of the data set."""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+class RecordTable(Sequence[Record]):
+    """Records in flat arrays; indexing makes the `Record`. Pickles without copies (protocol 5)."""
+
+    def __init__(self, columns: dict[str, np.ndarray], root: str) -> None:
+        self._columns = columns
+        self._root = root
+
+    def __len__(self) -> int:
+        return len(self._columns["width"])
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        index %= len(self)
+        column = self._columns
+        first, last = column["segment_start"][index : index + 2].tolist()
+        label_map = self._text("label_map", index)
+        return Record(
+            image_id=self._text("image_id", index),
+            image=self._path(self._text("image", index)),
+            width=int(column["width"][index]),
+            height=int(column["height"][index]),
+            segments=tuple(self._segment(i) for i in range(first, last)),
+            label_map=self._path(label_map) if label_map else None,
+            problem=self._text("problem", index),
+        )
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all columns together."""
+        return sum(c.nbytes for c in self._columns.values())
+
+    def _path(self, relative: str) -> str:
+        return f"{self._root}/{relative}"
+
+    def _text(self, name: str, index: int) -> str:
+        return bytes(self._bytes(name, index)).decode()
+
+    def _bytes(self, name: str, index: int) -> memoryview:
+        start, end = self._columns[f"{name}_start"][index : index + 2].tolist()
+        return memoryview(self._columns[name])[start:end]
+
+    def _segment(self, index: int) -> Segment:
+        column = self._columns
+        return Segment(
+            label=int(column["label"][index]),
+            crowd=bool(column["crowd"][index]),
+            mask=_unpack_mask(self._bytes("mask", index)),
+            area=float(column["area"][index]),
+            id=int(column["id"][index]),
+        )
+
+
+_TEXTS = ("image_id", "image", "label_map", "problem")
+_SCALARS = {
+    "width": np.int32,
+    "height": np.int32,
+    "label": np.int32,
+    "crowd": np.bool_,
+    "area": np.float64,
+    "id": np.int64,
+}
+
+
+def build_table(records: Iterable[Record], root: str) -> RecordTable:
+    """Flat columns of records whose paths are relative to `root`."""
+    blobs = {name: bytearray() for name in (*_TEXTS, "mask")}
+    starts: dict[str, list[int]] = {name: [0] for name in (*_TEXTS, "mask", "segment")}
+    scalars: dict[str, list[float]] = {name: [] for name in _SCALARS}
+    for record in records:
+        for name in _TEXTS:
+            blobs[name] += str(getattr(record, name) or "").encode()
+            starts[name].append(len(blobs[name]))
+        scalars["width"].append(record.width)
+        scalars["height"].append(record.height)
+        for segment in record.segments:
+            for name in ("label", "crowd", "area", "id"):
+                scalars[name].append(getattr(segment, name))
+            blobs["mask"] += _pack_mask(segment.mask)
+            starts["mask"].append(len(blobs["mask"]))
+        starts["segment"].append(len(scalars["label"]))
+    columns = {name: np.frombuffer(bytes(blob), np.uint8) for name, blob in blobs.items()}
+    columns |= {f"{name}_start": np.asarray(start, np.int64) for name, start in starts.items()}
+    columns |= {name: np.asarray(scalars[name], dtype) for name, dtype in _SCALARS.items()}
+    return RecordTable(columns, root)
+
+
+# One byte of kind, then: P the number of parts and their point counts (int32) and the points (float64);
+# R the compressed run lengths; M the value (int64).
+
+
+def _pack_mask(mask: Mask) -> bytes:
+    if isinstance(mask, Polygons):
+        head = struct.pack(f"<{len(mask.parts) + 1}i", len(mask.parts), *(len(p) for p in mask.parts))
+        return b"P" + head + b"".join(np.ascontiguousarray(p, "<f8").tobytes() for p in mask.parts)
+    if isinstance(mask, Rle):
+        return b"R" + mask.counts
+    return b"M" + struct.pack("<q", mask.value)
+
+
+def _unpack_mask(packed: memoryview) -> Mask:
+    kind, body = packed[0], packed[1:]
+    if kind == ord("R"):
+        return Rle(bytes(body))
+    if kind == ord("M"):
+        return MapId(struct.unpack("<q", body)[0])
+    (count,) = struct.unpack_from("<i", body)
+    lengths = struct.unpack_from(f"<{count}i", body, 4)
+    offset, parts = 4 + 4 * count, []
+    for length in lengths:
+        parts.append(np.frombuffer(body, "<f8", 2 * length, offset).reshape(length, 2))
+        offset += 16 * length
+    return Polygons(tuple(parts))
+
+
+# --- opening --------------------------------------------------------------------------------------
+
+
+def open_split(data: Data, split: str) -> Catalog:
+    """Read and validate one split ("train" or "val") of the data set that the settings name.
+
+    Raises `InputError` for a missing folder or file and for annotations of the wrong form. A record that is
+    wrong by itself (a bad polygon, a missing image, ...) is an error, too, under `on_bad_sample: error`;
+    under `skip` it stays in its place with its `problem` noted, so that the other samples keep their
+    positions.
+    """
+    from mpformer.data import coco  # here, because the readers build on the records of this module
+
+    root = Path(data.root).expanduser()
+    if not root.is_dir():
+        raise InputError(f"data.root: there is no folder {root}{_near_folder(root)}")
+    readers = {"coco_instance": coco.read_instance, "coco_panoptic": coco.read_panoptic}
+    place = {"train": data.dataset.train, "val": data.dataset.val}[split]
+    root = root.resolve()
+    classes, records = readers[data.dataset.format](root, place)
+    if not records:
+        raise InputError(f"{root / place.annotations}: no images: at least one is expected")
+    if data.task == "instance":
+        classes, records = _things_only(classes, records)
+    records = _note_missing_images(root, records)
+    if data.on_bad_sample == "error":
+        for record in records:
+            if record.problem:
+                raise InputError(record.problem)
+    return Catalog(f"{data.dataset.name} {split}", classes, build_table(records, str(root)), str(root))
+
+
+def check_same_classes(expected: ClassTable, found: ClassTable, where: str) -> None:
+    """Raise `InputError` unless number, order, names and ids of the classes agree; `where` names `found`."""
+    for i, (a, b) in enumerate(zip(expected.classes, found.classes)):
+        if (a.name, a.source_id) != (b.name, b.source_id):
+            raise InputError(
+                f"{where}: class {i} is '{b.name}' (id {b.source_id}), but '{a.name}' (id {a.source_id}) is "
+                "expected: train and val, or checkpoint and data, need the same category table"
+            )
+    if len(expected) != len(found):
+        raise InputError(f"{where}: {len(found)} classes, but {len(expected)} are expected")
+
+
+def safe_relative_path(name: object, what: str) -> str:
+    """A file name from an annotation file that stays in the data folder; `what` begins the error."""
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{what}: 'file_name' is {name!r}, a path relative to its folder is expected")
+    path, windows = PurePosixPath(name), PureWindowsPath(name)
+    if path.is_absolute() or windows.drive or windows.root or ".." in windows.parts or "\0" in name:
+        raise InputError(f"{what}: file name '{name}' leaves the data folder; a relative path is expected")
+    return str(path)
+
+
+def _things_only(classes: ClassTable, records: list[Record]) -> tuple[ClassTable, list[Record]]:
+    things = sorted(classes.thing_labels)
+    if len(things) == len(classes):
+        return classes, records
+    if not things:
+        raise InputError(
+            "data.task: 'instance' needs countable classes; this data set has none: try 'semantic'"
+        )
+    label_of = {old: new for new, old in enumerate(things)}
+    kept = []
+    for record in records:
+        segments = tuple(
+            Segment(label_of[s.label], s.crowd, s.mask, s.area, s.id)
+            for s in record.segments
+            if s.label in label_of
+        )
+        kept.append(replace(record, segments=segments))
+    return ClassTable(tuple(classes.classes[i] for i in things)), kept
+
+
+def _note_missing_images(root: Path, records: list[Record]) -> list[Record]:
+    listed: dict[str, frozenset[str]] = {}
+
+    def exists(relative: str) -> bool:  # one listing per folder instead of one look-up per file
+        folder, _, name = relative.rpartition("/")
+        if folder not in listed:
+            path = root / folder
+            listed[folder] = frozenset(p.name for p in path.iterdir()) if path.is_dir() else frozenset()
+        return name in listed[folder]
+
+    noted = []
+    for record in records:
+        for file in (record.image, record.label_map):
+            if record.problem or not isinstance(file, str) or exists(file):
+                continue
+            folder, _, name = file.rpartition("/")
+            stem = name.rpartition(".")[0] + "."
+            alike = next((f"; nearest: {n}" for n in listed[folder] if n.startswith(stem)), "")
+            near = alike if listed[folder] else f"; the folder {root / folder} is missing or empty"
+            record = replace(record, problem=f"{root / file}: no such file (image {record.image_id}){near}")
+        noted.append(record)
+    return noted
+
+
+def _near_folder(path: Path) -> str:
+    parent = path.parent
+    if not parent.is_dir():
+        return f" (nor {parent})"
+    names = [p.name for p in parent.iterdir() if p.is_dir()]
+    return f"; nearest: {parent / nearest(path.name, names)}" if names else ""

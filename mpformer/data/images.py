@@ -1,0 +1,99 @@
+"""Image files to arrays: whatever the file holds becomes RGB, and what is no whole image is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from mpformer.data.catalog import Record
+from mpformer.types import InputError
+
+PIXEL_MEAN = (124, 116, 104)
+"""RGB 0..255: ImageNet's mean 123.675, 116.28, 103.53, rounded; what padding is filled with."""
+
+cv2.setNumThreads(1)  # samples are spread over processes; threads inside each would only contend
+
+
+def read_bytes(source: str | bytes) -> bytes:
+    """The encoded file. `InputError` where it cannot be read or is empty."""
+    if isinstance(source, bytes):
+        return source
+    try:
+        data = Path(source).read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{source}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read: {error.strerror}") from None
+    if not data:
+        raise InputError(f"{source}: the file is empty, an image is expected")
+    return data
+
+
+def load_image(record: Record) -> np.ndarray:
+    """The record's image, [h,w,3] uint8 RGB at the size that the annotations state.
+
+    Grey, palette, 16-bit, CMYK and RGBA files (alpha dropped) become 8-bit RGB; of an animation the first
+    frame is taken. A rotation noted in EXIF is applied, unless only the image as stored has the annotated
+    size. Raises `InputError` for a file that is no image, is cut short or has another size.
+    """
+    name = record.image if isinstance(record.image, str) else f"image {record.image_id}"
+    data = read_bytes(record.image)
+    image = decode(data, name, cv2.IMREAD_COLOR_RGB)
+    expected = (record.height, record.width)
+    if image.shape[:2] != expected and image.shape[1::-1] == expected:
+        image = decode(data, name, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image.shape[:2] != expected:
+        raise InputError(
+            f"{name}: the image is {image.shape[1]}x{image.shape[0]}, "
+            f"but its annotations say {record.width}x{record.height} (image {record.image_id})"
+        )
+    return image
+
+
+def load_panoptic_ids(record: Record) -> np.ndarray:
+    """The record's label map as COCO panoptic ids R + 256 G + 65536 B, [h,w] int32; 0 is void."""
+    name = record.label_map if isinstance(record.label_map, str) else f"label map of image {record.image_id}"
+    rgb = decode(read_bytes(record.label_map), name, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    if rgb.shape[:2] != (record.height, record.width):
+        raise InputError(
+            f"{name}: the label map is {rgb.shape[1]}x{rgb.shape[0]}, "
+            f"but its image is {record.width}x{record.height} (image {record.image_id})"
+        )
+    ids = rgb[..., 2].astype(np.int32)
+    ids <<= 8
+    ids |= rgb[..., 1]
+    ids <<= 8
+    ids |= rgb[..., 0]
+    return ids
+
+
+def decode(data: bytes, name: str, flags: int) -> np.ndarray:
+    """An encoded image as cv2 decodes it; `InputError`, which begins with `name`, if it is not whole."""
+    if _is_cut_short(data):
+        raise InputError(f"{name}: the image file is cut short (after {len(data)} bytes)")
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise InputError(f"{name}: cannot be decoded as an image: {error.err}") from None
+    if image is None:
+        raise InputError(f"{name}: not an image that can be decoded ({_looks_like(data)})")
+    return image
+
+
+def _is_cut_short(data: bytes) -> bool:
+    """Whether the end mark of a JPEG or PNG is missing; cv2 would fill the rest with grey and say nothing."""
+    if data.startswith(b"\xff\xd8\xff"):
+        # entropy-coded data never holds FF D9, so an end mark after the last scan's start is the image's own
+        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+    if data.startswith(b"\x89PNG"):
+        return data.rfind(b"IEND") < 0
+    return False
+
+
+def _looks_like(data: bytes) -> str:
+    head = data[:8]
+    if head.lstrip().startswith((b"<", b"{")):
+        return "it looks like text"
+    return f"its first bytes are {head.hex(' ')}"
