@@ -24,11 +24,9 @@ def write_summary(
 
     The metrics come from the run's record, so a run cut off after its last step is summed up all the same.
     """
-    points = [
-        (step, values) for step, values in read_metrics(run_dir) if any(k.startswith("val/") for k in values)
-    ]
-    first = [_val(values) for step, values in points if step == 0]
-    last = [_val(values) for step, values in points if step == steps]
+    measured = [(step, _val(values)) for step, values in read_metrics(run_dir) if _val(values)]
+    first = [values for step, values in measured if step == 0]
+    last = [values for step, values in measured if step == steps]
     summary = {
         "name": config.name,
         "seed": config.train.seed,
