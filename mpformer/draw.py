@@ -1,0 +1,262 @@
+"""Pictures: masks with labels on images, images side by side, curves; and PNG in memory.
+
+A leaf: numpy, cv2 and matplotlib only, no torch. Images are [h,w,3] uint8, RGB; masks [h,w] bool.
+Text is rasterised with the font that matplotlib brings along, so it looks alike on every machine.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import functools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+
+from mpformer.types import ClassTable, distinct_color
+
+if TYPE_CHECKING:
+    from matplotlib.ft2font import FT2Font
+
+_READABLE = 480  # smaller images are enlarged by a whole factor, else no label could be read
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """PNG of an RGB image [h,w,3] uint8, or of a map [h,w] uint8 or uint16."""
+    swapped = image[..., ::-1] if image.ndim == 3 else image
+    done, data = cv2.imencode(".png", np.ascontiguousarray(swapped), [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    if not done:
+        raise ValueError(f"no PNG can hold an array of {image.shape} {image.dtype}")
+    return data.tobytes()
+
+
+def decode_png(data: bytes) -> np.ndarray:
+    """The array of `encode_png`, bit for bit."""
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is None:
+        raise ValueError("not a PNG image")
+    return np.ascontiguousarray(image[..., ::-1]) if image.ndim == 3 else image
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write an image or a map as PNG, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_png(image))
+
+
+def class_color(classes: ClassTable, label: int) -> tuple[int, int, int]:
+    """The class's colour (RGB); a distinct one if the table leaves it black."""
+    return color if any(color := classes.classes[label].color) else distinct_color(label)
+
+
+def overlay(
+    image: np.ndarray,
+    masks: Sequence[np.ndarray],
+    labels: Sequence[int],
+    classes: ClassTable,
+    scores: Sequence[float | None] | None = None,
+    *,
+    opacity: float = 0.5,
+    captions: bool = True,
+) -> np.ndarray:
+    """The image with tinted, outlined masks and a caption "name 0.87" on each, larger masks below.
+
+    Several objects of one class get shades of its colour. A caption finds a place beside those before it
+    (best score first) or is left out. An image whose short side is below 480 comes back enlarged by a
+    whole factor: only so can its captions be read.
+    """
+    height, width = image.shape[:2]
+    factor = max(1, -(-_READABLE // min(height, width)))
+    size = (width * factor, height * factor)
+    canvas = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC if factor > 1 else cv2.INTER_AREA)
+    if canvas.ndim == 2:
+        canvas = cv2.cvtColor(canvas, cv2.COLOR_GRAY2RGB)
+    line = max(1, round(min(size) / 320))
+    large = [cv2.resize(np.asarray(m).astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) for m in masks]
+    colors = _shades(labels, classes)
+    areas = [int(m.sum()) for m in large]
+
+    for i in sorted(range(len(large)), key=lambda i: -areas[i]):
+        if not areas[i]:
+            continue
+        inside = large[i] > 0
+        canvas[inside] = canvas[inside] * (1 - opacity) + np.array(colors[i]) * opacity
+        outlines, _ = cv2.findContours(large[i], cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(canvas, outlines, -1, _mixed(colors[i], 255, 0.35), line, cv2.LINE_AA)
+    if captions:
+        score_of = list(scores) if scores is not None else [None] * len(large)
+        taken: list[tuple[int, int, int, int]] = []
+        for i in sorted(range(len(large)), key=lambda i: (score_of[i] or 0.0, areas[i]), reverse=True):
+            if not areas[i]:
+                continue
+            text = classes.names[labels[i]] + (f" {score_of[i]:.2f}" if score_of[i] is not None else "")
+            _caption(canvas, text, large[i], colors[i], taken)
+    return canvas
+
+
+def side_by_side(
+    images: Sequence[np.ndarray], titles: Sequence[str] = (), *, columns: int | None = None, gap: int = 8
+) -> np.ndarray:
+    """Images on one white sheet, each under its title, in rows of `columns` (default: one row).
+
+    All are brought to the height of the largest. Titles that are too wide for their image are shortened.
+    """
+    height = max(i.shape[0] for i in images)
+    tiles = []
+    for i, image in enumerate(images):
+        tile = image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+        width = max(1, round(tile.shape[1] * height / tile.shape[0]))
+        if tile.shape[0] != height:
+            tile = cv2.resize(tile, (width, height), interpolation=cv2.INTER_CUBIC)
+        tiles.append(np.vstack([_title(titles[i], tile.shape[1], height), tile]) if titles else tile)
+    per_row = columns or len(tiles)
+    cell_width = max(t.shape[1] for t in tiles)
+    rows = []
+    for start in range(0, len(tiles), per_row):
+        row = tiles[start : start + per_row]
+        if len(tiles) > per_row:  # a grid: cells of one width
+            row = [
+                np.pad(t, ((0, 0), (0, cell_width - t.shape[1]), (0, 0)), constant_values=255) for t in row
+            ]
+        gaps = np.full((row[0].shape[0], gap, 3), 255, np.uint8)
+        rows.append(np.hstack([part for tile in row for part in (tile, gaps)][:-1]))
+    widest = max(r.shape[1] for r in rows)
+    rows = [np.pad(r, ((0, gap), (0, widest - r.shape[1]), (0, 0)), constant_values=255) for r in rows]
+    return np.vstack(rows)[:-gap]
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    path: Path,
+    *,
+    bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
+) -> None:
+    """Curves of (x, y) points as one PNG at `path`; colour, dash and marker tell them apart, in grey too.
+
+    `bands` shades (x, low, high) around the curve of the same name. A series without points keeps its entry
+    in the legend.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second that only pictures need
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")  # Okabe and Ito
+    dashes = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))
+    for i, (name, points) in enumerate(series.items()):
+        color = colors[i % len(colors)]
+        x, y = zip(*points) if points else ((), ())
+        every = max(1, len(x) // 12)
+        style = {"color": color, "linestyle": dashes[i % len(dashes)], "linewidth": 1.8}
+        axes.plot(x, y, label=name, marker="osD^vP*X"[i % 8], markersize=5, markevery=every, **style)
+        if bands and bands.get(name):
+            bx, low, high = zip(*bands[name])
+            axes.fill_between(bx, low, high, color=color, alpha=0.16, linewidth=0)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, fontsize=11)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    if series:
+        axes.legend(frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def _shades(labels: Sequence[int], classes: ClassTable) -> list[tuple[int, int, int]]:
+    """The class's colour for its first object, turned and dimmed a little more for each further one."""
+    seen: Counter[int] = Counter()
+    shades = []
+    for label in labels:
+        n = seen[label]
+        seen[label] += 1
+        h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in class_color(classes, label)))
+        turn = 0.06 * ((n + 1) // 2) * (1 if n % 2 else -1)
+        rgb = colorsys.hsv_to_rgb((h + turn) % 1, max(0.35, s - 0.1 * (n % 3)), max(0.5, v - 0.12 * (n % 4)))
+        shades.append(tuple(round(c * 255) for c in (rgb if n else colorsys.hsv_to_rgb(h, s, v))))
+    return shades
+
+
+def _mixed(color: tuple[int, int, int], other: int, share: float) -> tuple[int, int, int]:
+    return tuple(round(c * (1 - share) + other * share) for c in color)
+
+
+def _caption(
+    canvas: np.ndarray,
+    text: str,
+    mask: np.ndarray,
+    color: tuple[int, int, int],
+    taken: list[tuple[int, int, int, int]],
+) -> None:
+    """White text on a dark box with an edge in the mask's colour, at the mask's innermost free place."""
+    glyphs = _text(text, max(11, round(min(canvas.shape[:2]) / 38)))
+    pad = max(2, glyphs.shape[0] // 5)
+    height, width = glyphs.shape[0] + 2 * pad, glyphs.shape[1] + 2 * pad
+    framed = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+    depth = cv2.distanceTransform(framed, cv2.DIST_L2, 3)[1:-1, 1:-1]
+    cy, cx = np.unravel_index(int(depth.argmax()), depth.shape)
+    steps = [(0, 0)] + [(dy, dx) for r in (1, 2, 3) for dy, dx in ((-r, 0), (r, 0), (0, -r / 2), (0, r / 2))]
+    for dy, dx in steps:
+        top = round(min(max(cy - height / 2 + dy * height, 0), canvas.shape[0] - height))
+        left = round(min(max(cx - width / 2 + dx * width, 0), canvas.shape[1] - width))
+        box = (top, left, top + height, left + width)
+        if top < 0 or left < 0:
+            return  # wider than the image
+        if not any(_meet(box, other) for other in taken):
+            break
+    else:
+        return
+    taken.append(box)
+    region = canvas[top : top + height, left : left + width]
+    region[:] = region * 0.25 + np.array(_mixed(color, 0, 0.8)) * 0.75
+    cv2.rectangle(canvas, (left, top), (left + width - 1, top + height - 1), color, 1)
+    inner = region[pad : pad + glyphs.shape[0], pad : pad + glyphs.shape[1]]
+    alpha = glyphs[..., None] / 255
+    inner[:] = inner * (1 - alpha) + 255 * alpha
+
+
+def _meet(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _title(text: str, width: int, image_height: int) -> np.ndarray:
+    """A white strip [.,width,3] with black text."""
+    size = max(12, round(image_height / 30))
+    strip = np.full((round(size * 2), width, 3), 255, np.uint8)
+    glyphs = _text(text, size)
+    while glyphs.shape[1] > width - 4 and len(text) > 1:
+        text = text[:-2] + "…" if len(text) > 2 else "…"
+        glyphs = _text(text, size)
+    glyphs = glyphs[: strip.shape[0], : width - 4]
+    top = (strip.shape[0] - glyphs.shape[0]) // 2
+    area = strip[top : top + glyphs.shape[0], 2 : 2 + glyphs.shape[1]]
+    area[:] = 255 - glyphs[..., None]
+    return strip
+
+
+@functools.cache
+def _font() -> FT2Font:
+    import matplotlib
+    from matplotlib.ft2font import FT2Font
+
+    return FT2Font(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"))
+
+
+def _text(text: str, pixels: int) -> np.ndarray:
+    """[h,w] uint8 coverage of a line of text whose capitals and descenders fit into about `pixels`."""
+    font = _font()
+    font.set_size(pixels, 72)
+    font.set_text(text or " ", 0.0)
+    font.draw_glyphs_to_bitmap(antialiased=True)
+    return np.array(font.get_image())

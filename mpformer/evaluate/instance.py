@@ -1,0 +1,164 @@
+"""Mask AP as COCO defines it, by pycocotools' own evaluation, in memory and without its prints.
+
+The only part of `evaluate` that knows pycocotools: run-length encoding lives here, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections import defaultdict
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+from pycocotools.cocoeval import COCOeval
+
+from mpformer.evaluate.prediction import FoundInstance, Scores
+from mpformer.types import ClassTable
+
+AREAS = ("all", "small", "medium", "large")  # COCO: below 32^2, up to 96^2, above, in pixels of the image
+
+
+@dataclass(frozen=True)
+class TrueInstance:
+    """One annotated object, or a crowd region."""
+
+    label: int
+    crowd: bool
+    counts: bytes
+    """The mask as COCO's compressed run lengths."""
+    area: float
+    """Pixels, as annotated: decides between small, medium and large."""
+
+
+def encode(crop: np.ndarray, top: int, left: int, size: tuple[int, int]) -> bytes:
+    """COCO's compressed run lengths of a mask of `size` [h,w] that is False outside `crop` [h',w'] bool.
+
+    Equal to pycocotools' encoding of the whole mask, at the cost of the crop.
+    """
+    height, width = size
+    columns = np.zeros((crop.shape[1], crop.shape[0] + 2), dtype=np.int8)
+    columns[:, 1:-1] = crop.T
+    x, y = np.nonzero(np.diff(columns, axis=1))  # one start and one end for each run, column by column
+    ends = (x + left) * height + y + top
+    if len(ends):
+        joint = np.flatnonzero(ends[1:-1:2] == ends[2::2])  # a run that goes on in the next column
+        ends = np.delete(ends, np.concatenate([2 * joint + 1, 2 * joint + 2]))
+    counts = np.diff(ends, prepend=0)
+    last = height * width - (int(ends[-1]) if len(ends) else 0)
+    runs = [*counts.tolist(), last] if last else counts.tolist()
+    return coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)["counts"]
+
+
+def encode_mask(mask: np.ndarray) -> bytes:
+    """COCO's compressed run lengths of a whole mask [h,w] bool."""
+    return coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"]
+
+
+def decode(counts: bytes, size: tuple[int, int]) -> np.ndarray:
+    """The mask [h,w] bool of `encode`."""
+    return coco_mask.decode({"size": list(size), "counts": counts}).astype(bool)
+
+
+def area(counts: bytes, size: tuple[int, int]) -> int:
+    """Pixels of the mask."""
+    return int(coco_mask.area({"size": list(size), "counts": counts}))
+
+
+def bounding_box(counts: bytes, size: tuple[int, int]) -> list[float]:
+    """[x, y, width, height] in pixels, as COCO has it."""
+    return [float(v) for v in coco_mask.toBbox({"size": list(size), "counts": counts})]
+
+
+@dataclass(frozen=True)
+class ImageInstances:
+    """Truth and prediction of one image."""
+
+    size: tuple[int, int]
+    truth: Sequence[TrueInstance]
+    found: Sequence[FoundInstance]
+
+
+class _Evaluation(COCOeval):
+    """pycocotools' evaluation, fed from memory: its truth and detections are set, not read from files."""
+
+    def __init__(self, images: Sequence[ImageInstances], labels: Sequence[int]) -> None:
+        super().__init__(iouType="segm")
+        self.params.imgIds = list(range(len(images)))
+        self.params.catIds = list(labels)
+        self._images = images
+
+    def _prepare(self) -> None:
+        self._gts, self._dts = defaultdict(list), defaultdict(list)
+        self.evalImgs, self.eval = defaultdict(list), {}
+        wanted = set(self.params.catIds)
+        number = 0  # pycocotools takes id 0 for "unmatched", so ids start at 1
+        for image_id, image in enumerate(self._images):
+            for true in image.truth:
+                if true.label in wanted:
+                    number += 1
+                    entry = _annotation(number, image_id, true.label, true.counts, image.size, true.area)
+                    entry["iscrowd"] = entry["ignore"] = int(true.crowd)
+                    self._gts[image_id, true.label].append(entry)
+            for found in image.found:
+                if found.label in wanted:
+                    number += 1
+                    pixels = area(found.counts, image.size)
+                    entry = _annotation(number, image_id, found.label, found.counts, image.size, pixels)
+                    entry["score"] = found.score
+                    self._dts[image_id, found.label].append(entry)
+
+
+def _annotation(
+    number: int, image_id: int, label: int, counts: bytes, size: tuple[int, int], pixels: float
+) -> dict[str, Any]:
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": label,
+        "segmentation": {"size": list(size), "counts": counts},
+        "area": pixels,
+    }
+
+
+def average_precision(images: Sequence[ImageInstances], classes: ClassTable, labels: Set[int]) -> Scores:
+    """COCO's mask AP and AR of the classes `labels`, in percent.
+
+    AP, AP50, AP75, AP_small, AP_medium, AP_large (means over IoU 0.5..0.95 unless said, classes with truth,
+    at most 100 detections per image and class), AR1, AR10, AR100 and AR_small, AR_medium, AR_large (at 100
+    detections). Per class: AP, AP50, AR100. Crowd regions absorb detections and are no truth themselves.
+    """
+    evaluation = _Evaluation(images, sorted(labels))
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"]  # IoU, recall level, class, area, detections; -1: undefined
+    recall = evaluation.eval["recall"]  # IoU, class, area, detections
+    figures = {
+        "AP": precision[..., 0, -1],
+        "AP50": precision[0, ..., 0, -1],
+        "AP75": precision[5, ..., 0, -1],
+    }
+    figures |= {f"AP_{name}": precision[..., a, -1] for a, name in enumerate(AREAS) if a}
+    figures |= {f"AR{most}": recall[..., 0, m] for m, most in enumerate(evaluation.params.maxDets)}
+    figures |= {f"AR_{name}": recall[..., a, -1] for a, name in enumerate(AREAS) if a}
+    per_class = {
+        classes.names[label]: _defined(
+            {
+                "AP": precision[:, :, k, 0, -1],
+                "AP50": precision[0, :, k, 0, -1],
+                "AR100": recall[:, k, 0, -1],
+            }
+        )
+        for k, label in enumerate(sorted(labels))
+    }
+    return Scores(_defined(figures), {name: row for name, row in per_class.items() if row})
+
+
+def _defined(figures: dict[str, np.ndarray]) -> dict[str, float]:
+    """Means in percent over the entries that exist; a figure without any is left out."""
+    means = {name: values[values > -1] for name, values in figures.items()}
+    return {name: float(values.mean() * 100) for name, values in means.items() if values.size}
