@@ -52,6 +52,12 @@ def load_image(record: Record) -> np.ndarray:
     return image
 
 
+def read_image(source: str | bytes) -> np.ndarray:
+    """An image without annotations, [h,w,3] uint8 RGB, EXIF rotation applied. `InputError` if it is none."""
+    name = source if isinstance(source, str) else "image"
+    return decode(read_bytes(source), name, cv2.IMREAD_COLOR_RGB)
+
+
 def load_panoptic_ids(record: Record) -> np.ndarray:
     """The record's label map as COCO panoptic ids R + 256 G + 65536 B, [h,w] int32; 0 is void."""
     name = record.label_map if isinstance(record.label_map, str) else f"label map of image {record.image_id}"

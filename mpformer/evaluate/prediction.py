@@ -38,6 +38,8 @@ class Prediction:
     panoptic: FoundSegments | None = None
     semantic: bytes | None = None
     """PNG of labels, 8 bits if they fit into 0..254, else 16; the largest value is void."""
+    problem: str = ""
+    """Why there is no prediction, under `on_bad_sample: skip`; empty when there is one."""
 
 
 @dataclass(frozen=True)

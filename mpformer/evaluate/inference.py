@@ -1,0 +1,270 @@
+"""From a model and images to predictions: one image at a time, so that nothing depends on who predicts it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpformer import draw
+from mpformer.config import Config, Evaluate, TestResize
+from mpformer.data.augment import test_resize
+from mpformer.data.catalog import Catalog, Record
+from mpformer.data.images import PIXEL_MEAN, load_image, read_image
+from mpformer.evaluate import instance as rle
+from mpformer.evaluate.prediction import FoundInstance, FoundSegments, Prediction
+from mpformer.model import postprocess
+from mpformer.model.postprocess import Sizes
+from mpformer.types import ClassTable, Head, InputError
+
+if TYPE_CHECKING:
+    from mpformer.model.segmenter import Segmenter
+
+Task = Literal["instance", "panoptic", "semantic"]
+
+STRIDE = 32
+_Loaded = tuple[Record, np.ndarray | None, str]
+
+
+def predict_records(
+    model: Segmenter,
+    data: Catalog | Sequence[Record],
+    config: Config,
+    indices: Iterable[int] | None = None,
+    device: torch.device | str | None = None,
+) -> Iterator[Prediction]:
+    """Predictions of the records `indices` (default: all), in their order, each by itself.
+
+    `config` gives task, test resize and thresholds; `device` is the model's unless said. The next image is
+    read while one is predicted. Under `data.on_bad_sample: skip` an image that cannot be used gives a
+    prediction that holds the `problem` only; else it raises `InputError`.
+    """
+    records = data.records if isinstance(data, Catalog) else data
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    chosen = range(len(records)) if indices is None else indices
+
+    def load(index: int) -> _Loaded:
+        record = records[index]
+        try:
+            if record.problem:
+                raise InputError(record.problem)
+            return record, load_image(record), ""
+        except InputError as error:
+            if config.data.on_bad_sample == "error":
+                raise
+            return record, None, str(error)
+
+    for record, image, problem in _ahead(load, chosen):
+        if image is None:
+            yield Prediction(record.image_id, (record.height, record.width), problem=problem)
+        else:
+            found = infer(model, image, config.data.task, config.data.test_resize, config.evaluate, device)
+            yield found.compact(record.image_id)
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """The results of one image as the task asks for them, on the model's device."""
+
+    size: tuple[int, int]
+    classes: ClassTable
+    instances: tuple[tuple[FoundInstance, int], ...] | None = None
+    """Best first, each with its query."""
+    panoptic: postprocess.Panoptic | None = None
+    semantic: Tensor | None = None
+    """[h,w] int64 labels."""
+
+    def compact(self, image_id: str) -> Prediction:
+        """What is kept of it."""
+        segments = None
+        if self.panoptic is not None:
+            ids = self.panoptic.ids.cpu().numpy().astype(np.uint16)
+            segments = FoundSegments(draw.encode_png(ids), self.panoptic.labels, self.panoptic.scores)
+        labels = None
+        if self.semantic is not None:
+            narrow = np.uint8 if len(self.classes) <= 255 else np.uint16
+            labels = draw.encode_png(self.semantic.cpu().numpy().astype(narrow))
+        instances = None if self.instances is None else tuple(found for found, _ in self.instances)
+        return Prediction(image_id, self.size, instances, segments, labels)
+
+
+@torch.inference_mode()
+def infer(
+    model: Segmenter,
+    image: np.ndarray,
+    task: Task,
+    resize: TestResize,
+    options: Evaluate,
+    device: torch.device,
+) -> Inferred:
+    """One image [h,w,3] uint8 RGB through the model, and its last head to results.
+
+    The model is left in evaluation mode.
+    A panoptic task gives panoptic segments, instances of the things and semantic labels, all from one
+    forward.
+    """
+    tensor, sizes = prepare(image, resize)
+    if model.training:
+        model.eval()
+    head = model(tensor.to(device)).heads[-1]
+    return _results(head, sizes, task, options, model.classes)
+
+
+def prepare(image: np.ndarray, resize: TestResize) -> tuple[Tensor, Sizes]:
+    """[h,w,3] uint8 -> the network input [1,3,H,W] uint8, padded with the pixel mean, and its sizes."""
+    resized = test_resize(image, resize)
+    height, width = resized.shape[:2]
+    padded = (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE)
+    canvas = np.empty((*padded, 3), np.uint8)
+    canvas[:] = PIXEL_MEAN
+    canvas[:height, :width] = resized
+    tensor = torch.from_numpy(canvas).permute(2, 0, 1)[None].contiguous()
+    return tensor, Sizes(padded, (height, width), image.shape[:2])
+
+
+def _results(head: Head, sizes: Sizes, task: Task, options: Evaluate, classes: ClassTable) -> Inferred:
+    class_logits = None if head.class_logits is None else head.class_logits[0]
+    mask_logits = head.mask_logits[0]
+    if class_logits is None and task != "semantic":
+        raise InputError(f"task {task}: a per-pixel model has no objects; its task is semantic")
+    instances = panoptic = semantic = None
+    if task in ("instance", "panoptic"):
+        instances = _instances(class_logits, mask_logits, sizes, options, classes)
+    if task == "panoptic":
+        panoptic = postprocess.panoptic(
+            class_logits,
+            mask_logits,
+            sizes,
+            class_confidence=options.class_confidence,
+            overlap=options.overlap,
+            thing_labels=classes.thing_labels,
+        )
+    if task in ("semantic", "panoptic"):
+        semantic = postprocess.semantic(class_logits, mask_logits, sizes, at_original=task == "panoptic")
+    return Inferred(sizes.original, classes, instances, panoptic, semantic)
+
+
+def _instances(
+    class_logits: Tensor, mask_logits: Tensor, sizes: Sizes, options: Evaluate, classes: ClassTable
+) -> tuple[tuple[FoundInstance, int], ...]:
+    encoded: dict[int, bytes] = {}  # a query may be several instances of different classes
+    found = []
+    for one in postprocess.instance(
+        class_logits,
+        mask_logits,
+        sizes,
+        top_k=options.top_k,
+        score_threshold=options.score_threshold,
+        thing_labels=classes.thing_labels,
+    ):
+        if one.query not in encoded:
+            encoded[one.query] = rle.encode(one.crop.cpu().numpy(), one.top, one.left, sizes.original)
+        found.append((FoundInstance(one.label, one.score, encoded[one.query]), one.query))
+    return tuple(sorted(found, key=lambda pair: -pair[0].score))
+
+
+def _ahead(load: Callable[[int], _Loaded], items: Iterable[int]) -> Iterator[_Loaded]:
+    """load(item) of each item, the next one already at work in a thread."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+        pending = None
+        for item in items:
+            upcoming = pool.submit(load, item)
+            if pending is not None:
+                yield pending.result()
+            pending = upcoming
+        if pending is not None:
+            yield pending.result()
+
+
+# --- for people -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """One segment of a `Result`."""
+
+    label: int
+    name: str
+    score: float | None
+    """0..1; None in a semantic result."""
+    mask: np.ndarray
+    """[h,w] bool."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `segment` found in one image."""
+
+    task: Task
+    size: tuple[int, int]
+    """(height, width) of the image."""
+    classes: ClassTable
+    segments: tuple[Segmented, ...]
+    """Best first; in a semantic result one per class that is seen, in the order of the class table."""
+
+    def label_map(self) -> np.ndarray:
+        """The label of each pixel, [h,w] int32, the best-scored segment on top; -1 where there is none."""
+        labels = np.full(self.size, -1, np.int32)
+        for one in reversed(self.segments):
+            labels[one.mask] = one.label
+        return labels
+
+    def overlay(self, image: np.ndarray, at_least: float = 0.5) -> np.ndarray:
+        """A picture of the image [h,w,3] uint8 RGB with the segments that score `at_least` so much."""
+        shown = [s for s in self.segments if s.score is None or s.score >= at_least]
+        masks, labels = [s.mask for s in shown], [s.label for s in shown]
+        return draw.overlay(image, masks, labels, self.classes, [s.score for s in shown])
+
+
+def segment(
+    model: Segmenter,
+    image: np.ndarray | str | Path,
+    task: Task = "panoptic",
+    *,
+    resize: TestResize | None = None,
+    options: Evaluate | None = None,
+) -> Result:
+    """Segment one image of any size: [h,w,3] or [h,w] uint8 RGB or grey, or the path of an image file.
+
+    `resize` (default: COCO's, short side 800) should be that of the model's recipe; `options` holds the
+    thresholds. Raises `InputError` for a file or an array that is no image.
+    """
+    pixels = _pixels(image)
+    device = next(model.parameters()).device
+    found = infer(model, pixels, task, resize or TestResize(), options or Evaluate(), device)
+    return to_result(found.compact(""), model.classes, task)
+
+
+def to_result(prediction: Prediction, classes: ClassTable, task: Task) -> Result:
+    """A kept prediction with its masks unpacked and its classes named."""
+    parts: list[tuple[int, float | None, np.ndarray]] = []
+    if task == "instance":
+        parts = [(f.label, f.score, rle.decode(f.counts, prediction.size)) for f in prediction.instances]
+    elif task == "panoptic":
+        ids = draw.decode_png(prediction.panoptic.png)
+        described = zip(prediction.panoptic.labels, prediction.panoptic.scores)
+        parts = [(label, score, ids == i) for i, (label, score) in enumerate(described, 1)]
+        parts.sort(key=lambda part: -part[1])
+    else:
+        labels = draw.decode_png(prediction.semantic)
+        parts = [(k, None, labels == k) for k in range(len(classes)) if (labels == k).any()]
+    segments = tuple(Segmented(k, classes.names[k], s, m) for k, s, m in parts)
+    return Result(task, prediction.size, classes, segments)
+
+
+def _pixels(image: np.ndarray | str | Path) -> np.ndarray:
+    if isinstance(image, str | Path):
+        return read_image(str(image))
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
+        raise InputError(f"image: [h,w,3] or [h,w] uint8 is expected, not {list(image.shape)} {image.dtype}")
+    if image.ndim == 2:
+        return np.repeat(image[..., None], 3, axis=2)
+    if image.shape[2] != 3:
+        raise InputError(f"image: 3 channels (RGB) are expected, not {image.shape[2]}")
+    return image
