@@ -1,0 +1,171 @@
+"""Image files in, pictures and COCO files out: what `mpformer predict` does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpformer.config import Config
+from mpformer.data.images import read_image
+from mpformer.draw import decode_png, write_png
+from mpformer.evaluate import instance as rle
+from mpformer.evaluate.inference import infer, to_result
+from mpformer.evaluate.prediction import FoundInstance, FoundSegments, Prediction
+from mpformer.types import ClassTable, InputError
+
+if TYPE_CHECKING:
+    from mpformer.model.segmenter import Segmenter
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def find_images(paths: Sequence[str | Path]) -> list[tuple[Path, str]]:
+    """Image files with the names that their results get: files as given, folders searched in depth.
+
+    A name is the path below the given folder, without its ending unless two images differ only there. Raises
+    `InputError` for a path that does not exist, a folder without images, and two images of one name.
+    """
+    found: list[tuple[Path, Path]] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not inside:
+                raise InputError(f"{path}: no images in this folder (files ending in {', '.join(SUFFIXES)})")
+            found += [(p, p.relative_to(path)) for p in inside]
+        elif path.is_file():
+            found.append((path, Path(path.name)))
+        else:
+            raise InputError(f"{path}: no such file or folder")
+    stems = [relative.with_suffix("") for _, relative in found]
+    names: dict[str, Path] = {}
+    for (path, relative), stem in zip(found, stems):
+        name = str(stem if stems.count(stem) == 1 else relative)
+        if name in names:
+            raise InputError(
+                f"{path}: its results would overwrite those of {names[name]}; predict them apart"
+            )
+        names[name] = path
+    return [(path, name) for name, path in names.items()]
+
+
+def predict_files(
+    model: Segmenter,
+    paths: Sequence[str | Path],
+    out: str | Path,
+    config: Config,
+    *,
+    draw_at_least: float = 0.5,
+    report: Callable[[str], None] | None = None,
+) -> list[Path]:
+    """Segment images of any size as `config` says; write pictures and JSON into `out`; return the pictures.
+
+    Written are NAME.png, an overlay with the segments that score `draw_at_least` so much; predictions.json, a
+    COCO file with one run-length-encoded annotation per segment, its score and the source's category id;
+    for panoptic results panoptic.json and panoptic/NAME.png (COCO's panoptic format); for semantic ones
+    labels/NAME.png (source ids). `report` is told of each image. Raises `InputError` for a path that does not
+    exist before anything is predicted, and for a file that is no image after the earlier ones are written.
+    """
+    out, task = Path(out), config.data.task
+    images = find_images(paths)
+    device = next(model.parameters()).device
+    writer = _CocoWriter(model.classes)
+    pictures = []
+    try:
+        for number, (path, name) in enumerate(images, 1):
+            image = read_image(str(path))
+            found = infer(model, image, task, config.data.test_resize, config.evaluate, device)
+            prediction = found.compact(name)
+            result = to_result(prediction, model.classes, task)
+            pictures.append(out / f"{name}.png")
+            write_png(pictures[-1], result.overlay(image, draw_at_least))
+            writer.add(prediction, str(path), out, task)
+            if report:
+                report(f"{number}/{len(images)} {path}: {len(result.segments)} segments")
+    finally:
+        if pictures:
+            writer.write(out, task)
+    return pictures
+
+
+class _CocoWriter:
+    """Collects results in COCO's forms."""
+
+    def __init__(self, classes: ClassTable) -> None:
+        self._classes = classes
+        self._images: list[dict[str, Any]] = []
+        self._annotations: list[dict[str, Any]] = []
+        self._panoptic: list[dict[str, Any]] = []
+
+    def add(self, prediction: Prediction, file_name: str, out: Path, task: str) -> None:
+        image_id = len(self._images) + 1
+        height, width = prediction.size
+        self._images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
+        if task == "instance":
+            found = prediction.instances
+        elif task == "panoptic":
+            found = self._add_panoptic(prediction, image_id, out)
+        else:
+            found = self._add_semantic(prediction, out)
+        for one in found:
+            self._annotations.append(
+                {
+                    "id": len(self._annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": self._classes.classes[one.label].source_id,
+                    "segmentation": {"size": [height, width], "counts": one.counts.decode()},
+                    "area": rle.area(one.counts, prediction.size),
+                    "bbox": rle.bounding_box(one.counts, prediction.size),
+                    "iscrowd": 0,
+                    "score": round(one.score, 6),
+                }
+            )
+
+    def _add_panoptic(self, prediction: Prediction, image_id: int, out: Path) -> list[FoundInstance]:
+        segments: FoundSegments = prediction.panoptic
+        ids = decode_png(segments.png)
+        coded = np.zeros((*ids.shape, 3), np.uint8)
+        coded[..., 0], coded[..., 1] = ids & 255, ids >> 8
+        name = f"panoptic/{prediction.image_id}.png"
+        write_png(out / name, coded)
+        found, infos = [], []
+        for i, (label, score) in enumerate(zip(segments.labels, segments.scores), 1):
+            counts = rle.encode_mask(ids == i)
+            found.append(FoundInstance(label, score, counts))
+            infos.append(
+                {
+                    "id": i,
+                    "category_id": self._classes.classes[label].source_id,
+                    "isthing": int(self._classes.classes[label].is_thing),
+                    "area": rle.area(counts, prediction.size),
+                    "bbox": rle.bounding_box(counts, prediction.size),
+                    "iscrowd": 0,
+                    "score": round(score, 6),
+                }
+            )
+        self._panoptic.append({"image_id": image_id, "file_name": name, "segments_info": infos})
+        return found
+
+    def _add_semantic(self, prediction: Prediction, out: Path) -> list[FoundInstance]:
+        labels = decode_png(prediction.semantic)
+        source_ids = np.array([c.source_id for c in self._classes.classes])
+        write_png(
+            out / "labels" / f"{prediction.image_id}.png",
+            source_ids.astype(np.uint8 if source_ids.max() <= 255 else np.uint16)[labels],
+        )
+        return [FoundInstance(int(k), 1.0, rle.encode_mask(labels == k)) for k in np.unique(labels)]
+
+    def write(self, out: Path, task: str) -> None:
+        categories = [
+            {"id": c.source_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)}
+            for c in self._classes.classes
+        ]
+        files = {"predictions.json": self._annotations}
+        if task == "panoptic":
+            files["panoptic.json"] = self._panoptic
+        for name, entries in files.items():
+            content = {"images": self._images, "categories": categories, "annotations": entries}
+            (out / name).write_text(json.dumps(content), encoding="utf-8")

@@ -1,0 +1,101 @@
+"""`predict` on files and folders: the JSON as pycocotools reads it, the PNG as COCO defines it."""
+
+import contextlib
+import io
+import json
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from scenes import CLASSES, ColourModel, scenes, tiny_config
+
+import mpformer
+from mpformer.draw import decode_png
+from mpformer.evaluate.files import find_images, predict_files
+from mpformer.types import InputError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two scenes of different sizes, one of them in a folder below, beside a file that is no image."""
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    records = scenes(2).records
+    (tmp_path / "in" / "one.png").write_bytes(records[0].image)
+    (tmp_path / "in" / "deep" / "two.PNG").write_bytes(records[1].image)
+    (tmp_path / "in" / "notes.txt").write_text("not an image")
+    return tmp_path / "in"
+
+
+def coco(path) -> COCO:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCO(str(path))
+
+
+@pytest.mark.parametrize("task", ["instance", "panoptic", "semantic"])
+def test_a_folder_gives_pictures_and_a_coco_file(folder, tmp_path, task):
+    config = tiny_config(task)
+    lines = []
+    pictures = predict_files(ColourModel(), [folder], tmp_path / "out", config, report=lines.append)
+    assert [str(p.relative_to(tmp_path / "out")) for p in pictures] == ["deep/two.png", "one.png"]
+    assert all(decode_png(p.read_bytes()).ndim == 3 for p in pictures)
+    assert len(lines) == 2
+
+    file = coco(tmp_path / "out" / "predictions.json")
+    assert [(i["width"], i["height"]) for i in file.dataset["images"]] == [(95, 75), (100, 72)]
+    result = mpformer.segment(
+        ColourModel(),
+        folder / "one.png",
+        task,
+        resize=config.data.test_resize,
+        options=config.evaluate,
+    )
+    annotations = file.loadAnns(file.getAnnIds(imgIds=[2]))
+    assert sorted(a["category_id"] for a in annotations) == sorted(
+        CLASSES.classes[s.label].source_id for s in result.segments
+    )
+    for a in annotations:
+        same = [s for s in result.segments if CLASSES.classes[s.label].source_id == a["category_id"]]
+        assert any((file.annToMask(a) == s.mask).all() for s in same)
+        assert a["area"] == file.annToMask(a).sum()
+
+
+def test_the_panoptic_png_and_json_describe_each_other(folder, tmp_path):
+    predict_files(ColourModel(), [folder], tmp_path, tiny_config("panoptic"))
+    data = json.loads((tmp_path / "panoptic.json").read_text())
+    for annotation in data["annotations"]:
+        b, g, r = np.moveaxis(cv2.imread(str(tmp_path / annotation["file_name"])).astype(int), 2, 0)
+        ids = r + 256 * g + 65536 * b
+        assert set(np.unique(ids)) - {0} == {s["id"] for s in annotation["segments_info"]}
+        assert all((ids == s["id"]).sum() == s["area"] for s in annotation["segments_info"])
+    assert {s["category_id"] for a in data["annotations"] for s in a["segments_info"]} >= {11, 12}
+
+
+def test_the_label_png_holds_source_ids(folder, tmp_path):
+    predict_files(ColourModel(), [folder / "one.png"], tmp_path, tiny_config("semantic"))
+    labels = decode_png((tmp_path / "labels" / "one.png").read_bytes())
+    assert labels.shape == (72, 100)
+    assert set(np.unique(labels)) <= {3, 5, 11, 12}
+
+
+def test_bad_paths_are_named_before_anything_is_written(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path, message in (("missing.png", "no such file"), ("empty", "no images")):
+        with pytest.raises(InputError, match=message):
+            predict_files(ColourModel(), [folder, tmp_path / path], tmp_path / "out", tiny_config())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_image_is_named_and_the_earlier_ones_are_kept(folder, tmp_path):
+    bad = tmp_path / "zzz.jpg"
+    bad.write_text("hello")
+    with pytest.raises(InputError, match=r"zzz\.jpg"):
+        predict_files(ColourModel(), [folder, bad], tmp_path / "out", tiny_config())
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]) == 2
+
+
+def test_names_keep_images_apart(folder):
+    (folder / "one.jpg").write_bytes(b"")
+    assert [name for _, name in find_images([folder])] == ["deep/two", "one.jpg", "one.png"]
+    with pytest.raises(InputError, match="overwrite"):
+        find_images([folder, folder / "one.png"])
