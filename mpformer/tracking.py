@@ -1,8 +1,4 @@
-"""The record of a run: JSON lines always, MLflow as their mirror.
-
-`RUN/metrics/0001.jsonl`, `0002.jsonl`, ... are the source of truth: one part per (re)start, one line per
-point, never appended to by a later start. A part begins with the step it was started from; what older parts
-say about later steps is void, because the run went that way again.
+"""Tracking of a run: its record (`mpformer.record`) always, MLflow as the record's mirror.
 
 Points go to MLflow when the checkpoint that covers them is committed, each key in the order of its steps. So
 what MLflow has of a key is always a beginning of the record, and MLflow's own latest step of that key says
@@ -14,21 +10,23 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpformer.config import Config, config_hash, diff
+from mpformer.record import Part, Point, parts, read_metrics, read_points
 from mpformer.types import InputError, RunError
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
+
+__all__ = ["Link", "Tracker", "git_commit", "open_parent", "prepare_store", "read_metrics", "sync"]
 
 log = logging.getLogger(__name__)
 
@@ -51,95 +49,13 @@ LONGEST_SHARE_WAITING = 0.02
 """After a failed attempt the store is left alone so long that a dead one takes no more of the time."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """What was measured at one step: `values` by metric key, and when (`time`, milliseconds since 1970)."""
-
-    step: int
-    time: int
-    values: dict[str, float]
-
-
-# --- the record -----------------------------------------------------------------------------------
-
-
-def read_points(run_dir: Path) -> list[Point]:
-    """The record of a run in the order of its steps, cut where later parts went on from an earlier step.
-
-    A line torn by a kill is left out. Non-finite values come back as NaN. Raises `RunError` for a damaged
-    line.
-    """
-    by_step: dict[int, Point] = {}
-    for part in _parts(run_dir):
-        for line in _lines(part):
-            if "start_step" in line:
-                by_step = {step: point for step, point in by_step.items() if step <= line["start_step"]}
-                continue
-            step = line.pop("step")
-            stamp = line.pop("time")
-            values = {key: math.nan if value is None else float(value) for key, value in line.items()}
-            earlier = by_step.get(step)
-            by_step[step] = Point(step, stamp, {**earlier.values, **values} if earlier else values)
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def read_metrics(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
-    """The record as [(step, {key: value})], steps ascending, each once."""
-    return [(point.step, point.values) for point in read_points(run_dir)]
-
-
-def _parts(run_dir: Path) -> list[Path]:
-    return sorted((Path(run_dir) / "metrics").glob("[0-9]*.jsonl"))
-
-
-def _lines(part: Path) -> Iterator[dict[str, Any]]:
-    lines = part.read_text(encoding="utf-8").split("\n")
-    for number, text in enumerate(lines[:-1], 1):  # what follows the last newline is empty, or torn by a kill
-        try:
-            yield json.loads(text)
-        except json.JSONDecodeError as error:
-            raise RunError(f"{part}:{number}: not a line of a metrics record: {error.msg}") from None
-
-
-class _Part:
-    """The part of the record that this start writes."""
-
-    def __init__(self, run_dir: Path, start_step: int) -> None:
-        folder = Path(run_dir) / "metrics"
-        older = _parts(run_dir)
-        self.path = folder / f"{int(older[-1].stem) + 1 if older else 1:04d}.jsonl"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("x", encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"{self.path}: cannot be written: {error.strerror}") from error
-        self.write({"start_step": start_step, "time": _now()})
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        try:
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise RunError(f"{self.path}: cannot be written: {error.strerror}") from error
-
-    def sync(self) -> None:
-        """Survives a power cut from here on."""
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise RunError(f"{self.path}: cannot be written: {error.strerror}") from error
-
-    def close(self) -> None:
-        self._file.close()
-
-
 # --- the tracker ----------------------------------------------------------------------------------
 
 
 class Tracker:
     """Writes the record of one run and mirrors it to MLflow. One process only: rank 0."""
 
-    def __init__(self, part: _Part, mirror: _Mirror | None, start_step: int) -> None:
+    def __init__(self, part: Part, mirror: _Mirror | None, start_step: int) -> None:
         self._part = part
         self._mirror = mirror
         self._last_step = start_step
@@ -163,7 +79,7 @@ class Tracker:
         nothing.
         """
         run_dir = Path(run_dir)
-        part = _Part(run_dir, start_step)
+        part = Part(run_dir, start_step)
         if mlflow_uri is None:
             return cls(part, None, start_step)
         known = Link.read(run_dir)
@@ -188,9 +104,7 @@ class Tracker:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write one point at once: `values` by metric key, measured after `step` optimiser steps."""
-        point = Point(step, _now(), {key: float(value) for key, value in values.items()})
-        finite = {key: value if math.isfinite(value) else None for key, value in point.values.items()}
-        self._part.write({"step": step, "time": point.time, **finite})
+        point = self._part.add(step, values)
         self._last_step = max(self._last_step, step)
         if self._mirror:
             self._mirror.add(point)
@@ -358,13 +272,15 @@ def sync(run_dir: Path) -> str:
     Raises `InputError` where the folder is no tracked run, `RunError` where the store still fails.
     """
     run_dir = Path(run_dir)
-    if not _parts(run_dir):
+    if not parts(run_dir):
         raise InputError(
             f"{run_dir}: no metrics record here; a run's folder is expected, for instance runs/NAME"
         )
     link = Link.read(run_dir)
     if link is None:
         raise InputError(f"{run_dir}: this run was not tracked with MLflow (tracking.mlflow: null)")
+    if (run_dir / "summary.json").exists():  # killed between its last line and its good-bye to MLflow
+        link = replace(link, status="FINISHED")
     mirror = _Mirror(run_dir, link)
     if not mirror.attempt(at_once=True):
         raise RunError(f"MLflow {link.uri}: {mirror.link.problem}")
@@ -521,7 +437,3 @@ def _git(folder: Path, *arguments: str) -> str:
 def first_line(error: BaseException) -> str:
     """An exception's own words, or its name where it has none, on one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _now() -> int:
-    return time.time_ns() // 1_000_000

@@ -100,7 +100,7 @@ def test_a_line_torn_by_a_kill_is_left_out_but_a_damaged_one_is_an_error(tmp_pat
         file.write('{"step": 3, "ti')
     assert [step for step, _ in read_metrics(tmp_path / "run")] == [1, 2]
     part.write_text(part.read_text().replace('"step": 2', '"step" 2'))
-    with pytest.raises(RunError, match=r"0001\.jsonl:3"):
+    with pytest.raises(RunError, match=r"0001\.jsonl: a damaged line"):
         read_metrics(tmp_path / "run")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mpformer.ablation.spec import Study, Trial
 from mpformer.config import Config, diff, duration_in_steps
+from mpformer.types import InputError
 
 
 def plan_text(study: Study, only: str | None = None) -> str:
@@ -22,13 +25,14 @@ def plan_text(study: Study, only: str | None = None) -> str:
         title = f": {study.title(row)}" if study.title(row) != row else ""
         lines.append(f"  {row}{title}{mark}")
         lines += [
-            f"      {key:{width}}  {_show(a)} -> {_show(b)}" for key, (a, b) in changes(study, row).items()
+            f"      {key:{width}}  {show_value(a)} -> {show_value(b)}"
+            for key, (a, b) in changes(study, row).items()
         ]
         if not changes(study, row):
             lines.append("      the base as it is")
         lines.append(f"      length {_length(study.rows[row])}")
     seeds = ", ".join(map(str, study.seeds))
-    lines += ["", f"{len(rows)} rows x {len(study.seeds)} seeds ({seeds}) = {len(trials)} runs"]
+    lines += ["", f"rows x seeds: {len(rows)} x {len(study.seeds)} (seeds {seeds}) = {len(trials)} runs"]
     steps = [_steps(trial.config) for trial in trials]
     if None not in steps:
         images = sum(n * trial.config.train.batch_size for n, trial in zip(steps, trials))
@@ -64,7 +68,66 @@ def _length(config: Config) -> str:
     )
 
 
-def _show(value: Any) -> str:
+def show_value(value: Any) -> str:
+    """A setting's value as a person writes it."""
     if isinstance(value, list):
-        return "[" + ", ".join(map(_show, value)) + "]"
+        return "[" + ", ".join(map(show_value, value)) + "]"
     return "null" if value is None else str(value)
+
+
+# --- what fits ------------------------------------------------------------------------------------
+
+
+DRIVER_CPUS = 0.01
+"""A trial's driver only waits; Tune refuses zero, and its default of 1 would starve the workers."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """CPUs and GPUs of a cluster."""
+
+    cpus: float
+    gpus: float
+
+
+def trials_at_once(trials: Sequence[Trial], capacity: Capacity) -> int:
+    """How many trials of a study fit into the cluster together, at least 1 and at most all.
+
+    A trial claims `cluster.workers` x `cluster.cpus_per_worker` CPUs, and a GPU per worker where it trains on
+    GPUs; on CPUs each worker has a core of its own. One CPU always stays free for Ray Data, which would
+    else wait for ever. Raises `InputError`, with the arithmetic, where not even one trial fits.
+    """
+    return min(len(trials), *(_fitting(trial, capacity) for trial in trials))
+
+
+def _fitting(trial: Trial, capacity: Capacity) -> int:
+    cluster = trial.config.cluster
+    claimed = cluster.workers * cluster.cpus_per_worker + DRIVER_CPUS
+    by_claims = int((capacity.cpus - 1) / claimed + 1e-9)
+    if uses_gpus(trial.config, capacity):
+        own, what = int(capacity.gpus) // cluster.workers, "GPU"
+    else:
+        own, what = int(capacity.cpus) // cluster.workers, "core"
+    if min(by_claims, own) < 1:
+        raise InputError(
+            f"row {trial.row} cannot run here: {cluster.workers} workers x {cluster.cpus_per_worker:g} CPU "
+            f"+ {DRIVER_CPUS} for their driver + 1 for data = {claimed + 1:g} CPUs, and a {what} per worker "
+            f"= {cluster.workers}; the cluster has {capacity.cpus:g} CPUs and {capacity.gpus:g} GPUs: "
+            "lower cluster.workers"
+        )
+    return min(by_claims, own)
+
+
+def uses_gpus(config: Config, capacity: Capacity) -> bool:
+    """Whether a run trains on GPUs: as asked for, or by itself when the cluster has one for each worker."""
+    cluster = config.cluster
+    return cluster.gpu == "yes" or (cluster.gpu == "auto" and capacity.gpus >= cluster.workers)
+
+
+def threads_per_worker(config: Config, capacity: Capacity, at_once: int) -> Config:
+    """With the cores shared among all workers that train on CPUs at once, unless `cluster.threads` says."""
+    cluster = config.cluster
+    if cluster.threads is not None or uses_gpus(config, capacity):
+        return config
+    threads = max(1, int(capacity.cpus) // (at_once * cluster.workers))
+    return config.model_copy(update={"cluster": cluster.model_copy(update={"threads": threads})})

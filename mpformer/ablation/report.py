@@ -211,7 +211,7 @@ def write_curves(study: Study, results: Results, folder: Path) -> list[Path]:
 
 
 def write_report(study: Study) -> tuple[str, list[Path]]:
-    """Write table.md, table.csv and the curves into the study's folder; returns the Markdown and all files."""
+    """Write table.md, table.csv and the curves into the study's folder; returns Markdown and files."""
     results = collect(study)
     table = cells(study, results)
     text = markdown(study, table)

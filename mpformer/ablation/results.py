@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpformer.ablation.spec import Study, Trial
-from mpformer.tracking import read_metrics
+from mpformer.record import read_metrics
 from mpformer.types import RunError
 
 

@@ -160,7 +160,7 @@ def test_an_unknown_row_is_told_the_nearest(study_file):
 
 def test_the_plan_counts_runs_steps_and_images_and_shows_what_a_row_changes(study_file):
     text = plan_text(load_study(study_file, [f"storage={study_file.parent}"]))
-    assert "2 rows x 3 seeds (0, 1, 2) = 6 runs, 180 steps, 1,080 images" in text
+    assert "rows x seeds: 2 x 3 (seeds 0, 1, 2) = 6 runs, 180 steps, 1,080 images" in text
     assert "model.pilot.queries 50 -> 0" in " ".join(text.split())
     assert "0 finished, 0 begun, 6 to start" in text
     study = load_study(study_file, [f"storage={study_file.parent}"])

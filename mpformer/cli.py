@@ -1,0 +1,115 @@
+"""The command line: it parses arguments, calls `mpformer.commands`, and turns errors into exit codes.
+
+0: done. 1: the run failed. 2: the input is wrong. An error is one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from mpformer import __version__, commands
+from mpformer.types import InputError, RunError
+
+SETTINGS = "settings to change, for instance train.lr=2e-4"
+SYNTH = "generate a data set in COCO's layout: train=400 val=60 seed=0 size=128 things=5"
+
+
+_SETTING = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (usage: {' '.join(self.format_usage().split()[1:])})")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole surface; a test freezes it. Settings are `key=value`: there are hardly any flags."""
+    parser = _Parser(prog="mpformer", description="Experiments with mask-piloted segmentation transformers.")
+    parser.add_argument("--version", action="version", version=f"mpformer {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, *places: str) -> argparse.ArgumentParser:
+        added = subparsers.add_parser(name, help=help, description=help)
+        for place in places:
+            added.add_argument(place.lower(), metavar=place)
+        return added
+
+    quickstart = command("quickstart", "a small generated data set, then Mask2Former against MP-Former on it")
+    train = command("train", "one run; the same command again resumes it", "RECIPE")
+    ablate = command("ablate", "a table; the same command again resumes it", "STUDY")
+    ablate.add_argument("--plan", action="store_true", help="only say what would be done")
+    ablate.add_argument("--only", metavar="ROW", help="the runs of one row")
+    report = command("report", "a study's table (Markdown, CSV) and training-speed curves (PNG)", "STUDY")
+    command("sync", "bring to MLflow what it could not take", "RUN")
+    evaluate = command("evaluate", "AP / PQ / mIoU, images/s, peak memory", "CHECKPOINT")
+    evaluate.add_argument("--data", metavar="D", help="a data folder, or a recipe to take the data of")
+    data = command("data", "data sets").add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    synth = data.add_parser("synth", help=SYNTH, description=SYNTH)
+    synth.add_argument("out", metavar="OUT")
+    command("doctor", "what is installed, which deformable-attention kernel runs here and why")
+    show = command("show", "the resolved settings of a recipe, or the difference of two", "RECIPE")
+    show.add_argument("recipe2", metavar="RECIPE2", nargs="?")
+    for takes_settings in (quickstart, train, ablate, report, evaluate, synth, show):
+        takes_settings.add_argument("settings", metavar="key=value", nargs="*", help=SETTINGS)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments of a command line; `key=value` settings may stand anywhere after the command.
+
+    Raises `InputError` for what is no command line of ours.
+    """
+    settings = [text for text in argv if _SETTING.fullmatch(text)]
+    arguments = build_parser().parse_args([text for text in argv if text not in settings])
+    if settings and not hasattr(arguments, "settings"):
+        raise InputError(f"setting '{settings[0]}': `mpformer {arguments.command}` takes no settings")
+    arguments.settings = [*getattr(arguments, "settings", []), *settings]
+    return arguments
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    match arguments.command:
+        case "quickstart":
+            commands.quickstart(arguments.settings)
+        case "train":
+            commands.train(arguments.recipe, arguments.settings)
+        case "ablate":
+            commands.ablate(arguments.study, arguments.settings, arguments.only, arguments.plan)
+        case "report":
+            commands.report_file(arguments.study, arguments.settings)
+        case "sync":
+            commands.sync(arguments.run)
+        case "evaluate":
+            commands.evaluate(arguments.checkpoint, arguments.data, arguments.settings)
+        case "data":
+            commands.data_synth(arguments.out, arguments.settings)
+        case "doctor":
+            commands.doctor()
+        case "show":
+            commands.show(arguments.recipe, arguments.recipe2, arguments.settings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: the exit code of the command that `argv` (default: the process's arguments) asks for."""
+    try:
+        _run(parse(sys.argv[1:] if argv is None else argv))
+    except InputError as error:
+        return _fail(2, str(error))
+    except RunError as error:
+        return _fail(1, str(error))
+    except KeyboardInterrupt:
+        return _fail(1, "interrupted; the same command goes on from the last checkpoint")
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _fail(code: int, reason: str) -> int:
+    print(f"mpformer: {' '.join(reason.split())}", file=sys.stderr)
+    return code

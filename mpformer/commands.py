@@ -1,0 +1,245 @@
+"""What each command does, composed from the parts. Heavy parts are imported where they are used."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpformer.ablation.plan import plan_text, show_value, state_text
+from mpformer.ablation.spec import Study, Trial, load_study
+from mpformer.config import (
+    Config,
+    build_config,
+    diff,
+    dump_yaml,
+    inline_dataset,
+    load_config,
+    read_recipe,
+    run_name,
+)
+from mpformer.types import InputError, RunError
+from mpformer.yamlfile import Source, nearest
+
+if TYPE_CHECKING:
+    from mpformer.ablation.tune import Failure
+
+QUICKSTART = "experiments/quickstart.yaml"
+
+
+def say(text: str) -> None:
+    """One line, at once."""
+    print(text, flush=True)
+
+
+# --- runs and studies -----------------------------------------------------------------------------
+
+
+def train(recipe: str, settings: Sequence[str]) -> None:
+    """One run to its end; the same command again resumes it, or shows what it came to."""
+    config = _stored_absolutely(load_config(recipe, settings))
+    run_dir = Path(config.storage) / run_name(config)
+    say(f"run {run_dir}")
+    from mpformer.progress import Follower, follow
+    from mpformer.train.launch import fit
+
+    label = f"{config.name} s{config.train.seed}"
+    with follow([Follower(label, run_dir, config.train.batch_size)], say):
+        summary = fit(config)
+    _tell_mlflow_problem(run_dir)
+    for key, value in summary["metrics"].items():
+        before = summary["untrained_metrics"].get(key)
+        say(f"{key:16} {value:8.2f}" + ("" if before is None else f"   untrained {before:.2f}"))
+    say(f"{run_dir / 'summary.json'}")
+
+
+def ablate(study_file: str, settings: Sequence[str], only: str | None, plan: bool) -> None:
+    """A study's runs, then its table and curves; with `plan`, only what it would do.
+
+    Raises `RunError`, or `InputError` where that is the reason, when runs have failed: after the table.
+    """
+    if plan:
+        say(plan_text(load_study(study_file, settings), only))
+        return
+    study = _load_study(study_file, settings)
+    trials = study.trials(only)
+    say(f"{study.name}: {len(trials)} runs in {study.folder}: {state_text(trials)}")
+    failures = _run_study(study, trials) if not all(trial.finished for trial in trials) else []
+    report(study)
+    for trial in trials:
+        _tell_mlflow_problem(trial.run_dir)
+    for failure in failures:
+        say(f"failed: {failure.trial.label}: {failure.reason}")
+    if failures:
+        kind = InputError if all(failure.bad_input for failure in failures) else RunError
+        first = failures[0]
+        raise kind(f"{len(failures)} of {len(trials)} runs failed, {first.trial.label}: {first.reason}")
+
+
+def _run_study(study: Study, trials: Sequence[Trial]) -> list[Failure]:
+    from mpformer.ablation.tune import run_trials
+    from mpformer.progress import Follower, follow
+    from mpformer.tracking import close_parent, open_parent, prepare_store
+
+    uri = prepare_store(study.base, study.name)
+    parent = open_parent(study.folder, uri, study.name, {"study": study.name}) if uri else None
+    trials = [_tracked_in(trial, uri) for trial in trials]
+    followers = [Follower(trial.label, trial.run_dir, trial.config.train.batch_size) for trial in trials]
+    with follow(followers, say):
+        failures = run_trials(trials, study.folder, study.name, parent)
+    if parent:
+        close_parent(uri, parent, "FAILED" if failures else "FINISHED")
+    return failures
+
+
+def _tracked_in(trial: Trial, uri: str | None) -> Trial:
+    """All runs of a study share one store, which lies beside the study's folder and not in it."""
+    tracking = trial.config.tracking.model_copy(update={"mlflow": uri})
+    return replace(trial, config=trial.config.model_copy(update={"tracking": tracking}))
+
+
+def report(study: Study) -> None:
+    """A study's table and curves, from what its runs have measured so far."""
+    from mpformer.ablation.report import write_report
+
+    text, files = write_report(study)
+    say(f"\n{text}")
+    say("written: " + ", ".join(map(str, files)))
+
+
+def report_file(study_file: str, settings: Sequence[str]) -> None:
+    report(_load_study(study_file, settings))
+
+
+def quickstart(settings: Sequence[str]) -> None:
+    """A generated data set, then the quickstart study on it."""
+    from mpformer.data.synthetic import generate
+
+    here = Path(__file__).resolve().parents[1] / QUICKSTART
+    path = here if here.exists() else Path(QUICKSTART)
+    study = load_study(path, settings)
+    began = time.monotonic()
+    root = Path(study.base.data.root)
+    fresh = generate(root)
+    say(f"data in {root}" + (f", made in {time.monotonic() - began:.0f} s" if fresh else ", as it was"))
+    ablate(str(path), settings, only=None, plan=False)
+
+
+def sync(run: str) -> None:
+    """Bring to MLflow what it could not take while the run went on."""
+    from mpformer.tracking import sync as sync_run
+
+    say(sync_run(Path(run)))
+
+
+def _tell_mlflow_problem(run_dir: Path) -> None:
+    from mpformer.tracking import Link
+
+    link = Link.read(run_dir)
+    if link is not None and link.problem is not None:
+        say(f"MLflow lacks a part of this run ({link.problem}); later: mpformer sync {run_dir}")
+
+
+def _stored_absolutely(config: Config) -> Config:
+    """Workers of Ray stand in folders of their own."""
+    return config.model_copy(update={"storage": str(Path(config.storage).resolve())})
+
+
+def _load_study(path: str | Path, settings: Sequence[str]) -> Study:
+    study = load_study(path, settings)
+    rows = {row: _stored_absolutely(config) for row, config in study.rows.items()}
+    return replace(study, base=_stored_absolutely(study.base), rows=rows)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None:
+    """The figures of a checkpoint on the validation split of its own data, or of `data`."""
+    import torch
+
+    from mpformer.data.catalog import check_same_classes, open_split
+    from mpformer.evaluate.inference import predict_records
+    from mpformer.evaluate.metrics import evaluate_predictions
+    from mpformer.model.weights import load_checkpoint
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, trained = load_checkpoint(checkpoint, device)
+    config = _for_evaluation(trained, checkpoint, data, settings)
+    split = open_split(config.data, "val")
+    check_same_classes(model.classes, split.classes, split.name)
+    chosen = range(len(split.records))[: config.evaluate.limit]
+    say(f"{checkpoint}: {len(chosen)} images of {split.name} on {device}")
+    began, predictions = time.monotonic(), []
+    for prediction in predict_records(model, split, config, chosen, device):
+        predictions.append(prediction)
+        if len(predictions) % max(1, len(chosen) // 10) == 0:
+            say(f"{len(predictions)}/{len(chosen)} images")
+    seconds = time.monotonic() - began
+    for key, value in evaluate_predictions(predictions, split, config.data.task).items():
+        say(f"{key:20} {value:8.2f}")
+    say(f"{'images per second':20} {len(predictions) / seconds:8.2f}")
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    say(f"{'peak memory':20} {kibibytes / 2**20:8.2f} GiB")
+    if device.type == "cuda":
+        say(f"{'peak GPU memory':20} {torch.cuda.max_memory_allocated(device) / 2**30:8.2f} GiB")
+
+
+def _for_evaluation(trained: Config, checkpoint: str, data: str | None, settings: Sequence[str]) -> Config:
+    """A checkpoint's settings with other data: a folder in the layout of its own, or a recipe's `data`."""
+    source = Source(Path(checkpoint), trained.model_dump(mode="json"), {})
+    if data is not None and Path(data).is_dir():
+        source.set(["data", "root"], data, f"--data {data}")
+    elif data is not None:
+        source = source.laid_under(
+            Source(Path(data), {"data": read_recipe(Path(data)).tree.get("data", {})}, {})
+        )
+    return build_config(inline_dataset(source.overridden(settings), Path()))
+
+
+# --- data and settings ----------------------------------------------------------------------------
+
+
+def data_synth(out: str, settings: Sequence[str]) -> None:
+    """Generate a data set; `settings`: train=, val= (images), seed=, size= (pixels), things= (per image)."""
+    from mpformer.data.synthetic import generate
+
+    chosen = {"train": 400, "val": 60, "seed": 0, "size": 128, "things": 5}
+    for text in settings:
+        key, _, value = text.partition("=")
+        if key not in chosen:
+            raise InputError(f"setting '{text}': no such setting here; nearest: {nearest(key, chosen)}")
+        if not value.isdecimal():
+            raise InputError(f"setting '{text}': a whole number is expected")
+        chosen[key] = int(value)
+    images = {split: chosen.pop(split) for split in ("train", "val")}
+    fresh = generate(Path(out), images, **chosen)
+    say(
+        f"{out}: {images['train']} training and {images['val']} validation images"
+        + ("" if fresh else ", as it was")
+    )
+
+
+def show(recipe: str, other: str | None, settings: Sequence[str]) -> None:
+    """The resolved settings of a recipe, or the settings in which two recipes differ."""
+    config = load_config(recipe, settings)
+    if other is None:
+        say(dump_yaml(config).rstrip())
+        return
+    changed = diff(config, load_config(other, settings))
+    width = max(map(len, changed), default=0)
+    for key, (a, b) in changed.items():
+        say(f"{key:{width}}  {show_value(a)} -> {show_value(b)}")
+    if not changed:
+        say("no difference")
+
+
+def doctor() -> None:
+    """What is installed, which devices there are, and which deformable-attention kernel runs here and why."""
+    from mpformer.doctor import lines
+
+    for line in lines():
+        say(line)

@@ -1,0 +1,103 @@
+"""Lines a person can read while runs go on, made from the records that the runs write.
+
+The record is read instead of anything being sent: so the lines are the same for a run in this process, in a
+worker of Ray, in a trial of Ray Tune, or on another machine that writes to the same storage.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from mpformer.record import Point, parts, read_part
+from mpformer.types import RunError
+
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+class Follower:
+    """Follows one run's record from now on; what it held before is not told again."""
+
+    def __init__(self, label: str, run_dir: Path, batch_size: int) -> None:
+        self.label = label
+        self.run_dir = run_dir
+        self.batch_size = batch_size
+        self._told = set(parts(run_dir))
+        self._part: Path | None = None
+        self._offset = 0
+
+    def lines(self) -> list[str]:
+        """One line for each point, and each start, since the last call."""
+        lines = []
+        for part in parts(self.run_dir):
+            if part in self._told:
+                continue
+            if part != self._part:
+                self._told |= {self._part} if self._part else set()
+                self._part, self._offset = part, 0
+            entries, self._offset = read_part(part, self._offset)
+            lines += [text for entry in entries if (text := self._line(entry))]
+        return lines
+
+    def _line(self, entry: Point | int) -> str:
+        if isinstance(entry, int):
+            return f"{self.label}  goes on from step {entry}" if entry else f"{self.label}  starts"
+        total = self._total_steps()
+        values = entry.values
+        texts = [f"{self.label}  step {entry.step}" + (f"/{total}" if total else "")]
+        if (loss := values.get("train/loss")) is not None:
+            texts.append(f"loss {loss:.3f}")
+        if speed := values.get("speed/images_per_second"):
+            texts.append(f"{speed:.1f} images/s")
+            if (wait := values.get("time/data_wait")) is not None:
+                texts.append(f"data wait {100 * wait * speed / self.batch_size:.0f} %")
+            if total:
+                texts.append(f"{_duration((total - entry.step) * self.batch_size / speed)} left")
+        texts += [f"{key} {values[key]:.1f}" for key in ("val/AP", "val/PQ", "val/mIoU") if key in values]
+        return "  ".join(texts)
+
+    def _total_steps(self) -> int | None:
+        path = self.run_dir / "progress.json"
+        return json.loads(path.read_text())["total_steps"] if path.exists() else None
+
+
+@contextmanager
+def follow(followers: Sequence[Follower], tell: Callable[[str], None]) -> Iterator[None]:
+    """While the body runs, tell what the runs' records say, from a thread."""
+    done = threading.Event()
+
+    def look() -> None:
+        for follower in followers:
+            try:
+                for line in follower.lines():
+                    tell(line)
+            except (
+                OSError,
+                ValueError,
+                RunError,
+            ) as error:  # a file just being replaced: the next look has it
+                tell(f"{follower.label}  its record cannot be read just now: {error}")
+
+    def watch() -> None:
+        while not done.wait(SECONDS_BETWEEN_LOOKS):
+            look()
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        look()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes}:{seconds:02d} min"

@@ -1,0 +1,125 @@
+"""The record of a run: `RUN/metrics/0001.jsonl`, `0002.jsonl`, ..., the source of truth.
+
+There is one part per (re)start, one line per point, never appended to by a later start. A part begins with
+the step it was started from; what older parts say about later steps is void, because the run went that way
+again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpformer.types import RunError
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured at one step: `values` by metric key, and when (`time`, milliseconds since 1970)."""
+
+    step: int
+    time: int
+    values: dict[str, float]
+
+
+def read_points(run_dir: Path) -> list[Point]:
+    """The record of a run in the order of its steps, cut where later parts went on from an earlier step.
+
+    A line torn by a kill is left out. Non-finite values come back as NaN. Raises `RunError` for a damaged
+    line.
+    """
+    by_step: dict[int, Point] = {}
+    for part in parts(run_dir):
+        for entry in read_part(part)[0]:
+            if isinstance(entry, int):
+                by_step = {step: point for step, point in by_step.items() if step <= entry}
+            elif (earlier := by_step.get(entry.step)) is not None:
+                by_step[entry.step] = Point(entry.step, entry.time, {**earlier.values, **entry.values})
+            else:
+                by_step[entry.step] = entry
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def read_metrics(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
+    """The record as [(step, {key: value})], steps ascending, each once."""
+    return [(point.step, point.values) for point in read_points(run_dir)]
+
+
+def parts(run_dir: Path) -> list[Path]:
+    """The parts of a run's record, oldest first."""
+    return sorted((Path(run_dir) / "metrics").glob("[0-9]*.jsonl"))
+
+
+def read_part(part: Path, offset: int = 0) -> tuple[list[Point | int], int]:
+    """The entries of a part from byte `offset` on, and the offset after them: first the step that the part
+    was started from, then its points. Raises `RunError` for a damaged line."""
+    with part.open("rb") as file:
+        file.seek(offset)
+        content = file.read()
+    content = content[: content.rfind(b"\n") + 1]  # what follows is being written, or was torn by a kill
+    entries: list[Point | int] = []
+    for line in content.splitlines():
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            shown = line[:40].decode(errors="replace")
+            raise RunError(f"{part}: a damaged line, '{shown}': {error}") from None
+        entries.append(fields["start_step"] if "start_step" in fields else _point(fields))
+    return entries, offset + len(content)
+
+
+def _point(fields: dict[str, Any]) -> Point:
+    step, stamp = fields.pop("step"), fields.pop("time")
+    return Point(step, stamp, {key: math.nan if value is None else value for key, value in fields.items()})
+
+
+class Part:
+    """The part of the record that this start of a run writes."""
+
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        older = parts(run_dir)
+        number = int(older[-1].stem) + 1 if older else 1
+        self.path = Path(run_dir) / "metrics" / f"{number:04d}.jsonl"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("x", encoding="utf-8")
+        except OSError as error:
+            raise self._failed(error) from error
+        self._write({"start_step": start_step, "time": _now()})
+
+    def add(self, step: int, values: Mapping[str, float]) -> Point:
+        """Write one point at once. Raises `RunError` where the disk refuses."""
+        point = Point(step, _now(), {key: float(value) for key, value in values.items()})
+        finite = {key: value if math.isfinite(value) else None for key, value in point.values.items()}
+        self._write({"step": step, "time": point.time, **finite})
+        return point
+
+    def sync(self) -> None:
+        """From here on the points survive a power cut, too."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, fields: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(fields, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> RunError:
+        return RunError(f"{self.path}: cannot be written: {error.strerror}")
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
