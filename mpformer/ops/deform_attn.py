@@ -1,10 +1,18 @@
-"""Multi-scale deformable attention: the public operator, in a plain and a fused form."""
+"""Multi-scale deformable attention: the public operator, in a plain and a fused form.
 
+Both forms are one operator of `torch.library`, `mpformer::ms_deform_attn`, with fake, autograd and autocast
+rules: `torch.compile` sees one node. Which code runs is decided per device in mpformer/ops/kernels.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
+from mpformer.ops.kernels import kernel_for
 from mpformer.ops.reference import Shapes, ms_deform_attn_reference, sampling_from_logits
 
-SpatialShapes = Shapes | Tensor
+SpatialShapes = Sequence[Sequence[int]] | Tensor
 
 
 def ms_deform_attn(
@@ -12,15 +20,19 @@ def ms_deform_attn(
 ) -> Tensor:
     """Multi-scale deformable attention (Deformable DETR, equation 3).
 
-    value [B, S, heads, D]; spatial_shapes a tuple of (H, W) per level (or an integer tensor [levels, 2])
-    with the sum of H * W equal to S; sampling_locations [B, Q, heads, levels, points, 2] as (x, y), 0..1
-    over each map; attention_weights [B, Q, heads, levels, points]. Returns [B, Q, heads * D] in the dtype
-    of `value`. Zero padding, align_corners=False; a NaN value or weight propagates, a NaN or infinite
-    location gives NaN, a finite location outside gives zero. Raises ValueError where the shapes do not fit
-    together.
+    value [B, S, heads, D]; spatial_shapes ((H, W), ...) per level as integers (or as an integer tensor
+    [levels, 2], which costs a device synchronisation), the sum of H * W being S; sampling_locations
+    [B, Q, heads, levels, points, 2] as (x, y), 0..1 over each map; attention_weights
+    [B, Q, heads, levels, points]. Returns [B, Q, heads * D] in the dtype of `value`.
+
+    Zero padding, align_corners=False. A NaN value or weight propagates, a NaN or infinite location gives NaN,
+    a finite location outside gives zero. float32, bfloat16 and float16 are accumulated in float32, float64 in
+    float64; under autocast `value` is cast, locations and weights keep their precision. Raises ValueError
+    where shapes do not fit together, TypeError for a dtype that is not a float.
     """
-    shapes = _shapes(spatial_shapes)
-    return ms_deform_attn_reference(value, shapes, sampling_locations, attention_weights)
+    shapes = _flat_shapes(spatial_shapes)
+    _check(value, shapes, None, sampling_locations, attention_weights)
+    return _operator(value, shapes, None, sampling_locations, attention_weights)
 
 
 def ms_deform_attn_fused(
@@ -30,15 +42,163 @@ def ms_deform_attn_fused(
 
     value [B, S, heads, D]; reference_points [B or 1, Q, levels, 2] as (x, y), 0..1; offsets
     [B, Q, heads, levels, points, 2] in cells of their level; logits [B, Q, heads, levels, points]:
-    location = reference + offset / (W, H), weights = softmax over levels * points. Nothing of these is
-    stored for the backward pass. Returns [B, Q, heads * D] in the dtype of `value`.
+    location = reference + offset / (W, H), weights = softmax over levels * points. Nothing of these is stored
+    for the backward pass. Returns [B, Q, heads * D] in the dtype of `value`. Otherwise as `ms_deform_attn`.
     """
-    shapes = _shapes(spatial_shapes)
-    return ms_deform_attn_reference(
-        value, shapes, *sampling_from_logits(shapes, reference_points, offsets, logits)
-    )
+    shapes = _flat_shapes(spatial_shapes)
+    _check(value, shapes, reference_points, offsets, logits)
+    return _operator(value, shapes, reference_points, offsets, logits)
 
 
-def _shapes(spatial_shapes: SpatialShapes) -> Shapes:
+def _flat_shapes(spatial_shapes: SpatialShapes) -> list[int]:
     pairs = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
-    return tuple((int(h), int(w)) for h, w in pairs)
+    return [int(side) for pair in pairs for side in pair]
+
+
+def _pairs(flat: Sequence[int]) -> Shapes:
+    return tuple(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _check(
+    value: Tensor, shapes: list[int], reference: Tensor | None, points: Tensor, weights: Tensor
+) -> None:
+    first, second = (
+        ("sampling_locations", "attention_weights") if reference is None else ("offsets", "logits")
+    )
+    if value.ndim != 4:
+        raise ValueError(f"value must be [B, S, heads, D], not {list(value.shape)}")
+    if weights.ndim != 5:
+        raise ValueError(f"{second} must be [B, Q, heads, levels, points], not {list(weights.shape)}")
+    batch, queries, heads, levels, _ = weights.shape
+    if points.shape != (*weights.shape, 2):
+        raise ValueError(f"{first} must be {[*weights.shape, 2]} beside {second}, not {list(points.shape)}")
+    if value.shape[0] != batch or value.shape[2] != heads:
+        raise ValueError(
+            f"value has {value.shape[0]} images and {value.shape[2]} heads, {second} {batch} and {heads}"
+        )
+    if len(shapes) != 2 * levels or min(shapes, default=1) < 1:
+        raise ValueError(f"spatial_shapes must be {levels} pairs (H, W) of at least 1, not {shapes}")
+    cells = sum(h * w for h, w in _pairs(shapes))
+    if cells != value.shape[1]:
+        raise ValueError(f"value has {value.shape[1]} rows, spatial_shapes give {cells}")
+    if reference is not None and (
+        reference.ndim != 4
+        or reference.shape[0] not in (1, batch)
+        or reference.shape[1:] != (queries, levels, 2)
+    ):
+        raise ValueError(
+            f"reference_points must be [{batch} or 1, {queries}, {levels}, 2], not {list(reference.shape)}"
+        )
+    tensors = (value, points, weights) if reference is None else (value, points, weights, reference)
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            raise TypeError(f"ms_deform_attn takes float tensors, not {tensor.dtype}")
+        if tensor.device != value.device:
+            raise ValueError(f"ms_deform_attn: value is on {value.device}, another tensor on {tensor.device}")
+
+
+# ---- the operator. `shapes` is flat (H, W, H, W, ...); without `reference`, points are locations and weights
+# are attention weights, with it they are offsets and logits.
+
+
+@torch.library.custom_op("mpformer::ms_deform_attn", mutates_args=())
+def _operator(
+    value: Tensor, shapes: Sequence[int], reference: Tensor | None, points: Tensor, weights: Tensor
+) -> Tensor:
+    batch, queries, heads = weights.shape[:3]
+    if value.numel() == 0 or weights.numel() == 0:
+        return value.new_zeros(batch, queries, heads * value.shape[-1])
+    kernel = kernel_for(value)
+    if kernel is None:
+        return _reference(value, _pairs(shapes), reference, points, weights).contiguous()
+    return kernel.forward(value, _pairs(shapes), reference, points, weights)
+
+
+@_operator.register_fake
+def _(
+    value: Tensor, shapes: Sequence[int], reference: Tensor | None, points: Tensor, weights: Tensor
+) -> Tensor:
+    return value.new_empty(weights.shape[0], weights.shape[1], weights.shape[2] * value.shape[-1])
+
+
+@torch.library.custom_op("mpformer::ms_deform_attn_backward", mutates_args=())
+def _operator_backward(
+    grad: Tensor,
+    value: Tensor,
+    shapes: Sequence[int],
+    reference: Tensor | None,
+    points: Tensor,
+    weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (value, points, weights)
+    if value.numel() == 0 or weights.numel() == 0:
+        grads = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in inputs]
+        return grads[0], grads[1], grads[2]
+    kernel = kernel_for(value)
+    if kernel is not None:
+        return kernel.backward(grad, value, _pairs(shapes), reference, points, weights)
+    with torch.enable_grad():
+        value, points, weights = (t.detach().requires_grad_() for t in inputs)
+        output = _reference(value, _pairs(shapes), reference, points, weights)
+        grads = torch.autograd.grad(output, (value, points, weights), grad)
+    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+
+
+@_operator_backward.register_fake
+def _(
+    grad: Tensor,
+    value: Tensor,
+    shapes: Sequence[int],
+    reference: Tensor | None,
+    points: Tensor,
+    weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return value.new_empty(value.shape), points.new_empty(points.shape), weights.new_empty(weights.shape)
+
+
+def _reference(
+    value: Tensor, shapes: Shapes, reference: Tensor | None, points: Tensor, weights: Tensor
+) -> Tensor:
+    if reference is not None:
+        points, weights = sampling_from_logits(shapes, reference, points, weights)
+    return ms_deform_attn_reference(value, shapes, points, weights)
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    value, ctx.shapes, reference, points, weights = inputs
+    ctx.save_for_backward(value, reference, points, weights)
+
+
+def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    value, reference, points, weights = ctx.saved_tensors
+    grad_value, grad_points, grad_weights = _operator_backward(
+        grad, value, ctx.shapes, reference, points, weights
+    )
+    grad_reference = None
+    if reference is not None and ctx.needs_input_grad[2]:
+        # A reference point moves all points of its level; offsets are in cells, it is in parts of the map.
+        sizes = torch.tensor([(w, h) for h, w in _pairs(ctx.shapes)], dtype=torch.float32, device=grad.device)
+        moved = grad_points.to(torch.promote_types(grad_points.dtype, torch.float32)).sum((2, 4)) * sizes
+        grad_reference = moved.sum_to_size(reference.shape).to(reference.dtype)
+    return grad_value, None, grad_reference, grad_points, grad_weights
+
+
+_operator.register_autograd(_differentiate, setup_context=_save)
+
+
+def _register_autocast(device: str, key: str) -> None:
+    def cast(
+        value: Tensor, shapes: Sequence[int], reference: Tensor | None, points: Tensor, weights: Tensor
+    ) -> Tensor:
+        if value.dtype != torch.float64:
+            value = value.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return _operator(value, shapes, reference, points, weights)
+
+    _LIBRARY.impl("ms_deform_attn", cast, key)
+
+
+# Only the values may lose precision: a location in a half type is off by up to a tenth of a cell or more.
+_LIBRARY = torch.library.Library("mpformer", "FRAGMENT")
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")

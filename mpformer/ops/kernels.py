@@ -1,0 +1,94 @@
+"""Which code runs `ms_deform_attn` on which device: chosen once per process, said loudly if it is slow."""
+
+import os
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mpformer.ops import build
+from mpformer.ops.cpu import Library
+from mpformer.ops.reference import Shapes
+
+SETTING = "MPFORMER_DEFORM_ATTN"
+
+
+class Kernel(Protocol):
+    """A compiled form of the operator; arguments as in mpformer/ops/deform_attn.py, never empty."""
+
+    def forward(
+        self, value: Tensor, shapes: Shapes, reference: Tensor | None, points: Tensor, weights: Tensor
+    ) -> Tensor: ...
+
+    def backward(
+        self,
+        grad: Tensor,
+        value: Tensor,
+        shapes: Shapes,
+        reference: Tensor | None,
+        points: Tensor,
+        weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def kernel_for(value: Tensor) -> Kernel | None:
+    """The compiled kernel for this tensor, None where the reference is to run."""
+    if value.dtype == torch.float64:
+        return None  # the reference is the float64 form
+    return _chosen(value.device.type)
+
+
+@lru_cache
+def _chosen(device: str) -> Kernel | None:
+    kernel, reason = find_kernel(device)
+    if kernel is None and not reference_wanted():
+        warnings.warn(
+            f"ms_deform_attn on {device} runs in plain PyTorch, some 20 to 50 times slower than the compiled "
+            f"kernel, because {reason}. `mpformer doctor` says how to get the compiled one.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return kernel
+
+
+def reference_wanted() -> bool:
+    """Whether the environment variable MPFORMER_DEFORM_ATTN asks for the reference."""
+    setting = os.environ.get(SETTING, "auto")
+    if setting not in ("auto", "reference"):
+        raise ValueError(f"{SETTING} must be auto or reference, not {setting!r}")
+    return setting == "reference"
+
+
+def find_kernel(device: str) -> tuple[Kernel | None, str]:
+    """The kernel for a device type, and in words where it comes from or why there is none."""
+    if reference_wanted():
+        return None, f"{SETTING}=reference asks for it"
+    if device == "cpu":
+        return _cpu_kernel()
+    return None, f"there is no compiled kernel for devices of type {device!r}"
+
+
+@lru_cache
+def _cpu_kernel() -> tuple[Library | None, str]:
+    """The library made at installation if it is of these sources, else the one of the user's cache."""
+    reasons = []
+    for path in sorted(Path(__file__).parent.glob("_deform_attn_cpu*.so")):
+        try:
+            library = Library(str(path))
+        except OSError as error:
+            reasons.append(f"the installed library does not load ({error})")
+            continue
+        if library.source_hash == build.source_hash():
+            return library, f"built at installation: {path}"
+        reasons.append("the installed library is of other sources")
+    try:
+        path = build.cached_library()
+        return Library(str(path)), f"built on first use: {path}"
+    except build.BuildError as error:
+        reasons.append(str(error))
+    except OSError as error:
+        reasons.append(f"the library does not load ({error})")
+    return None, "; ".join(reasons)
