@@ -14,26 +14,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
+from mpformer.config_model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder  # noqa: F401
+from mpformer.section import Count, Fraction, Positive, Section
 from mpformer.types import InputError
 from mpformer.yamlfile import Source, nearest, read_yaml
-
-
-class Section(BaseModel):
-    """A frozen group of settings; an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 def _setting(default: Any, **bounds: Any) -> Any:
     """A setting that does not change what is computed, so it stays out of a run's identity."""
     return Field(default, json_schema_extra={"identity": False}, **bounds)
 
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?|images?)\s*$")
 
@@ -53,99 +45,6 @@ def duration_in_steps(duration: str, images_per_epoch: int, batch_size: int) -> 
     amount, unit = _DURATION.match(duration).groups()
     per_step = {"e": batch_size / max(images_per_epoch, 1), "s": 1.0, "i": batch_size}[unit[0]]
     return max(1, -int(-float(amount) // per_step))
-
-
-# --- model ----------------------------------------------------------------------------------------
-
-
-class Backbone(Section):
-    name: str = "resnet50"
-    """A timm model with `features_only`."""
-    pretrained: str | None = "tv_in1k"
-    """timm's tag of the pretrained weights, a path of a weights file, or null for random weights."""
-    norm: Literal["frozen_bn", "bn", "group_norm"] = "frozen_bn"
-    """Normalisation of a convolutional backbone: frozen statistics (the papers), live ones, or GroupNorm."""
-    frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
-    """How many stages, the stem being the first, get no gradient."""
-
-
-class PixelDecoder(Section):
-    kind: Literal["deformable"] = "deformable"
-    """Multi-scale deformable attention over strides 32, 16, 8, then one FPN step to stride 4."""
-    layers: Annotated[int, Field(ge=0)] = 6
-    channels: Count = 256
-    """Channels of the feature levels; also the decoder's memory and the mask features."""
-    heads: Count = 8
-    points: Count = 4
-    """Sampling points per head and level."""
-    ffn: Count = 1024
-
-
-class Decoder(Section):
-    queries: Count = 100
-    layers: Count = 9
-    heads: Count = 8
-    ffn: Count = 2048
-    dropout: Fraction = 0.0
-
-
-class Noise(Section):
-    kind: Literal["none", "point"] = "point"
-    ratio: Annotated[float, Field(ge=0.0)] = 0.2
-    """Point: at most ratio times the object's area in cells are flipped (MP-Former section 4.3)."""
-
-
-class Pilot(Section):
-    """Mask-piloted training (MP-Former). `queries: 0` is Mask2Former."""
-
-    queries: Annotated[int, Field(ge=0)] = 100
-    """n_q: pilot queries per image; floor(n_q / objects) groups. 0 switches mask piloting off."""
-    layers: Literal["all", "first", "first_three"] | tuple[Count, ...] = "all"
-    """Decoder layers, counted from 1, in which a pilot's attention mask is its noised ground truth."""
-    noise: Noise = Noise()
-    label_noise: Fraction = 0.2
-    """Probability that a pilot is fed another class's embedding (MP-Former section 4.4)."""
-
-    def layer_numbers(self, decoder_layers: int) -> tuple[int, ...]:
-        """The piloted layers, counted from 1, for a decoder of that many layers."""
-        named = {"all": range(1, decoder_layers + 1), "first": (1,), "first_three": (1, 2, 3)}
-        chosen = named[self.layers] if isinstance(self.layers, str) else self.layers
-        return tuple(sorted({i for i in chosen if i <= decoder_layers}))
-
-
-class Loss(Section):
-    class_weight: Annotated[float, Field(ge=0.0)] = 2.0
-    mask_weight: Annotated[float, Field(ge=0.0)] = 5.0
-    dice_weight: Annotated[float, Field(ge=0.0)] = 5.0
-    no_object_weight: Annotated[float, Field(ge=0.0)] = 0.1
-    points: Count | None = 12544
-    """Sampled points per mask in matching and loss; null computes both on full masks."""
-    oversample: Annotated[float, Field(ge=1.0)] = 3.0
-    importance: Fraction = 0.75
-    """Share of the loss points taken where the prediction is least certain (PointRend)."""
-    padding: Literal["counted", "ignored"] = "counted"
-    """Whether points in the padding of a crop count, as in the papers' recipes."""
-
-
-class Model(Section):
-    backbone: Backbone = Backbone()
-    pixel_decoder: PixelDecoder = PixelDecoder()
-    decoder: Decoder = Decoder()
-    pilot: Pilot = Pilot()
-    loss: Loss = Loss()
-
-    @model_validator(mode="after")
-    def _check(self) -> Model:
-        for part, heads in (("pixel_decoder", self.pixel_decoder.heads), ("decoder", self.decoder.heads)):
-            if self.pixel_decoder.channels % heads:
-                raise ValueError(
-                    f"{part}.heads: {self.pixel_decoder.channels} channels do not divide by {heads}"
-                )
-        if self.pixel_decoder.channels % 4:
-            raise ValueError("pixel_decoder.channels: the sine position needs a multiple of 4")
-        if not isinstance(self.pilot.layers, str) and max(self.pilot.layers, default=0) > self.decoder.layers:
-            raise ValueError(f"pilot.layers: the decoder has layers 1 to {self.decoder.layers}")
-        return self
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -360,9 +259,7 @@ def build_config(source: Source) -> Config:
 
 def _explain(error: ValidationError, source: Source) -> str:
     first = error.errors()[0]
-    # pydantic adds the tag of a discriminated union to the location; it is no key of the file
-    keys = [str(k) for k in first["loc"]]
-    keys = [k for i, k in enumerate(keys) if not (i and keys[i - 1] == "schedule" and k in ("step", "poly"))]
+    keys = _written_keys(first["loc"], source.tree)
     key = ".".join(keys)
     place = source.place(keys)
     if first["type"] == "extra_forbidden":
@@ -372,6 +269,21 @@ def _explain(error: ValidationError, source: Source) -> str:
     given = first.get("input")
     shown = "" if isinstance(given, BaseModel | dict) else f" (given: {given!r})"
     return f"{place}: {key + ': ' if key else ''}{message}{shown}"
+
+
+def _written_keys(location: Sequence[int | str], tree: Any) -> list[str]:
+    """The keys of a pydantic location as they stand in the file, without the tags of its unions."""
+    keys = []
+    for i, part in enumerate(location):
+        inside = isinstance(tree, Mapping)
+        if inside and part not in tree and (isinstance(part, int) or i + 1 < len(location)):
+            continue
+        keys.append(str(part))
+        if inside or (isinstance(tree, Sequence) and isinstance(part, int) and part < len(tree)):
+            tree = tree.get(part) if inside else tree[part]
+        else:
+            tree = None
+    return keys
 
 
 # --- comparing ------------------------------------------------------------------------------------

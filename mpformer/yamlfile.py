@@ -56,6 +56,8 @@ class Source:
             if not isinstance(node.get(key), dict):
                 node[key] = {}
             node = node[key]
+        if keys[-1] == "kind" and node.get("kind", value) != value:
+            node.clear()  # another kind has settings of its own, as in `merge`
         node[keys[-1]] = value
         self.places[".".join(keys)] = place
 
