@@ -48,6 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     command("sync", "bring to MLflow what it could not take", "RUN")
     evaluate = command("evaluate", "AP / PQ / mIoU, images/s, peak memory", "CHECKPOINT")
     evaluate.add_argument("--data", metavar="D", help="a data folder, or a recipe to take the data of")
+    predict = command("predict", "overlay PNG and COCO-style JSON of image files or folders", "CHECKPOINT")
+    predict.add_argument("images", metavar="IMAGE", nargs="+")
+    predict.add_argument("--out", metavar="DIR", required=True)
     data = command("data", "data sets").add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     synth = data.add_parser("synth", help=SYNTH, description=SYNTH)
     synth.add_argument("out", metavar="OUT")
@@ -86,6 +89,8 @@ def _run(arguments: argparse.Namespace) -> None:
             commands.sync(arguments.run)
         case "evaluate":
             commands.evaluate(arguments.checkpoint, arguments.data, arguments.settings)
+        case "predict":
+            commands.predict(arguments.checkpoint, arguments.images, arguments.out, arguments.settings)
         case "data":
             commands.data_synth(arguments.out, arguments.settings)
         case "doctor":

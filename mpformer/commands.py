@@ -188,6 +188,19 @@ def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
         say(f"{'peak GPU memory':20} {torch.cuda.max_memory_allocated(device) / 2**30:8.2f} GiB")
 
 
+def predict(checkpoint: str, images: Sequence[str], out: str, settings: Sequence[str]) -> None:
+    """Segment image files, or all images of folders, into overlays and COCO-style JSON."""
+    import torch
+
+    from mpformer.evaluate.files import predict_files
+    from mpformer.model.weights import load_checkpoint
+
+    model, trained = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    config = _for_evaluation(trained, checkpoint, None, settings)
+    pictures = predict_files(model, images, out, config, report=say)
+    say(f"{len(pictures)} pictures and predictions.json in {out}")
+
+
 def _for_evaluation(trained: Config, checkpoint: str, data: str | None, settings: Sequence[str]) -> Config:
     """A checkpoint's settings with other data: a folder in the layout of its own, or a recipe's `data`."""
     source = Source(Path(checkpoint), trained.model_dump(mode="json"), {})

@@ -1,0 +1,31 @@
+# Each target sets up .venv by itself, once; all it needs is Python 3.11 to 3.13 and PyPI.
+#   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu    takes the small CPU build of torch
+PYTHON ?= python3
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test test-fast lint
+
+quickstart: $(READY)
+	$(BIN)/mpformer quickstart
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-fast: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+$(READY): pyproject.toml constraints.txt $(wildcard setup.py)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "mpformer needs Python 3.11 to 3.13: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) --editable '.[dev]'
+	@touch $@
