@@ -1,4 +1,7 @@
-"""Samples as flat Arrow columns between processes, and their collation into a `Batch`."""
+"""Samples as flat Arrow columns of bytes and numbers: what travels between processes.
+
+Loads no torch: the processes that make samples start twice as fast without it.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from mpformer.data.images import PIXEL_MEAN
 from mpformer.data.samples import Sample
-from mpformer.types import Batch, InputError, Target
+from mpformer.types import InputError
 
 _SCHEMA = pa.schema(
     [
@@ -93,38 +94,3 @@ def from_table(table: pa.Table) -> list[Sample]:
             )
         )
     return samples
-
-
-def collate(samples: Sequence[Sample], canvas: tuple[int, int]) -> Batch:
-    """A batch of samples on a canvas (height, width): images padded with `PIXEL_MEAN`, masks bool.
-
-    Empty `samples` make an empty batch.
-    """
-    height, width = canvas
-    images = np.empty((len(samples), 3, height, width), np.uint8)
-    for out, sample in zip(images, samples):
-        h, w = sample.image.shape[1:]
-        out[:, :h, :w] = sample.image
-        for plane, mean in zip(out, PIXEL_MEAN):
-            plane[h:] = mean
-            plane[:h, w:] = mean
-    return Batch(
-        images=torch.from_numpy(images),
-        targets=tuple(_target(s, canvas) for s in samples),
-        valid_sizes=tuple((s.image.shape[1], s.image.shape[2]) for s in samples),
-        image_ids=tuple(s.image_id for s in samples),
-        positions=tuple(s.position for s in samples),
-        skipped=tuple(s.skipped for s in samples if s.skipped),
-    )
-
-
-def _target(sample: Sample, canvas: tuple[int, int]) -> Target:
-    masks = np.zeros((len(sample.labels), *canvas), bool)
-    packed = np.frombuffer(sample.bits, np.uint8)
-    offset = 0
-    for out, (x, y, width, height) in zip(masks, sample.boxes.tolist()):
-        end = offset + -(-width * height // 8)
-        pixels = np.unpackbits(packed[offset:end], count=width * height)
-        out[y : y + height, x : x + width] = pixels.reshape(height, width).view(bool)
-        offset = end
-    return Target(torch.from_numpy(sample.labels.astype(np.int64)), torch.from_numpy(masks))

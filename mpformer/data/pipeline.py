@@ -1,19 +1,35 @@
 """Batches of a run: who makes the samples is a setting, what they are is not.
 
-Step s of a run with global batch B takes the positions s·B to (s+1)·B - 1 of the sample stream (`samples`),
-and rank r of `world` workers the r-th slice of them. A batch is therefore known by (seed, step, rank, world)
-alone: resuming, or going on with another number of workers, is asking for other positions.
+Step s of a run with global batch B takes the positions s·B to (s+1)·B - 1 of the sample stream (see
+`mpformer.data.samples`), and rank r of `world` workers the r-th slice of them. A batch is therefore known by
+(seed, step, rank, world) alone: to resume, or to go on with another number of workers, is to ask for other
+positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data.collate_fn import ArrowBatchCollateFn
 
 from mpformer.config import Data
 from mpformer.data.catalog import Catalog
-from mpformer.data.packing import collate
-from mpformer.data.samples import make_sample
-from mpformer.types import Batch
+from mpformer.data.packing import from_table, to_table
+from mpformer.data.samples import Sample, make_sample
+from mpformer.types import Batch, InputError, RunError
+
+_BLOCK_BYTES = 64 << 20
+"""Samples of one Ray Data block together: below some 30 MB the cost per block shows in the throughput."""
+_BLOCKS_PER_EXECUTION = 256
+"""Rows of a Ray Data execution lie in the object store from its start, so a long run is cut into several."""
+_TASK_CPUS = 0.1
+"""What a data task claims where CPUs are scarce; see `_task_options`."""
 
 
 def rank_positions(step: int, batch_size: int, rank: int, world: int) -> range:
@@ -24,7 +40,7 @@ def rank_positions(step: int, batch_size: int, rank: int, world: int) -> range:
 
 def train_batches(
     data: Data,
-    catalog: Catalog,
+    catalog: Catalog | ray.ObjectRef,
     *,
     seed: int,
     batch_size: int,
@@ -36,13 +52,118 @@ def train_batches(
     """This rank's slice of the global batch of `batch_size` images, for each step from `start_step` on.
 
     The same batches bit for bit from each `data.loader`. A bad sample raises `InputError` at its step, or is
-    replaced (`data.on_bad_sample`).
+    replaced (`data.on_bad_sample`). Given as an object reference, the catalog is shared by all workers.
     """
-    loaders = {"inline": _inline}
-    steps = (rank_positions(step, batch_size, rank, world) for step in range(start_step, stop_step))
-    return loaders[data.loader](data, catalog, seed, steps)
+    steps = [rank_positions(step, batch_size, rank, world) for step in range(start_step, stop_step)]
+    if data.loader == "ray" and any(steps):
+        return _ray(data, catalog, seed, steps, world)
+    return _inline(data, catalog if isinstance(catalog, Catalog) else ray.get(catalog), seed, steps)
 
 
-def _inline(data: Data, catalog: Catalog, seed: int, steps: Iterator[range]) -> Iterator[Batch]:
+def _inline(data: Data, catalog: Catalog, seed: int, steps: Sequence[range]) -> Iterator[Batch]:
+    from mpformer.data.collate import collate
+
     for positions in steps:
         yield collate([make_sample(catalog, data, seed, p) for p in positions], data.augment.size)
+
+
+# --- Ray Data -------------------------------------------------------------------------------------
+
+
+def _ray(
+    data: Data, catalog: Catalog | ray.ObjectRef, seed: int, steps: Sequence[range], world: int
+) -> Iterator[Batch]:
+    """Batches from a Ray Data stream of this rank's positions, decoded and augmented by tasks anywhere.
+
+    Each rank runs a stream of its own rows in their order: `streaming_split` would deal out whole blocks.
+    """
+    shared = ray.put(catalog) if isinstance(catalog, Catalog) else catalog
+    local = len(steps[0])  # the same for every step
+    height, width = data.augment.size
+    block_rows = min(64, max(4, _BLOCK_BYTES // (3 * height * width)))
+    chunk = max(1, block_rows * _BLOCKS_PER_EXECUTION // local)
+    for first in range(0, len(steps), chunk):
+        wanted = steps[first : first + chunk]
+        stream = _dataset(data, shared, seed, np.concatenate(wanted), block_rows, world)
+        batches = stream.iter_torch_batches(
+            batch_size=local, collate_fn=_Collate(data.augment.size), prefetch_batches=data.prefetch
+        )
+        for positions, batch in zip(wanted, batches, strict=True):
+            if isinstance(batch, InputError):
+                raise batch
+            if batch.positions != tuple(positions):
+                raise RunError(f"Ray Data delivered positions {batch.positions}, expected {tuple(positions)}")
+            yield batch
+
+
+def _dataset(
+    data: Data,
+    catalog: ray.ObjectRef,
+    seed: int,
+    positions: np.ndarray,
+    block_rows: int,
+    world: int,
+) -> ray.data.Dataset:
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    # one output block per task: a task that waits for its consumer between two blocks would keep its CPU,
+    # which another rank may need to fill the batch that both are waiting for
+    context.target_max_block_size = 1 << 30
+    context.enable_progress_bars = False
+    blocks = [
+        pa.table({"position": positions[i : i + block_rows]}) for i in range(0, len(positions), block_rows)
+    ]
+    with ray.data.DataContext.current(context):
+        return ray.data.from_arrow(blocks).map_batches(
+            _make_block,
+            fn_args=(data, catalog, seed),
+            batch_size=None,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            **_task_options(world),
+        )
+
+
+def _task_options(world: int) -> dict[str, Any]:
+    """Resources of a data task.
+
+    A cluster with CPUs to spare gets tasks of one CPU, so that Ray's own accounting keeps all runs within it.
+    On a small one the training workers may leave less than one CPU, and a task of one CPU would never start:
+    there a task claims next to nothing and the number of tasks is bounded instead.
+    """
+    cpus = ray.cluster_resources().get("CPU", 1.0)
+    if cpus >= 4 * world:
+        return {"num_cpus": 1}
+    tasks = ray.data.TaskPoolStrategy(size=max(1, int(cpus / world)))
+    return {"num_cpus": _TASK_CPUS, "compute": tasks}
+
+
+def _make_block(block: pa.Table, data: Data, catalog: ray.ObjectRef, seed: int) -> pa.Table:
+    made = _resolved(catalog)
+    rows: list[Sample | tuple[int, InputError]] = []
+    for position in block["position"].to_pylist():
+        try:
+            rows.append(make_sample(made, data, seed, position))
+        except InputError as error:  # travels with its row, to be raised at its step
+            rows.append((position, error))
+    return to_table(rows)
+
+
+@functools.lru_cache(maxsize=2)
+def _resolved(catalog: ray.ObjectRef) -> Catalog:
+    """The catalog in this process, its arrays in shared memory."""
+    return ray.get(catalog)
+
+
+class _Collate(ArrowBatchCollateFn):
+    def __init__(self, canvas: tuple[int, int]) -> None:
+        from mpformer.data.collate import collate
+
+        self.canvas = canvas
+        self.collate = collate
+
+    def __call__(self, batch: pa.Table) -> Batch | InputError:
+        try:
+            return self.collate(from_table(batch), self.canvas)
+        except InputError as error:  # prefetching runs ahead: the consumer raises it when its step has come
+            return error

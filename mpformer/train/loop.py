@@ -177,7 +177,7 @@ class _Run:
     def _batches(self, start: int) -> Iterator[tuple[int, Batch]]:
         stream = train_batches(
             self.config.data,
-            self.train_split,
+            self.job.train,
             seed=self.config.train.seed,
             batch_size=self.config.train.batch_size,
             start_step=start,
