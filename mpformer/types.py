@@ -189,11 +189,13 @@ class Pilots:
     """The mask-piloted part's input (MP-Former section 4): what is fed, and what it has to reconstruct."""
 
     labels: torch.Tensor
-    """[B,P] int64: classes whose embeddings are fed as queries, label noise applied; 0 in padding slots."""
+    """[B,P] int64: classes whose embeddings are fed as queries, label noise applied; -1, a zero query, in
+    padding slots."""
     objects: torch.Tensor
     """[B,P] int64: the object of its image that a slot has to reconstruct; 0 in padding slots."""
     groups: torch.Tensor
-    """[B,P] int64: the slot's group within its image; -1 for padding."""
+    """[B,P] int64: the slot's group within its image; -1 for padding. Padding slots of a group 0 or more are
+    seen by it and trained as no-object (released flavour)."""
     counts: tuple[int, ...]
     """Slots in use per image: the first `counts[b]` of row b; the rest is padding."""
     attention_masks: tuple[torch.Tensor | None, ...]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mpformer.config import Backbone as BackboneConfig
+from mpformer.config_model import Backbone as BackboneConfig
 from mpformer.types import InputError
 from mpformer.yamlfile import nearest
 

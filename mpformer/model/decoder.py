@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mpformer.config import Decoder as DecoderConfig
+from mpformer.config_model import Decoder as DecoderConfig
+from mpformer.config_model import Pilot as PilotConfig
 from mpformer.model.attention import Attention
 from mpformer.model.position import sine_position
 from mpformer.types import Head, Output, Pilots
 
 LEVELS = 3
-"""Memories, coarse to fine (strides 32, 16, 8); layer i reads memory (i - 1) modulo 3 (round robin)."""
+"""Memories, coarse to fine: strides 32, 16, 8."""
 
 
 class DecoderLayer(nn.Module):
@@ -38,13 +39,14 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        query_position: Tensor,
+        query_position: Tensor | float,
         memory: Tensor,
         memory_position: Tensor,
         may_look: Tensor,
         may_talk: Tensor | None,
     ) -> Tensor:
-        """x and query_position [B,Q+P,C]; memory [B,h*w,C]; may_look [B,Q+P,h*w]; may_talk [B,Q+P,Q+P]."""
+        """x [B,Q+P,C], query_position [1,Q+P,C] or 0; memory [B,h*w,C]; may_look [B,Q+P,h*w]; may_talk
+        [B,Q+P,Q+P] or None for everyone."""
         looked = self.cross_attn(x + query_position, memory + memory_position, memory, may_look)
         x = self.cross_norm(x + self.dropout(looked))
         placed = x + query_position
@@ -67,17 +69,19 @@ class MaskMLP(nn.Module):
 
 
 class MaskedDecoder(nn.Module):
-    """Learnable queries refined by masked attention, round robin over the memories (Mask2Former section 3.2).
+    """Learnable queries refined by masked attention to one memory after the other (Mask2Former section 3.2).
 
-    `piloted`: whether class embeddings for pilots exist.
+    `query_embed` is None where queries have no positions, `pilot_embed` (class embeddings) where there is no
+    mask piloting.
     """
 
-    def __init__(self, config: DecoderConfig, channels: int, classes: int, piloted: bool) -> None:
+    def __init__(self, config: DecoderConfig, pilot: PilotConfig, channels: int, classes: int) -> None:
         super().__init__()
+        self.levels = config.levels()
         self.query_feat = nn.Embedding(config.queries, channels)
-        self.query_embed = nn.Embedding(config.queries, channels)
+        self.query_embed = nn.Embedding(config.queries, channels) if pilot.rules().query_positions else None
         self.level_embed = nn.Embedding(LEVELS, channels)
-        self.pilot_embed = nn.Embedding(classes, channels) if piloted else None
+        self.pilot_embed = nn.Embedding(classes, channels) if pilot.queries else None
         self.layers = nn.ModuleList(DecoderLayer(config, channels) for _ in range(config.layers))
         self.norm = nn.LayerNorm(channels)
         self.class_embed = nn.Linear(channels, classes + 1)
@@ -95,17 +99,18 @@ class MaskedDecoder(nn.Module):
         queries = self.query_feat.num_embeddings
         flat, positions, sizes = self._flatten(memories)
         x = self.query_feat.weight.expand(batch, -1, -1)
-        query_position = self.query_embed.weight.expand(batch, -1, -1)
+        query_position = 0.0 if self.query_embed is None else self.query_embed.weight[None]
         may_talk = None
         if pilots is not None:
-            # the paper gives pilots no query position
-            x = torch.cat((x, self.pilot_embed(pilots.labels)), dim=1)
-            query_position = F.pad(query_position, (0, 0, 0, pilots.labels.shape[1]))
+            embedded = self.pilot_embed(pilots.labels.clamp(min=0))
+            x = torch.cat((x, embedded * (pilots.labels >= 0)[:, :, None]), dim=1)
+            if self.query_embed is not None:
+                # the paper is silent on the positions of pilots: none
+                query_position = F.pad(query_position, (0, 0, 0, pilots.labels.shape[1]))
             may_talk = _self_attention_rule(queries, pilots)
 
         heads = []
-        for index, layer in enumerate(self.layers):
-            level = index % LEVELS
+        for index, (layer, level) in enumerate(zip(self.layers, self.levels)):
             class_logits, mask_logits = self._predict(x, mask_features, classify=all_heads)
             if all_heads:
                 heads.append(Head(class_logits, mask_logits))

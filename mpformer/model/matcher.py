@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpformer.config import Loss as LossConfig
+from mpformer.config_model import Loss as LossConfig
 from mpformer.model.points import cell_centers, inside, sample
 from mpformer.model.streams import SampleRandom
-from mpformer.types import Head, RunError, Target
+from mpformer.types import Head, Pilots, RunError, Target
 
 
 class NonFiniteError(RunError):
@@ -33,7 +34,7 @@ def match(
     head: Head,
     targets: Sequence[Target],
     config: LossConfig,
-    streams: SampleRandom,
+    draws: SampleRandom,
     valid_sizes: Sequence[tuple[int, int]],
     image_ids: Sequence[str],
 ) -> list[Match]:
@@ -45,7 +46,7 @@ def match(
     """
     matches = []
     for b, target in enumerate(targets):
-        cost = _cost(head, b, target, config, streams, valid_sizes[b]).cpu()
+        cost = _cost(head, b, target, config, draws, valid_sizes[b]).cpu()
         if not torch.isfinite(cost).all():
             raise NonFiniteError(f"matching: a cost of image {image_ids[b]} is not finite")
         queries, objects = linear_sum_assignment(cost.numpy())
@@ -53,12 +54,41 @@ def match(
     return matches
 
 
+@torch.no_grad()
+def match_pilots(
+    head: Head,
+    pilots: Pilots,
+    targets: Sequence[Target],
+    config: LossConfig,
+    draws: SampleRandom,
+    valid_sizes: Sequence[tuple[int, int]],
+    image_ids: Sequence[str],
+) -> Tensor:
+    """The object of each pilot slot when each group is matched to its own objects, [B,P] int64.
+
+    MP-Former Table 9, "match". Raises `NonFiniteError` as `match` does.
+    """
+    matched = pilots.objects.clone()
+    for b, (target, count) in enumerate(zip(targets, pilots.counts)):
+        if count == 0:
+            continue
+        per_group = min(len(target.labels), count)
+        cost = _cost(head, b, target, config, draws, valid_sizes[b])[:count]
+        cost = cost.gather(1, pilots.objects[b, :per_group].expand(count, -1)).cpu()
+        if not torch.isfinite(cost).all():
+            raise NonFiniteError(f"matching of pilots: a cost of image {image_ids[b]} is not finite")
+        chosen = [linear_sum_assignment(group.numpy())[1] for group in cost.split(per_group)]
+        order = torch.from_numpy(np.concatenate(chosen)).to(matched.device)
+        matched[b, :count] = pilots.objects[b, :per_group][order]
+    return matched
+
+
 def _cost(
     head: Head,
     b: int,
     target: Target,
     config: LossConfig,
-    streams: SampleRandom,
+    draws: SampleRandom,
     valid_size: tuple[int, int],
 ) -> Tensor:
     """[Q,N] float32."""
@@ -67,12 +97,10 @@ def _cost(
     if config.points is None:
         points = cell_centers(*logits.shape[1:], logits.device)
     else:
-        points = streams.uniform(b, config.points, 2)
+        points = draws.uniform(b, config.points, 2)
     predicted = sample(logits, points.expand(len(logits), -1, -1))
     wanted = sample(target.masks.float(), points.expand(len(target.masks), -1, -1))
-    counted = None
-    if config.padding == "ignored":
-        counted = inside(points, valid_size, size).float()
+    counted = inside(points, valid_size, size).float() if config.padding == "ignored" else None
     class_cost = -head.class_logits[b].float().softmax(-1)[:, target.labels]
     return (
         config.class_weight * class_cost

@@ -1,4 +1,9 @@
-"""Noise on the ground-truth masks that pilots are given (MP-Former section 4.3)."""
+"""Noise on the ground-truth masks and labels that pilots are given (MP-Former sections 4.3 and 4.4).
+
+Masks are [N,h,w] bool at a layer's own level; distances and areas count its cells. Random numbers come in
+as arguments, uniform in [0, 1), so every function here is deterministic. What the released code does
+differently stands in functions of its own, named `released_*`.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +14,13 @@ from torch import Tensor
 def point_noise(masks: Tensor, ratio: float, scores: Tensor, amounts: Tensor) -> Tensor:
     """Flip up to ratio * area cells of each mask, anywhere on the map.
 
-    masks [N,S] bool, flattened; scores [N,S] and amounts [N] uniform in [0, 1). The number of flipped cells
-    is uniform on 0..floor(ratio * area) and the cells are distinct, every choice equally likely.
-    Returns [N,S] bool.
+    scores [N,h*w], amounts [N]. The number of flipped cells is uniform on 0..floor(ratio * area) and the
+    cells are distinct, every choice equally likely. Returns [N,h,w] bool.
     """
     if masks.shape[0] == 0 or ratio == 0:
         return masks
-    cells = masks.shape[1]
-    area = masks.sum(dim=1)
+    cells = scores.shape[1]
+    area = masks.flatten(1).sum(dim=1)
     most = (ratio * area).floor().clamp(max=cells)
     count = (amounts * (most + 1)).floor().clamp(max=most).long()
     # the cells with the `count` smallest scores: scores are looked up in order only as far as can be needed
@@ -24,16 +28,127 @@ def point_noise(masks: Tensor, ratio: float, scores: Tensor, amounts: Tensor) ->
     order = scores.topk(longest, dim=1, largest=False).values
     beyond = torch.full_like(order[:, :1], float("inf"))
     first_kept = torch.cat((order, beyond), dim=1).gather(1, count[:, None])
-    return masks ^ (scores < first_kept)
+    return masks ^ (scores < first_kept).view_as(masks)
+
+
+def released_point_noise(masks: Tensor, ratio: float, scores: Tensor) -> Tensor:
+    """Flip each cell by itself with probability ratio * area / cells; scores [N,h*w]."""
+    probability = ratio * masks.flatten(1).sum(dim=1, keepdim=True) / scores.shape[1]
+    return masks ^ (scores < probability).view_as(masks)
+
+
+def shift_noise(masks: Tensor, ratio: float, amounts: Tensor) -> Tensor:
+    """Move each object by up to ratio * half the size of its box, rounded to cells; amounts [N,2] for x, y.
+
+    The move is cut short where the object would leave the map, so no cell of it is lost.
+    """
+    x0, y0, x1, y1 = mask_boxes(masks).unbind(1)
+    height, width = masks.shape[1:]
+    reach = ratio * torch.stack((x1 - x0, y1 - y0), dim=1) / 2
+    move = ((2 * amounts - 1) * reach).round().long()
+    move_x = torch.minimum(torch.maximum(move[:, 0], -x0), width - x1)
+    move_y = torch.minimum(torch.maximum(move[:, 1], -y0), height - y1)
+    rows = torch.arange(height, device=masks.device) - move_y[:, None]
+    columns = torch.arange(width, device=masks.device) - move_x[:, None]
+    return _read(masks, rows, columns)
+
+
+def scale_noise(masks: Tensor, ratio: float, amounts: Tensor) -> Tensor:
+    """Scale each object about the centre of its box, by a factor uniform in 1 - ratio..1 + ratio.
+
+    amounts [N].
+    """
+    x0, y0, x1, y1 = mask_boxes(masks).unbind(1)
+    factor = (1 + ratio * (2 * amounts - 1))[:, None]
+
+    def source(count: int, start: Tensor, end: Tensor) -> Tensor:
+        center = ((start + end) / 2)[:, None]
+        positions = torch.arange(count, device=masks.device) + 0.5
+        return (center + (positions - center) / factor).floor().long()
+
+    height, width = masks.shape[1:]
+    return _read(masks, source(height, y0, y1), source(width, x0, x1))
+
+
+def released_shift_noise(masks: Tensor, ratio: float, boxes: Tensor, amounts: Tensor) -> Tensor:
+    """The released code's shift: rows move by the box's width, columns by its height.
+
+    boxes [N,4] as (centre x, centre y, width, height) in 0..1, amounts [N,2]. Cells that leave the map pile
+    up at its border.
+    """
+    height, width = masks.shape[1:]
+    move = (2 * amounts - 1) * ratio * boxes[:, 2:] / 2 * width
+    rows = torch.arange(height, device=masks.device) + move[:, :1]
+    columns = torch.arange(width, device=masks.device) + move[:, 1:]
+    return _write(masks, rows, columns, (height, width))
+
+
+def released_scale_noise(masks: Tensor, ratio: float, boxes: Tensor, decisions: Tensor) -> Tensor:
+    """The released code's scale: half of the objects are enlarged by 1 + ratio, centre x and y swapped.
+
+    boxes [N,4] as in `released_shift_noise`; decisions [N]. Cells that leave the map pile up at its border.
+    """
+    height, width = masks.shape[1:]
+    tall, wide = int(height * (1 + ratio)) + 1, int(width * (1 + ratio)) + 1
+    from_row = torch.arange(tall, device=masks.device) * height // tall
+    from_column = torch.arange(wide, device=masks.device) * width // wide
+    enlarged = masks[:, from_row][:, :, from_column]
+    back_y = ((height - tall) * boxes[:, :1]).trunc()
+    back_x = ((width - wide) * boxes[:, 1:2]).trunc()
+    rows = torch.arange(tall, device=masks.device) + back_y
+    columns = torch.arange(wide, device=masks.device) + back_x
+    placed = _write(enlarged, rows, columns, (height, width))
+    return torch.where(decisions[:, None, None] > 0.5, placed, masks)
 
 
 def label_noise(labels: Tensor, classes: int, ratio: float, decisions: Tensor, choices: Tensor) -> Tensor:
     """Replace labels by another class with probability `ratio` (MP-Former section 4.4).
 
-    labels int64 of any shape; decisions and choices of its shape, uniform in [0, 1). The new class is never
-    the old one; a data set of one class has no other and stays as it is.
+    labels int64 of any shape; decisions and choices of its shape. The new class is never the old one; a
+    data set of one class has no other and stays as it is.
     """
     if classes == 1:
         return labels
     other = (labels + 1 + (choices * (classes - 1)).long().clamp(max=classes - 2)) % classes
     return torch.where(decisions < ratio, other, labels)
+
+
+def released_label_noise(
+    labels: Tensor, classes: int, ratio: float, decisions: Tensor, choices: Tensor
+) -> Tensor:
+    """Replace labels by any class, the old one included, with probability `ratio`."""
+    return torch.where(decisions < ratio, (choices * classes).long().clamp(max=classes - 1), labels)
+
+
+def mask_boxes(masks: Tensor) -> Tensor:
+    """[N,4] int64 (x0, y0, x1, y1), ends exclusive; zeros for an empty mask."""
+
+    def extent(occupied: Tensor) -> tuple[Tensor, Tensor]:
+        count = occupied.shape[1]
+        first = occupied.int().argmax(dim=1)
+        end = count - occupied.flip(1).int().argmax(dim=1)
+        some = occupied.any(dim=1)
+        return first * some, end * some
+
+    (x0, x1), (y0, y1) = extent(masks.any(dim=1)), extent(masks.any(dim=2))
+    return torch.stack((x0, y0, x1, y1), dim=1)
+
+
+def _read(masks: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Each output cell (i, j) of mask n takes its cell (rows[n, i], columns[n, j]); off the map is off."""
+    height, width = masks.shape[1:]
+    number = torch.arange(len(masks), device=masks.device)[:, None, None]
+    there = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    cells = masks[number, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]]
+    return cells & there
+
+
+def _write(masks: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, int]) -> Tensor:
+    """Each cell (i, j) of mask n turns (rows[n, i], columns[n, j]) on, clamped to the map, rounded down."""
+    height, width = size
+    row = rows.clamp(0, height - 1).long()[:, :, None].expand_as(masks)
+    column = columns.clamp(0, width - 1).long()[:, None, :].expand_as(masks)
+    counts = torch.zeros(len(masks), height * width, device=masks.device)
+    return (
+        counts.scatter_add(1, (row * width + column).flatten(1), masks.flatten(1).float()).view(-1, *size) > 0
+    )

@@ -23,6 +23,11 @@ def sine_position(h: int, w: int, channels: int, device: torch.device, dtype: to
 @functools.lru_cache(maxsize=64)
 def _table(h: int, w: int, channels: int, device: str) -> Tensor:
     # computed once per size: the position does not depend on the image
+    with torch.inference_mode(False):  # a table made during inference must serve training, too
+        return _compute(h, w, channels, device)
+
+
+def _compute(h: int, w: int, channels: int, device: str) -> Tensor:
     half = channels // 2
     index = torch.arange(half, dtype=torch.float32, device=device)
     frequency = _TEMPERATURE ** (2 * torch.div(index, 2, rounding_mode="floor") / half)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mpformer.config import Model as ModelConfig
+from mpformer.config_model import Model as ModelConfig
 from mpformer.model.backbone import Backbone
 from mpformer.model.decoder import MaskedDecoder
 from mpformer.model.pixel_decoder import DeformablePixelDecoder
@@ -26,7 +26,7 @@ class Segmenter(nn.Module):
         self.backbone = Backbone(config.backbone)
         self.pixel_decoder = DeformablePixelDecoder(config.pixel_decoder, self.backbone.channels)
         self.decoder = MaskedDecoder(
-            config.decoder, config.pixel_decoder.channels, len(classes), piloted=config.pilot.queries > 0
+            config.decoder, config.pilot, config.pixel_decoder.channels, len(classes)
         )
         for name, values in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)

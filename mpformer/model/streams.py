@@ -1,7 +1,8 @@
-"""Random numbers of a training step: one stream per image, keyed by seed and position in the run.
+"""Random numbers of a training step: one stream per image, keyed by seed, purpose and position in the run.
 
 Sampled points and pilot noise of an image are therefore the same whatever worker, micro-batch or restart
-it meets, so a run does not depend on how its global batch is dealt out.
+it meets, so a run does not depend on how its global batch is dealt out. Pilots have streams of their own:
+switching them on or off, or their noise, leaves the matching part's points as they were.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from torch import Tensor
 
 
 class SampleRandom:
-    """The random streams of the images of one micro-batch."""
+    """The random streams of the images of one micro-batch, for one purpose ('matching', 'pilots')."""
 
-    def __init__(self, seed: int, positions: Sequence[int], device: torch.device) -> None:
-        self._device = device
-        self._streams = [torch.Generator(device).manual_seed(_key(seed, p)) for p in positions]
+    def __init__(self, seed: int, purpose: str, positions: Sequence[int], device: torch.device) -> None:
+        self.device = device
+        self._streams = [torch.Generator(device).manual_seed(_key(seed, purpose, p)) for p in positions]
 
     def uniform(self, image: int, *shape: int) -> Tensor:
         """float32 in [0, 1) from the stream of the image-th image."""
-        return torch.rand(shape, generator=self._streams[image], device=self._device)
+        return torch.rand(shape, generator=self._streams[image], device=self.device)
 
     def permutation(self, image: int, count: int) -> Tensor:
         """A random order of 0..count-1, int64 [count]."""
-        return torch.randperm(count, generator=self._streams[image], device=self._device)
+        return torch.randperm(count, generator=self._streams[image], device=self.device)
 
 
-def _key(seed: int, position: int) -> int:
-    digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
+def _key(seed: int, purpose: str, position: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1  # manual_seed takes a signed 64-bit number

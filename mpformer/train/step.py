@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mpformer.config import Config
-from mpformer.model.losses import Normalizers, count_for_normalizers, matching_losses, pilot_losses
-from mpformer.model.matcher import NonFiniteError, match
+from mpformer.model.losses import (
+    Normalizers,
+    consistency_losses,
+    count_for_normalizers,
+    matching_losses,
+    pilot_losses,
+)
+from mpformer.model.matcher import NonFiniteError, match, match_pilots
 from mpformer.model.piloting import make_pilots
 from mpformer.model.streams import SampleRandom
 from mpformer.train.timing import Timers
@@ -47,32 +53,32 @@ def train_step(
     exactly. Raises `NonFiniteError` on every worker, before the weights change, if a loss or the gradient
     is not finite anywhere.
     """
-    normalizers = _global_normalizers(batch, config)
     micro_batches = batch.split(config.train.micro_batch or len(batch))
+    normalizers = _global_normalizers(micro_batches, config, batch.images.device)
     losses: dict[str, Tensor] = {}
     for micro in micro_batches:
         last = micro is micro_batches[-1]
-        streams = SampleRandom(config.train.seed, micro.positions, micro.images.device)
+        seed, device = config.train.seed, micro.images.device
+        draws = SampleRandom(seed, "matching", micro.positions, device)
+        pilot_draws = SampleRandom(seed, "pilots", micro.positions, device)
         failure = None
         with _gradients_stay_local(model, unless=last):
             with timers("pilots"):
-                pilots = make_pilots(
-                    micro.targets, config.model.pilot, config.model.decoder.layers, classes, streams
-                )
+                pilots = make_pilots(micro.targets, config.model, classes, pilot_draws)
             with (
                 timers("forward"),
-                torch.autocast(micro.images.device.type, torch.bfloat16, enabled=autocast),
+                torch.autocast(device.type, torch.bfloat16, enabled=autocast),
             ):
                 output = model(micro.images, pilots)
             try:
-                parts = _losses(output, pilots, micro, normalizers, config, streams, timers)
+                parts = _losses(output, pilots, micro, normalizers, config, draws, pilot_draws, timers)
                 total = torch.stack(list(parts.values())).sum()
                 if not torch.isfinite(total):
                     failure = f"losses of images {', '.join(micro.image_ids)} not finite: {_worst(parts)}"
             except NonFiniteError as error:
                 failure = str(error)
             if last or failure:
-                _agree_to_go_on(failure, micro.images.device)
+                _agree_to_go_on(failure, device)
             with timers("backward"):
                 # DistributedDataParallel averages over workers; the losses are shares of one sum
                 (total * _world_size()).backward()
@@ -96,33 +102,48 @@ def _losses(
     batch: Batch,
     normalizers: Normalizers,
     config: Config,
-    streams: SampleRandom,
+    draws: SampleRandom,
+    pilot_draws: SampleRandom,
     timers: Timers,
 ) -> dict[str, Tensor]:
     """Weighted losses of all heads; those of the last head have no 'head_i/' before their name."""
     targets, valid_sizes, settings = batch.targets, batch.valid_sizes, config.model.loss
+    names = [f"head_{index}/" for index in range(len(output.heads) - 1)] + [""]
     losses: dict[str, Tensor] = {}
-    for index, head in enumerate(output.heads):
-        where = "" if index == len(output.heads) - 1 else f"head_{index}/"
+    last_matches = None
+    if settings.matching == "last_head":
         with timers("match"):
-            matches = match(head, targets, settings, streams, valid_sizes, batch.image_ids)
+            last_matches = match(output.heads[-1], targets, settings, draws, valid_sizes, batch.image_ids)
+    for name, head in zip(names, output.heads):
+        with timers("match"):
+            matches = last_matches or match(head, targets, settings, draws, valid_sizes, batch.image_ids)
         with timers("losses"):
-            parts = matching_losses(head, targets, matches, normalizers, settings, streams, valid_sizes)
-            losses.update({f"{where}loss_{kind}": value for kind, value in parts.items()})
-            if output.pilots is not None:
-                parts = pilot_losses(
-                    output.pilots[index], pilots, targets, normalizers, settings, streams, valid_sizes
+            parts = matching_losses(head, targets, matches, normalizers, settings, draws, valid_sizes)
+            losses.update({f"{name}loss_{kind}": value for kind, value in parts.items()})
+    for name, head in zip(names, output.pilots or ()):
+        objects = pilots.objects
+        if config.model.pilot.assignment == "match":
+            with timers("match"):
+                objects = match_pilots(
+                    head, pilots, targets, settings, pilot_draws, valid_sizes, batch.image_ids
                 )
-                losses.update({f"{where}pilot_loss_{kind}": value for kind, value in parts.items()})
+        with timers("losses"):
+            parts = pilot_losses(
+                head, pilots, objects, targets, normalizers, settings, pilot_draws, valid_sizes
+            )
+            losses.update({f"{name}pilot_loss_{kind}": value for kind, value in parts.items()})
+    if settings.consistency_weight:
+        with timers("losses"):
+            size = (batch.images.shape[2], batch.images.shape[3])
+            values = consistency_losses(output.heads, normalizers, settings, draws, valid_sizes, size)
+            losses.update({f"{name}loss_consistency": value for name, value in zip(names[1:], values)})
     return losses
 
 
-def _global_normalizers(batch: Batch, config: Config) -> Normalizers:
+def _global_normalizers(micro_batches: Sequence[Batch], config: Config, device: torch.device) -> Normalizers:
     """Sums over all workers and micro-batches, known from the targets before the forward."""
-    counts = count_for_normalizers(
-        batch.targets, config.model.decoder.queries, config.model.pilot.queries, config.model.loss
-    )
-    total = torch.tensor(counts, dtype=torch.float64, device=batch.images.device)
+    counts = [count_for_normalizers(micro.targets, config.model) for micro in micro_batches]
+    total = torch.tensor(counts, dtype=torch.float64, device=device).sum(0)
     if dist.is_initialized():
         dist.all_reduce(total)
     return Normalizers(*total.clamp(min=1).tolist())
