@@ -1,4 +1,4 @@
-"""Adds the compiled CPU kernel to a wheel where a C++ compiler is there; everything else is in pyproject.toml.
+"""Adds the compiled CPU kernel to a wheel where a C++ compiler is there; the rest is in pyproject.toml.
 
 Without a compiler the installation goes through with a warning, and the kernel is built on first use or
 replaced by the reference (mpformer/ops/kernels.py).
@@ -19,7 +19,7 @@ _spec.loader.exec_module(build)
 
 
 class BuildKernel(build_ext):
-    """Builds the library as the package itself does: several files for several instruction sets, no Python.h."""
+    """Builds the library as the package itself does: several files, one per instruction set, no Python.h."""
 
     def build_extension(self, ext: Extension) -> None:
         try:

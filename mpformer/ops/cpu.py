@@ -44,7 +44,7 @@ class _Problem(ctypes.Structure):
 
 
 class Library:
-    """The shared library at `path`, built from csrc/; `kernel` is the instruction set it uses here."""
+    """The shared library at `path`, built from csrc/; `name` is the instruction set it uses here."""
 
     def __init__(self, path: str):
         self._library = ctypes.CDLL(path)
@@ -57,7 +57,7 @@ class Library:
         while (found := name(len(self.kernels))) is not None:
             self.kernels.append(found.decode())
         self.usable = [k for i, k in enumerate(self.kernels) if runs_here(i)]
-        self.kernel = self.usable[-1]
+        self.name = self.usable[-1]
 
     def _function(self, name: str, result: type, *arguments: type) -> ctypes._CFuncPtr:
         function = getattr(self._library, f"mpformer_deform_attn_{name}")

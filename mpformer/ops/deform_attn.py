@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from mpformer.ops.kernels import kernel_for
-from mpformer.ops.reference import Shapes, ms_deform_attn_reference, sampling_from_logits
+from mpformer.ops.reference import (
+    Shapes,
+    ms_deform_attn_reference,
+    ms_deform_attn_reference_backward,
+    sampling_from_logits,
+    sampling_from_logits_backward,
+)
 
 SpatialShapes = Sequence[Sequence[int]] | Tensor
 
@@ -108,10 +114,12 @@ def _operator(
     batch, queries, heads = weights.shape[:3]
     if value.numel() == 0 or weights.numel() == 0:
         return value.new_zeros(batch, queries, heads * value.shape[-1])
-    kernel = kernel_for(value)
-    if kernel is None:
-        return _reference(value, _pairs(shapes), reference, points, weights).contiguous()
-    return kernel.forward(value, _pairs(shapes), reference, points, weights)
+    pairs, kernel = _pairs(shapes), kernel_for(value)
+    if kernel is not None:
+        return kernel.forward(value, pairs, reference, points, weights)
+    if reference is not None:
+        points, weights = sampling_from_logits(pairs, reference, points, weights)
+    return ms_deform_attn_reference(value, pairs, points, weights).contiguous()
 
 
 @_operator.register_fake
@@ -134,14 +142,16 @@ def _operator_backward(
     if value.numel() == 0 or weights.numel() == 0:
         grads = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in inputs]
         return grads[0], grads[1], grads[2]
-    kernel = kernel_for(value)
+    pairs, kernel = _pairs(shapes), kernel_for(value)
     if kernel is not None:
-        return kernel.backward(grad, value, _pairs(shapes), reference, points, weights)
-    with torch.enable_grad():
-        value, points, weights = (t.detach().requires_grad_() for t in inputs)
-        output = _reference(value, _pairs(shapes), reference, points, weights)
-        grads = torch.autograd.grad(output, (value, points, weights), grad)
-    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+        return kernel.backward(grad, value, pairs, reference, points, weights)
+    if reference is None:
+        grads = ms_deform_attn_reference_backward(grad, value, pairs, points, weights)
+    else:
+        locations, softmax = sampling_from_logits(pairs, reference, points, weights)
+        grad_value, *grads = ms_deform_attn_reference_backward(grad, value, pairs, locations, softmax)
+        grads = grad_value, *sampling_from_logits_backward(pairs, softmax, *grads)
+    return tuple(g.to(t.dtype).contiguous() for g, t in zip(grads, inputs, strict=True))
 
 
 @_operator_backward.register_fake
@@ -154,14 +164,6 @@ def _(
     weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return value.new_empty(value.shape), points.new_empty(points.shape), weights.new_empty(weights.shape)
-
-
-def _reference(
-    value: Tensor, shapes: Shapes, reference: Tensor | None, points: Tensor, weights: Tensor
-) -> Tensor:
-    if reference is not None:
-        points, weights = sampling_from_logits(shapes, reference, points, weights)
-    return ms_deform_attn_reference(value, shapes, points, weights)
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:

@@ -19,6 +19,8 @@ SETTING = "MPFORMER_DEFORM_ATTN"
 class Kernel(Protocol):
     """A compiled form of the operator; arguments as in mpformer/ops/deform_attn.py, never empty."""
 
+    name: str  # instruction set or architecture
+
     def forward(
         self, value: Tensor, shapes: Shapes, reference: Tensor | None, points: Tensor, weights: Tensor
     ) -> Tensor: ...

@@ -1,0 +1,162 @@
+"""Building the CPU kernel, and life without it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpformer.ops import build, kernel_status, kernels
+
+PACKAGE = Path(build.__file__).parents[1]
+
+RUN = """
+import torch
+from mpformer.ops import kernel_status, ms_deform_attn
+from mpformer.ops.reference import ms_deform_attn_reference
+torch.manual_seed(0)
+value, points, weights = torch.rand(1, 6, 2, 3), torch.rand(1, 4, 2, 1, 2, 2), torch.rand(1, 4, 2, 1, 2)
+got = ms_deform_attn(value, ((2, 3),), points, weights)
+torch.testing.assert_close(got, ms_deform_attn_reference(value, ((2, 3),), points, weights))
+ms_deform_attn(value, ((2, 3),), points, weights)
+cpu = kernel_status()[0]
+print(cpu.kernel, cpu.compiled, cpu.reason, cpu.advice, sep="|")
+"""
+
+
+@pytest.fixture
+def process(tmp_path):
+    """Starts Python on a copy of the package without installed libraries, with an empty cache."""
+    copied = tmp_path / "source" / "mpformer"
+    copied.mkdir(parents=True)
+    shutil.copy(PACKAGE / "__init__.py", copied)
+    shutil.copytree(PACKAGE / "ops", copied / "ops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+
+    def start(code: str = RUN, **environment: str) -> subprocess.Popen:
+        base = {k: v for k, v in os.environ.items() if k not in ("CXX", "MPFORMER_DEFORM_ATTN", "PYTHONPATH")}
+        base |= {
+            "PYTHONPATH": str(copied.parent),
+            "MPFORMER_CACHE": str(tmp_path / "cache"),
+            "OMP_NUM_THREADS": "1",
+        }
+        return subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=base | environment,
+            cwd=copied.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    start.cache = tmp_path / "cache"
+    start.package = copied
+    return start
+
+
+def finish(process: subprocess.Popen) -> tuple[list[str], str]:
+    """The fields that RUN printed, and stderr."""
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    return out.strip().split("|"), err
+
+
+@pytest.fixture
+def needs_compiler():
+    try:
+        build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+
+
+def test_without_a_compiler_the_reference_runs_and_says_so_once(process, tmp_path):
+    status, err = finish(process(PATH=str(tmp_path)))
+    assert status[:2] == ["reference", "False"]
+    assert "no C++ compiler (c++, g++ or clang++) on PATH" in status[2]
+    assert "install a C++ compiler" in status[3]
+    loud = [line for line in err.splitlines() if "RuntimeWarning" in line]
+    assert len(loud) == 1
+    assert "no C++ compiler" in loud[0]
+    assert "times slower" in loud[0]
+
+
+@pytest.fixture
+def search(tmp_path, monkeypatch):
+    """The search for a kernel in this process, with nothing installed, an empty cache and no memory."""
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels.py"))
+    monkeypatch.setenv("MPFORMER_CACHE", str(tmp_path / "cache"))
+    return kernels._cpu_kernel.__wrapped__
+
+
+def test_a_compiler_that_fails_is_quoted(search, monkeypatch, tmp_path):
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such thing as float' >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    kernel, reason = search()
+    assert kernel is None
+    assert reason.endswith("broken-c++ failed (exit 3): x.cpp:1: error: no such thing as float")
+    assert not list((tmp_path / "cache").glob("*.so"))
+    monkeypatch.setenv("CXX", "no-such-compiler -O1")
+    assert search() == (None, "the C++ compiler 'no-such-compiler -O1' named by CXX is not there")
+
+
+def test_a_cache_that_cannot_be_written_is_named(search, needs_compiler, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MPFORMER_CACHE", str(tmp_path / "file" / "below"))
+    kernel, reason = search()
+    assert kernel is None
+    assert "set MPFORMER_CACHE to a writable folder" in reason
+
+
+def test_the_setting(monkeypatch):
+    monkeypatch.setenv("MPFORMER_DEFORM_ATTN", "reference")
+    status = kernel_status()[0]
+    assert (status.kernel, status.compiled, status.advice) == (
+        "reference",
+        False,
+        "unset MPFORMER_DEFORM_ATTN",
+    )
+    monkeypatch.setenv("MPFORMER_DEFORM_ATTN", "fast")
+    with pytest.raises(ValueError, match="MPFORMER_DEFORM_ATTN must be auto or reference, not 'fast'"):
+        kernel_status()
+
+
+@pytest.mark.slow
+def test_processes_that_start_together_build_once(process, needs_compiler):
+    """Three at once; then one more, which must not need the compiler's work again."""
+    started = [process() for _ in range(3)]
+    for status, err in map(finish, started):
+        assert status[1] == "True"
+        assert "RuntimeWarning" not in err
+    libraries = list(process.cache.glob("*.so"))
+    assert len(libraries) == 1
+    built = libraries[0].stat()
+    assert finish(process())[0][1] == "True"
+    assert libraries[0].stat().st_mtime_ns == built.st_mtime_ns
+    assert not list(process.cache.glob(".build-*"))
+
+
+@pytest.mark.slow
+def test_an_installed_library_is_used_only_if_it_is_of_these_sources(process, needs_compiler, tmp_path):
+    """No compiler at run time: the library beside the package serves, until a source changes."""
+    build.compile_library(process.package / "ops" / "_deform_attn_cpu.test.so")
+    status, err = finish(process(PATH=str(tmp_path)))
+    assert status[1] == "True"
+    assert "built at installation" in status[2]
+    assert "RuntimeWarning" not in err
+    with (process.package / "ops" / "csrc" / "deform_attn_cpu.h").open("a") as source:
+        source.write("// changed\n")
+    status, err = finish(process(PATH=str(tmp_path)))
+    assert status[1] == "False"
+    assert "the installed library is of other sources; no C++ compiler" in status[2]
+    (process.package / "ops" / "_deform_attn_cpu.test.so").write_bytes(b"not a library")
+    status, err = finish(process(PATH=str(tmp_path)))
+    assert "the installed library does not load" in status[2]
+
+
+def test_importing_needs_torch_alone(process):
+    code = "import sys, mpformer.ops; print(*{'ray', 'mlflow', 'pydantic', 'timm'}.intersection(sys.modules))"
+    out, err = process(code).communicate(timeout=200)
+    assert out.strip() == "", err
