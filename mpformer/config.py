@@ -163,6 +163,8 @@ class Evaluate(Section):
     """Panoptic: a query below this class probability is dropped."""
     overlap: Fraction = 0.8
     """Panoptic: a segment that keeps less than this share of its mask is dropped."""
+    layers: bool = True
+    """Also measure the decoder's layers: mIoU-L and query utilisation (MP-Former section 3)."""
     pictures: Annotated[int, Field(ge=0)] = 8
     """Overlays drawn at the end of a run."""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +18,9 @@ from mpformer.data.augment import test_resize
 from mpformer.data.catalog import Catalog, Record
 from mpformer.data.images import PIXEL_MEAN, load_image, read_image
 from mpformer.evaluate import instance as rle
+from mpformer.evaluate.layers import layer_figures
 from mpformer.evaluate.prediction import FoundInstance, FoundSegments, Prediction
+from mpformer.evaluate.truth import target_of
 from mpformer.model import postprocess
 from mpformer.model.postprocess import Sizes
 from mpformer.types import ClassTable, Head, InputError
@@ -64,8 +66,28 @@ def predict_records(
         if image is None:
             yield Prediction(record.image_id, (record.height, record.width), problem=problem)
         else:
-            found = infer(model, image, config.data.task, config.data.test_resize, config.evaluate, device)
-            yield found.compact(record.image_id)
+            yield _predict(model, record, image, config, device)
+
+
+@torch.inference_mode()
+def _predict(
+    model: Segmenter, record: Record, image: np.ndarray, config: Config, device: torch.device
+) -> Prediction:
+    tensor, sizes = prepare(image, config.data.test_resize)
+    heads = forward(model, tensor.to(device), all_heads=config.evaluate.layers)
+    found = results(heads[-1], sizes, config.data.task, config.evaluate, model.classes)
+    layers = None
+    if len(heads) > 1:
+        target = target_of(record, image, sizes, config.data.task).to(device)
+        layers, _ = layer_figures(heads, target, sizes, model.config)
+    return replace(found.compact(record.image_id), layers=layers)
+
+
+def forward(model: Segmenter, images: Tensor, all_heads: bool = False) -> tuple[Head, ...]:
+    """The model's heads, last one last. The model is left in evaluation mode."""
+    if model.training:
+        model.eval()
+    return model(images, all_heads=all_heads).heads
 
 
 @dataclass(frozen=True)
@@ -74,8 +96,8 @@ class Inferred:
 
     size: tuple[int, int]
     classes: ClassTable
-    instances: tuple[tuple[FoundInstance, int], ...] | None = None
-    """Best first, each with its query."""
+    instances: tuple[FoundInstance, ...] | None = None
+    """Best first."""
     panoptic: postprocess.Panoptic | None = None
     semantic: Tensor | None = None
     """[h,w] int64 labels."""
@@ -90,8 +112,7 @@ class Inferred:
         if self.semantic is not None:
             narrow = np.uint8 if len(self.classes) <= 255 else np.uint16
             labels = draw.encode_png(self.semantic.cpu().numpy().astype(narrow))
-        instances = None if self.instances is None else tuple(found for found, _ in self.instances)
-        return Prediction(image_id, self.size, instances, segments, labels)
+        return Prediction(image_id, self.size, self.instances, segments, labels)
 
 
 @torch.inference_mode()
@@ -110,10 +131,7 @@ def infer(
     forward.
     """
     tensor, sizes = prepare(image, resize)
-    if model.training:
-        model.eval()
-    head = model(tensor.to(device)).heads[-1]
-    return _results(head, sizes, task, options, model.classes)
+    return results(forward(model, tensor.to(device))[-1], sizes, task, options, model.classes)
 
 
 def prepare(image: np.ndarray, resize: TestResize) -> tuple[Tensor, Sizes]:
@@ -128,14 +146,15 @@ def prepare(image: np.ndarray, resize: TestResize) -> tuple[Tensor, Sizes]:
     return tensor, Sizes(padded, (height, width), image.shape[:2])
 
 
-def _results(head: Head, sizes: Sizes, task: Task, options: Evaluate, classes: ClassTable) -> Inferred:
+def results(head: Head, sizes: Sizes, task: Task, options: Evaluate, classes: ClassTable) -> Inferred:
+    """One image's head (a batch of one) to the results that the task asks for."""
     class_logits = None if head.class_logits is None else head.class_logits[0]
     mask_logits = head.mask_logits[0]
     if class_logits is None and task != "semantic":
         raise InputError(f"task {task}: a per-pixel model has no objects; its task is semantic")
     instances = panoptic = semantic = None
     if task in ("instance", "panoptic"):
-        instances = _instances(class_logits, mask_logits, sizes, options, classes)
+        instances = find_instances(class_logits, mask_logits, sizes, options, classes.thing_labels)
     if task == "panoptic":
         panoptic = postprocess.panoptic(
             class_logits,
@@ -150,9 +169,14 @@ def _results(head: Head, sizes: Sizes, task: Task, options: Evaluate, classes: C
     return Inferred(sizes.original, classes, instances, panoptic, semantic)
 
 
-def _instances(
-    class_logits: Tensor, mask_logits: Tensor, sizes: Sizes, options: Evaluate, classes: ClassTable
-) -> tuple[tuple[FoundInstance, int], ...]:
+def find_instances(
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    sizes: Sizes,
+    options: Evaluate,
+    thing_labels: Set[int] | None = None,
+) -> tuple[FoundInstance, ...]:
+    """`postprocess.instance` with its masks encoded, best first."""
     encoded: dict[int, bytes] = {}  # a query may be several instances of different classes
     found = []
     for one in postprocess.instance(
@@ -161,12 +185,12 @@ def _instances(
         sizes,
         top_k=options.top_k,
         score_threshold=options.score_threshold,
-        thing_labels=classes.thing_labels,
+        thing_labels=thing_labels,
     ):
         if one.query not in encoded:
             encoded[one.query] = rle.encode(one.crop.cpu().numpy(), one.top, one.left, sizes.original)
-        found.append((FoundInstance(one.label, one.score, encoded[one.query]), one.query))
-    return tuple(sorted(found, key=lambda pair: -pair[0].score))
+        found.append(FoundInstance(one.label, one.score, encoded[one.query]))
+    return tuple(sorted(found, key=lambda one: -one.score))
 
 
 def _ahead(load: Callable[[int], _Loaded], items: Iterable[int]) -> Iterator[_Loaded]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+Figures = dict[str, dict[int, float]]
+"""Figures of decoder layers by name and layer: 0..1 of one image, in percent of a data set."""
+
 
 @dataclass(frozen=True)
 class FoundInstance:
@@ -38,6 +41,8 @@ class Prediction:
     panoptic: FoundSegments | None = None
     semantic: bytes | None = None
     """PNG of labels, 8 bits if they fit into 0..254, else 16; the largest value is void."""
+    layers: Figures | None = None
+    """Diagnostics of the decoder's layers, under `evaluate.layers`."""
     problem: str = ""
     """Why there is no prediction, under `on_bad_sample: skip`; empty when there is one."""
 

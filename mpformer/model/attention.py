@@ -45,5 +45,17 @@ class Attention(nn.Module):
         )
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
+    @torch.no_grad()
+    def weights(self, query: Tensor, key: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """The attention that `forward` pays, [B,Q,S], mean over the heads; for diagnostics, rows sum to 1."""
+        q_weight, k_weight, _ = self.in_proj_weight.chunk(3)
+        q_bias, k_bias, _ = self.in_proj_bias.chunk(3)
+        q = self._split(F.linear(query, q_weight, q_bias))
+        k = self._split(F.linear(key, k_weight, k_bias))
+        scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed[:, None], float("-inf"))
+        return scores.softmax(-1).mean(1)
+
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)

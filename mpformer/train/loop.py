@@ -26,6 +26,7 @@ from mpformer.config import Config, duration_in_steps
 from mpformer.data.catalog import Catalog
 from mpformer.data.pipeline import train_batches
 from mpformer.evaluate.inference import predict_records
+from mpformer.evaluate.layers import summarize
 from mpformer.evaluate.metrics import evaluate_predictions
 from mpformer.model.segmenter import Segmenter, build_model
 from mpformer.tracking import Tracker
@@ -273,6 +274,7 @@ class _Run:
             if tracker:
                 metrics = evaluate_predictions(predictions, self.val_split, self.config.data.task)
                 point = {f"val/{k}": v for k, v in metrics.items()}
+                point |= {f"diag/{k}": v for k, v in summarize(predictions).items()}
                 tracker.log(done, {**point, **self._amounts(done)})
         ray.train.report({"step": done, **{f"val/{k}": v for k, v in metrics.items()}})
 

@@ -1,0 +1,188 @@
+"""`mpformer diagnose`: all figures of the decoder's layers on a data set, and the paper's Table 1 of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mpformer.config import Config, Evaluate
+from mpformer.data.catalog import Catalog, Record
+from mpformer.data.images import load_image
+from mpformer.evaluate.inference import find_instances, prepare, results
+from mpformer.evaluate.instance import ImageInstances, average_precision
+from mpformer.evaluate.layers import (
+    attention_inside,
+    layer_figures,
+    layer_numbers,
+    means,
+    query_utilization,
+)
+from mpformer.evaluate.metrics import score
+from mpformer.evaluate.prediction import Figures, Prediction
+from mpformer.evaluate.truth import target_of, true_instances
+from mpformer.model.matcher import Match
+from mpformer.model.piloting import make_pilots
+from mpformer.model.postprocess import Sizes
+from mpformer.model.streams import SampleRandom
+from mpformer.types import ClassTable, Target
+
+if TYPE_CHECKING:
+    from mpformer.model.segmenter import Segmenter
+
+_TITLES = {
+    "layer_iou": "mIoU-L",
+    "query_utilization": "Util",
+    "pilot_layer_iou": "pilots: mIoU-L",
+    "pilot_query_utilization": "pilots: Util, matched",
+    "pilot_query_utilization_hard": "pilots: Util, own object",
+    "attention_inside": "attention inside the object",
+    "PQ": "PQ",
+    "AR100": "AR@100, any class",
+}
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """Figures of a data set by name and layer, in percent."""
+
+    figures: Figures
+    images: int
+
+    def table(self) -> str:
+        """Table 1 of MP-Former: a column per layer, percent; a dash where a figure does not exist."""
+        layers = sorted({layer for values in self.figures.values() for layer in values})
+        width = max(map(len, _TITLES.values()))
+        lines = [f"{'layer':{width}}" + "".join(f"{layer:>7}" for layer in layers)]
+        for name, title in _TITLES.items():
+            if name in self.figures:
+                cells = (self.figures[name].get(layer) for layer in layers)
+                text = "".join(f"{'-' if c is None else format(c, '.1f'):>7}" for c in cells)
+                lines.append(f"{title:{width}}{text}")
+        return "\n".join(lines)
+
+
+def diagnose(
+    model: Segmenter,
+    catalog: Catalog,
+    config: Config,
+    indices: Iterable[int] | None = None,
+    device: torch.device | str | None = None,
+    *,
+    quality: bool = True,
+    report: Callable[[int, int], None] | None = None,
+) -> Diagnostics:
+    """All figures of the layers on the images `indices` (default: all) of a catalog.
+
+    mIoU-L and Util of the matching part; of the mask-piloted part, too, when the model has one (fed the
+    ground truth without noise: a second forward); attention inside the object; with `quality` also PQ
+    (panoptic tasks) and class-agnostic AR@100 of every head, which upsamples every head's masks. `report` is
+    told (done, of all). The model is left in evaluation mode.
+    """
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    chosen = list(range(len(catalog.records)) if indices is None else indices)
+    model.eval()
+    figures: list[Figures] = []
+    per_head: dict[int, list[Prediction]] = {}
+    proposals: dict[int, list[ImageInstances]] = {}
+    for done, index in enumerate(chosen, 1):
+        record = catalog.records[index]
+        figures.append(_image_figures(model, record, config, device, quality, per_head, proposals))
+        if report:
+            report(done, len(chosen))
+    found = means(figures)
+    if per_head:
+        found["PQ"] = _per_layer(
+            {layer: score(p, catalog, "panoptic").summary.get("PQ") for layer, p in per_head.items()}
+        )
+    if proposals:
+        recall = {
+            layer: average_precision(images, ClassTable.numbered(1), {0}).summary.get("AR100")
+            for layer, images in proposals.items()
+        }
+        found["AR100"] = _per_layer(recall)
+    return Diagnostics({name: values for name, values in found.items() if values}, len(chosen))
+
+
+def _per_layer(values: dict[int, float | None]) -> dict[int, float]:
+    return {layer: value for layer, value in sorted(values.items()) if value is not None}
+
+
+@torch.inference_mode()
+def _image_figures(
+    model: Segmenter,
+    record: Record,
+    config: Config,
+    device: torch.device,
+    quality: bool,
+    per_head: dict[int, list[Prediction]],
+    proposals: dict[int, list[ImageInstances]],
+) -> Figures:
+    image = load_image(record)
+    tensor, sizes = prepare(image, config.data.test_resize)
+    images, target = tensor.to(device), target_of(record, image, sizes, config.data.task).to(device)
+    with _watched(model) as attention:
+        heads = model(images, all_heads=True).heads
+    figures, matched = layer_figures(heads, target, sizes, model.config)
+    inside = {}
+    for layer, weights in enumerate(attention, 1):
+        stride = round((target.masks[0].numel() / weights.shape[1]) ** 0.5) if len(target.masks) else 1
+        share = attention_inside(weights, target.masks, matched, stride)
+        if share is not None:
+            inside[layer] = share
+    if inside:
+        figures["attention_inside"] = inside
+    if model.decoder.pilot_embed is not None and len(target.labels):
+        figures |= _pilot_figures(model, images, target, sizes)
+    if quality:
+        truth = [replace(t, label=0) for t in true_instances(record)]
+        for layer, head in zip(layer_numbers(heads, model.config), heads):
+            if config.data.task == "panoptic":
+                inferred = results(head, sizes, "panoptic", config.evaluate, model.classes)
+                per_head.setdefault(layer, []).append(inferred.compact(record.image_id))
+            found = find_instances(_any_class(head.class_logits[0]), head.mask_logits[0], sizes, Evaluate())
+            proposals.setdefault(layer, []).append(ImageInstances(sizes.original, truth, found))
+    return figures
+
+
+def _any_class(class_logits: Tensor) -> Tensor:
+    """[Q,K+1] -> [Q,2]: an object of whatever class, or none."""
+    return torch.stack((class_logits[:, :-1].logsumexp(1), class_logits[:, -1]), 1)
+
+
+def _pilot_figures(model: Segmenter, images: Tensor, target: Target, sizes: Sizes) -> Figures:
+    """The same of one group of pilots without noise: matched in each layer, and by what they stand for."""
+    count = len(target.labels)
+    pilot = model.config.pilot.model_copy(update={"queries": count, "noise": (), "label_noise": 0.0})
+    settings = model.config.model_copy(update={"pilot": pilot})
+    draws = SampleRandom(0, "diagnostics", [0], images.device)
+    pilots = make_pilots([target], settings, len(model.classes), draws)
+    heads = model(images, pilots).pilots
+    figures, _ = layer_figures(heads, target, sizes, model.config, "pilot_")
+    own = Match(torch.arange(count), pilots.objects[0].cpu())
+    fixed = query_utilization([own] * len(heads))
+    figures["pilot_query_utilization_hard"] = {
+        i: u for i, u in zip(layer_numbers(heads, model.config), fixed) if i > 0
+    }
+    return figures
+
+
+@contextlib.contextmanager
+def _watched(model: Segmenter) -> Iterator[list[Tensor]]:
+    """The cross-attention weights [Q,h*w] of each decoder layer that runs meanwhile."""
+    seen: list[Tensor] = []
+
+    def note(attention: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        query, key, _, allowed = inputs
+        seen.append(attention.weights(query, key, allowed)[0])
+
+    hooks = [layer.cross_attn.register_forward_pre_hook(note) for layer in model.decoder.layers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
