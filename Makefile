@@ -5,6 +5,7 @@ TORCH_INDEX ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
+TESTABLE := .venv/.testable
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: quickstart test test-fast lint
@@ -18,7 +19,7 @@ test: lint
 test-fast: lint
 	$(BIN)/python -m pytest -m "not slow"
 
-lint: $(READY)
+lint: $(TESTABLE)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
@@ -27,5 +28,9 @@ $(READY): pyproject.toml constraints.txt $(wildcard setup.py)
 		{ echo "mpformer needs Python 3.11 to 3.13: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) --editable .
+	@touch $@
+
+$(TESTABLE): $(READY)
 	$(PIP) --editable '.[dev]'
 	@touch $@

@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     predict = command("predict", "overlay PNG and COCO-style JSON of image files or folders", "CHECKPOINT")
     predict.add_argument("images", metavar="IMAGE", nargs="+")
     predict.add_argument("--out", metavar="DIR", required=True)
+    predict.set_defaults(settings=[])  # key=value, too, but argparse allows one open-ended list only
     data = command("data", "data sets").add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     synth = data.add_parser("synth", help=SYNTH, description=SYNTH)
     synth.add_argument("out", metavar="OUT")

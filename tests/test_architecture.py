@@ -1,0 +1,186 @@
+"""Who may import whom, and what starts without torch or ray: DESIGN section 2, read from the sources."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "mpformer").rglob("*.py"))
+
+SETTINGS = {"section", "config_model", "config"}
+LEAVES = {"types", "yamlfile", *SETTINGS, "draw", "record", "progress", "tracking"}
+ALLOWED = {
+    "types": set(),
+    "yamlfile": {"types"},
+    "section": {"types"},
+    "config_model": {"types", "section"},
+    "config": {"types", "yamlfile", "section", "config_model"},
+    "draw": {"types"},
+    "record": {"types"},
+    "progress": {"types", "record"},
+    "tracking": {"types", "record", *SETTINGS},
+    "ops": LEAVES,
+    "model": LEAVES | {"ops"},
+    "data": LEAVES,
+    "evaluate": LEAVES | {"ops", "model", "data"},
+    "train": LEAVES | {"ops", "model", "data", "evaluate"},
+    "ablation": LEAVES | {"ops", "model", "data", "evaluate", "train"},
+    "doctor": LEAVES | {"ops", "model"},
+    "commands": LEAVES | {"ops", "model", "data", "evaluate", "train", "ablation", "doctor"},
+    "cli": LEAVES | {"commands"},
+    "__main__": {"cli"},
+    "__init__": {"config", "model", "evaluate", "ops"},
+}
+"""What each module or package of mpformer may import of mpformer, itself aside."""
+
+FENCES = {
+    "ray": {"data/pipeline", "evaluate/inference", "train/loop", "train/launch", "ablation/tune", "doctor"},
+    "mlflow": {"tracking", "ablation/results", "doctor"},
+    "sqlalchemy": {"tracking"},
+    "timm": {"model/backbone"},
+    "torchvision": {"model/backbone"},
+    "scipy": {"model/matcher", "ablation/report"},
+    "pycocotools": {"data/masks", "evaluate/instance"},
+    "cv2": {"draw", "data/*", "evaluate/instance"},
+    "matplotlib": {"draw"},
+    "pydantic": {*SETTINGS, "ablation/spec"},
+    "yaml": {"config", "yamlfile"},
+    "safetensors": {"model/weights", "train/checkpoint"},
+    "psutil": {"doctor", "train/loop"},
+}
+"""The only files that may import a third party."""
+
+TORCH_FREE = {*LEAVES - {"draw"}, "cli", "commands", "__main__", "__init__", "ablation/spec", "ablation/plan"}
+"""Files that load torch and ray, if at all, inside a function."""
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT / "mpformer").with_suffix("").as_posix()
+
+
+def imports(path: Path, *, at_import_time: bool = False) -> list[str]:
+    """What a file imports, `if TYPE_CHECKING` left out; with `at_import_time`, functions left out, too."""
+    tree = ast.parse(path.read_text(), path)
+    found: list[str] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for child in node.orelse:
+                visit(child)
+            return
+        if at_import_time and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        if isinstance(node, ast.Import):
+            found.extend(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            found.extend(f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(tree)
+    return found
+
+
+def part_of(module: str) -> str:
+    """The part of mpformer that a dotted name lies in: 'mpformer.model.noise.x' -> 'model'."""
+    names = module.split(".")
+    return names[1] if len(names) > 1 and names[1] in ALLOWED else "__init__"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_go_one_way(path):
+    own = name_of(path).split("/")[0]
+    used = {part_of(module) for module in imports(path) if module.split(".")[0] == "mpformer"}
+    assert own in ALLOWED, f"mpformer/{own}: a new part needs its place in the order"
+    # `from mpformer import __version__`, or a module of the package, which part_of has named
+    assert used - {own, "__init__"} <= ALLOWED[own]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_third_parties_stay_inside_their_fences(path):
+    name = name_of(path)
+    for module in imports(path):
+        allowed = FENCES.get(module.split(".")[0])
+        folder = f"{name.split('/')[0]}/*"
+        assert allowed is None or name in allowed or folder in allowed, f"{module} does not belong here"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if name_of(p) in TORCH_FREE], ids=name_of)
+def test_light_modules_name_no_heavy_one_at_the_top(path):
+    heavy = {"torch", "ray", "mlflow", "matplotlib", "timm", "scipy", "cv2", "torchvision"}
+    assert not heavy & {module.split(".")[0] for module in imports(path, at_import_time=True)}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_file_is_too_long_to_be_read(path):
+    assert len(path.read_text().splitlines()) <= 500
+
+
+def loaded_after(code: str, cwd: Path) -> set[str]:
+    """Top-level modules in a fresh process once `code` has run."""
+    script = f"import sys\n{code}\nprint('LOADED', *sorted({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return set(done.stdout.rsplit("LOADED", 1)[1].split())
+
+
+RECIPE = ROOT / "experiments/recipes/synthetic-panoptic-tiny.yaml"
+STUDY = ROOT / "experiments/quickstart.yaml"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import mpformer",
+        "from mpformer.cli import main\ntry: main(['--help'])\nexcept SystemExit as e: assert e.code == 0",
+        f"from mpformer.cli import main\nassert main(['show', {str(RECIPE)!r}]) == 0",
+        f"from mpformer.cli import main\nassert main(['show', {str(RECIPE)!r}, {str(RECIPE)!r}]) == 0",
+        f"from mpformer.cli import main\nassert main(['ablate', {str(STUDY)!r}, '--plan']) == 0",
+        f"from mpformer.cli import main\nassert main(['train', {str(RECIPE)!r}, 'train.lrr=1']) == 2",
+    ],
+    ids=["import", "help", "show", "show two", "plan", "wrong setting"],
+)
+def test_what_only_talks_loads_neither_torch_nor_ray(code, tmp_path):
+    heavy = {"torch", "ray", "mlflow", "matplotlib", "timm", "scipy", "cv2", "numpy"}
+    assert not heavy & loaded_after(code, tmp_path)
+
+
+def test_a_training_step_needs_neither_ray_nor_mlflow_nor_a_data_set(tmp_path):
+    code = """
+import torch
+from mpformer.config import load_config
+from mpformer.model.segmenter import build_model
+from mpformer.train.optim import build_optimizer
+from mpformer.train.step import train_step
+from mpformer.train.timing import Timers
+from mpformer.types import Batch, Target
+config = load_config(RECIPE, ["data.augment.size=[64, 64]", "model.loss.points=64", "model.pilot.queries=8"])
+model = build_model(config.model, 3)
+masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+masks[0, 8:40, 8:40] = masks[1, 30:60, 20:50] = True
+batch = Batch(
+    torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8),
+    (Target(torch.tensor([0, 2]), masks),), ((64, 64),), ("a",), (0,),
+)
+before = [p.detach().clone() for p in model.parameters()]
+result = train_step(
+    model, build_optimizer(model, config.train), batch, config, Timers(), classes=3, autocast=False
+)
+assert torch.isfinite(result.losses["loss"])
+assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+"""
+    loaded = loaded_after(f"RECIPE = {str(RECIPE)!r}\n{code}", tmp_path)
+    assert "torch" in loaded
+    assert not {"ray", "mlflow"} & loaded

@@ -1,0 +1,186 @@
+"""The command line: its frozen surface, its exit codes, and what a user is told."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpformer import commands
+from mpformer.cli import build_parser, main, parse
+from mpformer.types import InputError, RunError
+
+ROOT = Path(__file__).parents[1]
+TINY = str(ROOT / "experiments/recipes/synthetic-panoptic-tiny.yaml")
+STUDY = str(ROOT / "experiments/quickstart.yaml")
+
+SURFACE = {
+    "quickstart": ["key=value"],
+    "train": ["RECIPE", "key=value"],
+    "ablate": ["STUDY", "--plan", "--only ROW", "key=value"],
+    "report": ["STUDY", "key=value"],
+    "sync": ["RUN"],
+    "evaluate": ["CHECKPOINT", "--data D", "key=value"],
+    "predict": ["CHECKPOINT", "IMAGE", "--out DIR"],
+    "data synth": ["OUT", "key=value"],
+    "doctor": [],
+    "show": ["RECIPE", "RECIPE2", "key=value"],
+}
+
+
+def surface(parser: argparse.ArgumentParser, name: str = "") -> dict[str, list[str]]:
+    """Every command with its arguments, as a user writes them."""
+    found = {}
+    arguments = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub, subparser in action.choices.items():
+                found |= surface(subparser, f"{name} {sub}".strip())
+        elif action.option_strings and action.dest not in ("help", "version"):
+            shown = action.option_strings[-1]
+            arguments.append(shown if action.nargs == 0 else f"{shown} {action.metavar}")
+        elif not action.option_strings:
+            arguments.append(action.metavar)
+    return found or {name: arguments}
+
+
+def test_the_surface_is_frozen():
+    """A new command or flag is a decision: settings are key=value."""
+    assert surface(build_parser()) == SURFACE
+
+
+def test_settings_may_stand_anywhere_after_the_command():
+    arguments = parse(["ablate", "train.lr=1", STUDY, "--plan", "profile=smoke", "--only", "row"])
+    assert (arguments.study, arguments.plan, arguments.only) == (STUDY, True, "row")
+    assert sorted(arguments.settings) == ["profile=smoke", "train.lr=1"]
+
+    arguments = parse(["predict", "run", "a.jpg", "evaluate.top_k=5", "b.jpg", "--out", "out"])
+    assert (arguments.images, arguments.settings) == (["a.jpg", "b.jpg"], ["evaluate.top_k=5"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["train", TINY, "train.lrr=1"], "setting 'train.lrr=1': no setting 'train.lrr'; nearest: train.lr"),
+        (
+            ["train", TINY, "train.lr=fast"],
+            "setting 'train.lr=fast': train.lr: Input should be a valid number",
+        ),
+        (["train", "tiny.yaml"], "no file tiny.yaml"),
+        (["train", TINY, "data.root=nowhere"], "nowhere"),
+        (["ablate", STUDY, "--only", "mp-fromer"], "no row 'mp-fromer'; nearest: mp-former"),
+        (["ablate", STUDY, "--plan", "profile=papre"], "no profile 'papre'"),
+        (["sync", "runs"], "runs: no metrics record here"),
+        (["sync", "runs", "a=b"], "`mpformer sync` takes no settings"),
+        (["evaluate", "nowhere"], "nowhere: no checkpoint"),
+        (["predict", "nowhere", "image.jpg", "--out", "out"], "nowhere: no checkpoint"),
+        (["data", "synth", "out", "sise=3"], "no such setting here; nearest: size"),
+        (["show", TINY, "other.yaml"], "no file other.yaml"),
+        (["trian", TINY], "invalid choice: 'trian'"),
+        (["train"], "the following arguments are required: RECIPE"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(line, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(line) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.startswith("mpformer: ")
+    assert told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_a_failed_run_is_one_line_and_exit_code_1(capsys, monkeypatch):
+    def fail(*_):
+        raise RunError("step 7: the loss\nis not finite")
+
+    monkeypatch.setattr(commands, "train", fail)
+    assert main(["train", TINY]) == 1
+    assert capsys.readouterr().err == "mpformer: step 7: the loss is not finite\n"
+
+
+def test_an_interrupted_run_says_how_it_goes_on(capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "train", interrupt)
+    assert main(["train", TINY]) == 1
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_show_prints_settings_that_load_to_the_same_run(capsys, tmp_path):
+    from mpformer.config import load_config, run_name
+
+    assert main(["show", TINY, "train.lr=3e-4"]) == 0
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(capsys.readouterr().out)
+    assert load_config(shown) == load_config(TINY, ["train.lr=3e-4"])
+    assert run_name(load_config(shown)) == run_name(load_config(TINY, ["train.lr=3e-4"]))
+
+
+def test_show_of_two_recipes_prints_their_difference(capsys, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(f"base: {TINY}\nname: synthetic-panoptic-tiny\ntrain: {{batch_size: 4}}\n")
+    assert main(["show", TINY, str(other)]) == 0
+    assert capsys.readouterr().out.split() == ["train.batch_size", "8", "->", "4"]
+    assert main(["show", TINY, TINY]) == 0
+    assert capsys.readouterr().out == "no difference\n"
+
+
+def test_data_synth_writes_a_data_set_and_leaves_a_finished_one(capsys, tmp_path):
+    out = str(tmp_path / "scenes")
+    line = ["data", "synth", out, "train=2", "val=1", "size=64"]
+    assert main(line) == 0
+    assert len(list((tmp_path / "scenes" / "train2017").iterdir())) == 2
+    assert (
+        len(json.loads((tmp_path / "scenes/annotations/instances_val2017.json").read_text())["images"]) == 1
+    )
+    assert main(line) == 0
+    assert "as it was" in capsys.readouterr().out
+    assert main([*line, "seed=1"]) == 2
+
+
+def test_evaluation_takes_its_data_from_the_run_a_folder_or_a_recipe(tmp_path):
+    from mpformer.config import load_config
+
+    trained = load_config(TINY)
+    run = commands._for_evaluation(trained, "run", None, ["evaluate.limit=3"])
+    assert (run.data, run.evaluate.limit) == (trained.data, 3)
+    folder = commands._for_evaluation(trained, "run", str(tmp_path), [])
+    assert folder.data == trained.data.model_copy(update={"root": str(tmp_path)})
+    coco = str(ROOT / "experiments/recipes/coco-panoptic-r50.yaml")
+    recipe = commands._for_evaluation(trained, "run", coco, ["data.root=/coco"])
+    assert recipe.data.dataset == load_config(coco).data.dataset
+    assert (recipe.data.root, recipe.model) == ("/coco", trained.model)
+    with pytest.raises(InputError, match="no file nowhere"):
+        commands._for_evaluation(trained, "run", "nowhere", [])
+
+
+def test_doctor_ends_well_with_clear_words():
+    done = subprocess.run(
+        [sys.executable, "-m", "mpformer", "doctor"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    for word in ("torch ", "ray ", "deformable attention: ", "CPU: ", "GPU", "disk: "):
+        assert word in done.stdout
+    assert done.stdout.splitlines()[-1].startswith(("all is well", "to be seen to: "))
+
+
+def test_doctor_names_what_is_broken(monkeypatch):
+    from mpformer import doctor
+
+    assert doctor._installed("no-such-package", "json") == (
+        "-",
+        "not installed: pip install no-such-package",
+    )
+    version, trouble = doctor._installed("numpy", "no_such_module")
+    assert version != "-"
+    assert "cannot be imported: No module named 'no_such_module'" in trouble

@@ -1,0 +1,71 @@
+"""The lines that a run's record is turned into."""
+
+import json
+
+from mpformer.progress import Follower, follow
+from mpformer.record import Part
+
+
+def follower(tmp_path) -> Follower:
+    (tmp_path / "progress.json").write_text(json.dumps({"total_steps": 100}))
+    return Follower("tiny s0", tmp_path, batch_size=8)
+
+
+def test_a_training_point_tells_loss_speed_wait_and_time_left(tmp_path):
+    following = follower(tmp_path)
+    part = Part(tmp_path, 0)
+    part.add(20, {"train/loss": 43.2119, "speed/images_per_second": 4.0, "time/data_wait": 0.1})
+    start, line = following.lines()
+    assert start == "tiny s0  starts"
+    # 0.1 s of the 2 s of a step (8 images at 4 a second); 80 steps x 8 images / 4 = 160 s
+    assert line == "tiny s0  step 20/100  loss 43.212  4.0 images/s  data wait 5 %  2:40 min left"
+
+
+def test_an_evaluation_tells_its_figures(tmp_path):
+    following = follower(tmp_path)
+    Part(tmp_path, 0).add(50, {"val/AP": 12.34, "val/PQ": 20.0, "val/AP50": 30.0, "speed/images_seen": 400})
+    assert following.lines()[1] == "tiny s0  step 50/100  val/AP 12.3  val/PQ 20.0"
+
+
+def test_each_point_is_told_once_and_a_restart_is_announced(tmp_path):
+    old = Part(tmp_path, 0)
+    old.add(1, {"train/loss": 1.0})
+    following = follower(tmp_path)
+    assert following.lines() == []
+    first = Part(tmp_path, 1)
+    first.add(2, {"train/loss": 2.0})
+    assert [line.split("  ")[1] for line in following.lines()] == ["goes on from step 1", "step 2/100"]
+    first.add(3, {"train/loss": 2.0})
+    second = Part(tmp_path, 2)
+    second.add(3, {"train/loss": 2.5})
+    assert [line.split("  ")[1] for line in following.lines()] == [
+        "step 3/100",
+        "goes on from step 2",
+        "step 3/100",
+    ]
+    assert following.lines() == []
+
+
+def test_a_line_being_written_waits_for_its_end(tmp_path):
+    following = follower(tmp_path)
+    part = Part(tmp_path, 0)
+    following.lines()
+    with part.path.open("a") as file:
+        file.write('{"step": 7, "time": 0, "train')
+        file.flush()
+        assert following.lines() == []
+        file.write('/loss": 1.5}\n')
+    assert following.lines() == ["tiny s0  step 7/100  loss 1.500"]
+
+
+def test_following_ends_with_everything_told(tmp_path):
+    told = []
+    with follow([follower(tmp_path)], told.append):
+        Part(tmp_path, 0).add(5, {"train/loss": 1.0})
+    assert told == ["tiny s0  starts", "tiny s0  step 5/100  loss 1.000"]
+
+
+def test_hours_are_told_as_hours(tmp_path):
+    following = follower(tmp_path)
+    Part(tmp_path, 0).add(0, {"speed/images_per_second": 0.1})
+    assert following.lines()[1].endswith("2 h 13 min left")
