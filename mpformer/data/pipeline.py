@@ -104,27 +104,27 @@ def _dataset(
     block_rows: int,
     world: int,
 ) -> ray.data.Dataset:
-    context = ray.data.DataContext.get_current().copy()
+    blocks = [
+        pa.table({"position": positions[i : i + block_rows]}) for i in range(0, len(positions), block_rows)
+    ]
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        _make_block,
+        fn_args=(data, catalog, seed),
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        **_task_options(world, len(blocks)),
+    )
+    context = dataset.context  # this data set's own: the process-wide one belongs to other threads, too
     context.execution_options.preserve_order = True
     # one output block per task: a task that waits for its consumer between two blocks would keep its CPU,
     # which another rank may need to fill the batch that both are waiting for
     context.target_max_block_size = 1 << 30
     context.enable_progress_bars = False
-    blocks = [
-        pa.table({"position": positions[i : i + block_rows]}) for i in range(0, len(positions), block_rows)
-    ]
-    with ray.data.DataContext.current(context):
-        return ray.data.from_arrow(blocks).map_batches(
-            _make_block,
-            fn_args=(data, catalog, seed),
-            batch_size=None,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            **_task_options(world),
-        )
+    return dataset
 
 
-def _task_options(world: int) -> dict[str, Any]:
+def _task_options(world: int, blocks: int) -> dict[str, Any]:
     """Resources of a data task.
 
     A cluster with CPUs to spare gets tasks of one CPU, so that Ray's own accounting keeps all runs within it.
@@ -134,7 +134,7 @@ def _task_options(world: int) -> dict[str, Any]:
     cpus = ray.cluster_resources().get("CPU", 1.0)
     if cpus >= 4 * world:
         return {"num_cpus": 1}
-    tasks = ray.data.TaskPoolStrategy(size=max(1, int(cpus / world)))
+    tasks = ray.data.TaskPoolStrategy(size=min(blocks, max(1, int(cpus / world))))
     return {"num_cpus": _TASK_CPUS, "compute": tasks}
 
 

@@ -1,0 +1,78 @@
+"""Ray Data gives the very batches of the in-process loader, and never waits for CPUs that nobody frees."""
+
+import threading
+
+import pytest
+
+from mpformer.config import LargeScaleJitter
+from mpformer.data import pipeline
+from mpformer.data.catalog import open_split
+from mpformer.data.pipeline import train_batches
+from mpformer.data.samples import sample_order
+from mpformer.types import InputError
+from tests.data.folders import coco_folder
+from tests.data.test_pipeline import break_image, digests, joined, stream
+
+pytestmark = pytest.mark.usefixtures("two_cpu_ray")
+
+
+def with_ray(data):
+    return data.model_copy(update={"loader": "ray"})
+
+
+def test_the_same_batches_over_several_executions(tmp_path, monkeypatch):
+    """Two epochs and a bit, cut into many blocks and executions, from the start and from the middle."""
+    data = coco_folder(tmp_path, images=11)
+    catalog = open_split(data, "train")
+    expected = stream(data, catalog, stop=7)
+    monkeypatch.setattr(pipeline, "_BLOCK_BYTES", 5 * 3 * 64 * 96)
+    monkeypatch.setattr(pipeline, "_BLOCKS_PER_EXECUTION", 3)
+    assert stream(with_ray(data), catalog, stop=7) == expected
+    assert stream(with_ray(data), catalog, start=5, stop=7) == expected[5:]
+
+
+def test_three_ranks_that_wait_for_each_other(tmp_path):
+    """As in training: each takes its next batch when all have theirs. Three streams share two CPUs."""
+    data = coco_folder(tmp_path, images=11).model_copy(update={"augment": LargeScaleJitter(size=(32, 32))})
+    catalog = open_split(data, "train")
+    expected = stream(data, catalog, stop=40)
+    barrier = threading.Barrier(3, timeout=60)
+    shares = [[] for _ in range(3)]
+
+    def worker(rank):
+        batches = train_batches(
+            with_ray(data), catalog, seed=5, batch_size=4, start_step=0, stop_step=40, rank=rank, world=3
+        )
+        for batch in batches:
+            shares[rank].append(digests(batch))
+            barrier.wait()
+
+    threads = [threading.Thread(target=worker, args=(r,)) for r in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=100)
+    assert joined(shares) == expected
+
+
+def test_a_bad_sample_is_an_error_at_its_step(tmp_path):
+    data = coco_folder(tmp_path, images=8)
+    catalog = open_split(data, "train")
+    break_image(tmp_path, 3)
+    bad_step = sample_order(5, 0, 8).tolist().index(2) // 2
+    batches = train_batches(
+        with_ray(data), catalog, seed=5, batch_size=2, start_step=0, stop_step=4, rank=0, world=1
+    )
+    for _ in range(bad_step):
+        next(batches)
+    with pytest.raises(InputError, match=r"images/3\.png: not an image"):
+        next(batches)
+
+
+def test_bad_samples_are_skipped_alike(tmp_path):
+    data = coco_folder(tmp_path, images=8).model_copy(update={"on_bad_sample": "skip"})
+    catalog = open_split(data, "train")
+    break_image(tmp_path, 3)
+    assert stream(with_ray(data), catalog, stop=8, batch_size=2) == stream(
+        data, catalog, stop=8, batch_size=2
+    )
