@@ -19,7 +19,7 @@ class Backbone(Section):
     norm: Literal["frozen_bn", "bn", "group_norm"] = "frozen_bn"
     """Normalisation of a convolutional backbone: frozen statistics (the papers), live ones, or GroupNorm."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
-    """How many stages, the stem being the first, get no gradient."""
+    """How many stages get no gradient; a ResNet's first is its stem, Swin's first includes the embedding."""
     output_norms: bool | None = None
     """A LayerNorm on each of the four maps; null: as in the official models (Swin has them)."""
     drop_path: Fraction = 0.0

@@ -1,13 +1,18 @@
-"""Backbones from timm: four feature maps at strides 4, 8, 16 and 32."""
+"""Backbones from timm: four feature maps at strides 4, 8, 16 and 32, whatever the input size."""
 
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpformer.config_model import Backbone as BackboneConfig
+from mpformer.model.pyramid import SimpleFeaturePyramid
+from mpformer.model.tensorfile import read_tensors
 from mpformer.types import InputError
 from mpformer.yamlfile import nearest
 
@@ -22,7 +27,7 @@ if torch.version.cuda is None:
             _declared_operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import timm  # noqa: E402
-from timm.layers import BatchNormAct2d, GroupNormAct, freeze_batch_norm_2d  # noqa: E402
+from timm.layers import BatchNormAct2d, Format, GroupNormAct, freeze_batch_norm_2d  # noqa: E402
 
 STRIDES = (4, 8, 16, 32)
 
@@ -30,58 +35,119 @@ STRIDES = (4, 8, 16, 32)
 class Backbone(nn.Module):
     """A timm feature extractor.
 
-    `channels`: channels of the four maps, finest first.
+    `channels`: channels of the four maps, finest first. A plain vision transformer, whose maps all have
+    stride 16, gets a simple feature pyramid on its last one.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        if not timm.is_model(config.name):
-            close = nearest(config.name, timm.list_models())
-            raise InputError(f"model.backbone.name: timm has no model '{config.name}'; nearest: {close}")
-        name = f"{config.name}.{config.pretrained}" if config.pretrained else config.name
-        try:
-            body = timm.create_model(name, pretrained=bool(config.pretrained), features_only=True)
-        except RuntimeError as error:
-            if config.pretrained and "tag" in str(error):
-                tags = ", ".join(m.partition(".")[2] for m in timm.list_pretrained(f"{config.name}.*"))
+        self.body = _create(config)
+        info = self.body.feature_info
+        reductions = info.reduction()
+        self.pyramid: SimpleFeaturePyramid | None = None
+        if set(reductions) == {16}:
+            if config.frozen_stages:
+                raise InputError(f"model.backbone.frozen_stages: {config.name} has no stages")
+            self._wanted: tuple[int, ...] = (len(reductions) - 1,)
+            self.pyramid = SimpleFeaturePyramid(info.channels()[-1])
+            self.channels = self.pyramid.channels
+        else:
+            missing = [s for s in STRIDES if s not in reductions]
+            if missing:
                 raise InputError(
-                    f"model.backbone.pretrained: {config.name} has no tag '{config.pretrained}', but: {tags}"
-                ) from None
-            raise
-        except OSError as error:
-            raise InputError(
-                f"model.backbone.pretrained: the weights {name} are neither cached nor reachable "
-                f"({str(error).splitlines()[0]}); model.backbone.pretrained=null starts from random weights"
-            ) from None
-        reductions = body.feature_info.reduction()
-        missing = [s for s in STRIDES if s not in reductions]
-        if missing:
-            raise InputError(
-                f"model.backbone.name: {config.name} has features at strides {reductions}, without {missing}"
-            )
+                    f"model.backbone.name: {config.name} has features at strides {reductions}, "
+                    f"without {missing}"
+                )
+            self._wanted = tuple(len(reductions) - 1 - reductions[::-1].index(s) for s in STRIDES)
+            self.channels = tuple(info.channels()[i] for i in self._wanted)
+        # timm's window transformers give [B,h,w,C]
+        self._channels_last = getattr(self.body, "output_fmt", Format.NCHW) == Format.NHWC
+        with_norms = _is_swin(config.name) if config.output_norms is None else config.output_norms
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels) if with_norms else None
         if config.norm == "frozen_bn":
-            body = freeze_batch_norm_2d(body)
+            self.body = freeze_batch_norm_2d(self.body)
         elif config.norm == "group_norm":
-            body = _to_group_norm(body)
-        self.body = body
-        _freeze(body, config.frozen_stages)
-        self._wanted = tuple(len(reductions) - 1 - reductions[::-1].index(s) for s in STRIDES)
-        self.channels = tuple(body.feature_info.channels()[i] for i in self._wanted)
+            self.body = _to_group_norm(self.body)
+        _freeze(self.body, config.frozen_stages)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Normalised images [B,3,H,W] -> four maps [B,C_i,H/s_i,W/s_i], finest first."""
         features = self.body(images)
-        maps = []
-        for i, channels in zip(self._wanted, self.channels):
-            feature = features[i]
-            # timm's window transformers give [B,h,w,C]
-            channels_last = feature.shape[1] != channels and feature.shape[3] == channels
-            maps.append(feature.permute(0, 3, 1, 2).contiguous() if channels_last else feature)
-        return tuple(maps)
+        maps = [features[i] for i in self._wanted]
+        if self.pyramid is not None:
+            return self.pyramid(maps[0])
+        if self.norms is not None:
+            rows = maps if self._channels_last else [m.permute(0, 2, 3, 1) for m in maps]
+            maps = [norm(m).permute(0, 3, 1, 2) for norm, m in zip(self.norms, rows)]
+        elif self._channels_last:
+            maps = [m.permute(0, 3, 1, 2) for m in maps]
+        return tuple(m.contiguous() for m in maps)
+
+
+def _is_swin(name: str) -> bool:
+    return name.startswith("swin_")
+
+
+def _create(config: BackboneConfig) -> nn.Module:
+    """The timm model, with weights by tag, from a file, or random."""
+    if not timm.is_model(config.name):
+        close = nearest(config.name, timm.list_models())
+        raise InputError(f"model.backbone.name: timm has no model '{config.name}'; nearest: {close}")
+    options = _options(config)
+    if config.pretrained is None:
+        return timm.create_model(config.name, pretrained=False, **options)
+    tags = [m.partition(".")[2] for m in timm.list_pretrained(f"{config.name}.*")]
+    if config.pretrained in tags:
+        try:
+            return timm.create_model(f"{config.name}.{config.pretrained}", pretrained=True, **options)
+        except OSError as error:
+            raise InputError(
+                f"model.backbone.pretrained: the weights {config.name}.{config.pretrained} are neither "
+                f"cached nor reachable ({str(error).splitlines()[0]}); model.backbone.pretrained=null "
+                "starts from random weights, a path reads a file"
+            ) from None
+    file = Path(config.pretrained)
+    if not file.is_file():
+        raise InputError(
+            f"model.backbone.pretrained: '{config.pretrained}' is neither a file nor a tag of {config.name}, "
+            f"which has: {', '.join(tags) or 'none'}"
+        )
+    _check_file(file, config.name, timm.create_model(config.name, pretrained=False, **options))
+    return timm.create_model(
+        config.name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **options
+    )
+
+
+def _check_file(file: Path, name: str, model: nn.Module) -> None:
+    """Raise `InputError` where a file is unreadable or holds another model: timm would load what fits."""
+    stored = read_tensors(file)
+    wanted = [re.sub(r"^layers_(\d)", r"layers.\1", own) for own, _ in model.named_parameters()]
+    wanted = [own.removeprefix("model.") for own in wanted]
+    if sum(own in stored for own in wanted) < len(wanted) / 2:
+        raise InputError(
+            f"model.backbone.pretrained: {file} holds no weights of {name}: {next(iter(stored))}, ... where "
+            f"{wanted[0]}, ... is expected"
+        )
+
+
+def _options(config: BackboneConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {"features_only": True}
+    if config.drop_path:
+        options["drop_path_rate"] = config.drop_path
+    if _is_swin(config.name):
+        # as in the official models: windows keep their size and shift at every input size, and masks are
+        # made for the size at hand (timm otherwise fixes both for the size that a model was built for)
+        options |= {"always_partition": True, "strict_img_size": False}
+        options["drop_path_rate"] = config.drop_path  # timm's own default is 0.1
+    elif config.name.startswith("swinv2_"):
+        options["strict_img_size"] = False
+    elif config.name.startswith(("vit_", "deit", "eva", "flexivit")):
+        options["dynamic_img_size"] = True
+    return options
 
 
 def _freeze(body: nn.Module, stages: int) -> None:
-    """Stop the gradient of the first stages: everything up to the stages-th feature map (the stem is one)."""
+    """Stop the gradient of the first stages: everything up to the stages-th feature map of the timm model."""
     ends = [name.replace(".", "_") for name in body.feature_info.module_name()]
     done = 0
     for name, child in body.named_children():
