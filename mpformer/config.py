@@ -104,8 +104,10 @@ class Data(Section):
     augment: LargeScaleJitter = LargeScaleJitter()
     test_resize: TestResize = TestResize()
     on_bad_sample: Literal["error", "skip"] = "error"
-    loader: Literal["ray", "inline"] = _setting("ray")
-    """Ray Data, or decoding in the training process; both give the very same batches."""
+    loader: Literal["ray", "torch", "inline"] = _setting("ray")
+    """Ray Data, torch's DataLoader, or the training process itself; all give the very same batches."""
+    loader_processes: Count = _setting(2)
+    """Processes of the torch loader in each training worker."""
     prefetch: Annotated[int, Field(ge=0)] = _setting(2)
     """Batches prepared ahead."""
 

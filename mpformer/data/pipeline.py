@@ -57,7 +57,13 @@ def train_batches(
     steps = [rank_positions(step, batch_size, rank, world) for step in range(start_step, stop_step)]
     if data.loader == "ray" and any(steps):
         return _ray(data, catalog, seed, steps, world)
-    return _inline(data, catalog if isinstance(catalog, Catalog) else ray.get(catalog), seed, steps)
+    if not isinstance(catalog, Catalog):
+        catalog = ray.get(catalog)
+    if data.loader == "torch":
+        from mpformer.data.torch_loader import loader_batches
+
+        return loader_batches(data, catalog, seed, steps)
+    return _inline(data, catalog, seed, steps)
 
 
 def _inline(data: Data, catalog: Catalog, seed: int, steps: Sequence[range]) -> Iterator[Batch]:

@@ -195,3 +195,17 @@ def test_a_data_set_of_bad_samples_alone_is_an_error(tmp_path):
     break_image(tmp_path, 2)
     with pytest.raises(InputError, match="small train: 100 bad samples in a row at position 0"):
         stream(data, catalog)
+
+
+@pytest.mark.slow
+def test_torch_loader_gives_the_same_batches(tmp_path):
+    """Over two epochs, from the middle, for a rank of several, with a sample that is skipped."""
+    data = coco_folder(tmp_path, images=8).model_copy(update={"on_bad_sample": "skip"})
+    catalog = open_split(data, "train")
+    break_image(tmp_path, 3)
+    for_torch = data.model_copy(update={"loader": "torch", "loader_processes": 1})
+    expected = stream(data, catalog, start=1, stop=5, rank=1, world=2)
+    assert stream(for_torch, catalog, start=1, stop=5, rank=1, world=2) == expected
+    strict = for_torch.model_copy(update={"on_bad_sample": "error"})
+    with pytest.raises(InputError, match=r"images/3\.png: not an image"):
+        stream(strict, catalog)

@@ -1,0 +1,44 @@
+"""Batches made by the processes of torch's DataLoader, where Ray Data is not wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch.utils.data import DataLoader
+
+from mpformer.config import Data
+from mpformer.data.catalog import Catalog
+from mpformer.data.collate import collate
+from mpformer.data.samples import make_sample
+from mpformer.types import Batch, InputError
+
+
+def loader_batches(data: Data, catalog: Catalog, seed: int, steps: Sequence[range]) -> Iterator[Batch]:
+    """One batch for each range of positions, in their order; `InputError` at a bad sample's step."""
+    loader = DataLoader(
+        _Steps(data, catalog, seed),
+        sampler=steps,
+        batch_size=None,  # an item is a whole batch already
+        num_workers=data.loader_processes,
+        prefetch_factor=max(1, data.prefetch),
+        # a forked copy of a process with Ray's threads may hang on one of their locks
+        multiprocessing_context="spawn",
+    )
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+class _Steps:
+    """Batches by their positions, as torch's map-style data sets are asked for items."""
+
+    def __init__(self, data: Data, catalog: Catalog, seed: int) -> None:
+        self.data, self.catalog, self.seed = data, catalog, seed
+
+    def __getitem__(self, positions: range) -> Batch | InputError:
+        try:
+            samples = [make_sample(self.catalog, self.data, self.seed, p) for p in positions]
+        except InputError as error:  # raised across processes it would lose its type
+            return error
+        return collate(samples, self.data.augment.size)
