@@ -49,7 +49,7 @@ def lines() -> Iterator[str]:
     yield ""
     if not any(trouble.startswith("torch:") for trouble in troubles):
         yield from _devices()
-        yield _deformable_attention()
+        yield from _deformable_attention(troubles)
     yield from _machine(troubles)
     yield ""
     yield "all is well" if not troubles else "to be seen to: " + "; ".join(troubles)
@@ -80,10 +80,13 @@ def _devices() -> Iterator[str]:
         yield f"GPU {i}: {found.name}, {found.total_memory / 2**30:.0f} GiB, trains in {precision}"
 
 
-def _deformable_attention() -> str:
-    from mpformer import ops
+def _deformable_attention(troubles: list[str]) -> Iterator[str]:
+    from mpformer.ops.status import kernel_status
 
-    return f"deformable attention: plain PyTorch (mpformer.{ops.__name__.rsplit('.', 1)[-1]}.reference)"
+    for status in kernel_status():
+        yield f"deformable attention on {status.device}: {status.kernel} ({status.reason})"
+        if status.advice:
+            troubles.append(f"deformable attention on {status.device} is the slow one: {status.advice}")
 
 
 def _machine(troubles: list[str]) -> Iterator[str]:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,23 @@ def read_points(run_dir: Path) -> list[Point]:
     A line torn by a kill is left out. Non-finite values come back as NaN. Raises `RunError` for a damaged
     line.
     """
-    by_step: dict[int, Point] = {}
+    points: list[Point] = []
     for part in parts(run_dir):
         for entry in read_part(part)[0]:
             if isinstance(entry, int):
-                by_step = {step: point for step, point in by_step.items() if step <= entry}
-            elif (earlier := by_step.get(entry.step)) is not None:
-                by_step[entry.step] = Point(entry.step, entry.time, {**earlier.values, **entry.values})
+                points = [point for point in points if point.step <= entry]
             else:
-                by_step[entry.step] = entry
+                points.append(entry)
+    return merge_steps(points)
+
+
+def merge_steps(points: Iterable[Point]) -> list[Point]:
+    """One point per step, steps ascending; what was measured twice at a step is what was measured last."""
+    by_step: dict[int, Point] = {}
+    for point in points:
+        earlier = by_step.get(point.step)
+        values = {**earlier.values, **point.values} if earlier else point.values
+        by_step[point.step] = Point(point.step, point.time, values)
     return [by_step[step] for step in sorted(by_step)]
 
 

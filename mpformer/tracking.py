@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpformer.config import Config, config_hash, diff
-from mpformer.record import Part, Point, parts, read_metrics, read_points
+from mpformer.record import Part, Point, merge_steps, parts, read_metrics, read_points
 from mpformer.types import InputError, RunError
 
 if TYPE_CHECKING:
@@ -252,10 +252,10 @@ class _Mirror:
     def _send(self) -> None:
         from mlflow.entities import Metric
 
-        due = [point for point in self._pending if point.step <= self.link.committed_step]
+        due = merge_steps(point for point in self._pending if point.step <= self.link.committed_step)
         metrics = [
             Metric(key, value, point.time, point.step)
-            for point in sorted(due, key=lambda point: point.step)  # stable: a step's later values stay later
+            for point in due
             for key, value in point.values.items()
             if point.step > self._sent_until.get(key, -1)
         ]

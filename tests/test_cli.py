@@ -169,7 +169,7 @@ def test_doctor_ends_well_with_clear_words():
         timeout=120,
         check=True,
     )
-    for word in ("torch ", "ray ", "deformable attention: ", "CPU: ", "GPU", "disk: "):
+    for word in ("torch ", "ray ", "deformable attention on cpu: ", "CPU: ", "GPU", "disk: "):
         assert word in done.stdout
     assert done.stdout.splitlines()[-1].startswith(("all is well", "to be seen to: "))
 

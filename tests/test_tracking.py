@@ -152,6 +152,17 @@ def test_the_step_0_of_a_run_restarted_from_nothing_is_not_double(storage):
     assert in_mlflow(storage, tracker.mlflow_run_id) == {("val/AP", 0): 1} == in_record(storage)
 
 
+def test_a_key_logged_twice_at_one_step_is_one_point_with_the_later_value(storage):
+    tracker = begin(storage)
+    tracker.log(4, {"speed/images_seen": 32.0, "train/loss": 1.0})
+    tracker.log(4, {"speed/images_seen": 33.0, "val/AP": 2.0})
+    tracker.commit(4)
+    tracker.finish()
+    assert in_mlflow(storage, tracker.mlflow_run_id) == in_record(storage)
+    [(_, values)] = read_metrics(storage / "run")
+    assert values == {"speed/images_seen": 33.0, "train/loss": 1.0, "val/AP": 2.0}
+
+
 def test_a_restart_behind_what_mlflow_has_doubles_nothing(storage):
     """The newest checkpoint was lost with its disk: the run goes on from an older one."""
     tracker = begin(storage)

@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import Any
 
 # Before ray is imported: the runs keep records of their own, and relative paths mean the same in a trial.
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+for _name, _value in {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
 
-import ray
-from ray import tune
+import ray  # noqa: E402
+from ray import tune  # noqa: E402
 
-from mpformer.ablation.plan import DRIVER_CPUS, Capacity, threads_per_worker, trials_at_once
-from mpformer.ablation.spec import Trial
-from mpformer.train.launch import fit, start_ray
-from mpformer.types import InputError, RunError
+from mpformer.ablation.plan import DRIVER_CPUS, Capacity, threads_per_worker, trials_at_once  # noqa: E402
+from mpformer.ablation.spec import Trial  # noqa: E402
+from mpformer.train.launch import fit, start_ray  # noqa: E402
+from mpformer.types import InputError, RunError  # noqa: E402
 
 
 @dataclass(frozen=True)

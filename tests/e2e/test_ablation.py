@@ -1,0 +1,98 @@
+"""A study through Ray Tune, killed on the way, with a row that cannot run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from mpformer.ablation.spec import Study, load_study
+from mpformer.record import read_points
+from mpformer.tracking import client
+from tests.e2e.conftest import run, start
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+STUDY = """\
+title: With and without pilots
+base: tiny.yaml
+settings: {train.length: 6 steps, evaluate.at_start: true, evaluate.every: null}
+columns:
+  val/AP: {title: AP}
+  val/PQ: {title: PQ}
+  val/mIoU: {title: mIoU}
+baseline: plain
+rows:
+  plain: {settings: {model.pilot.queries: 0}}
+  broken: {settings: {model.backbone.pretrained: nowhere.safetensors}}
+  piloted: {settings: {model.pilot.queries: 8}}
+"""
+
+
+@pytest.fixture
+def study(recipe: Path) -> Study:
+    path = recipe.parent / "study.yaml"
+    path.write_text(STUDY)
+    return load_study(path)
+
+
+def test_a_study_survives_a_kill_and_reports_the_row_that_failed(study: Study) -> None:
+    trials = {trial.row: trial for trial in study.trials()}
+    process = start("ablate", study.path)
+    deadline = time.monotonic() + 300
+    while not any(trial.run_dir.glob("checkpoints/step-*") for trial in trials.values()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+
+    done = run("ablate", study.path, timeout=500)
+    assert done.returncode == 2, done.stderr
+    assert "1 of 3 runs failed, broken s0: " in done.stderr
+    assert "nowhere.safetensors" in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+
+    with (study.folder / "table.csv").open() as file:
+        cells = {(line["row"], line["metric"]): line for line in csv.DictReader(file)}
+    for row in ("plain", "piloted"):
+        summary = json.loads((trials[row].run_dir / "summary.json").read_text())
+        for metric in study.file.columns:
+            assert float(cells[row, metric]["mean"]) == summary["metrics"][metric]
+    assert cells["broken", "val/AP"]["mean"] == ""
+    assert cells["untrained", "val/mIoU"]["n"] == "1"
+    assert (study.folder / "curve-PQ.png").read_bytes().startswith(b"\x89PNG")
+
+    _check_mlflow(study, [trials["plain"].run_dir, trials["piloted"].run_dir])
+
+    # the finished rows are never run again: nothing is begun, nothing is written but the report
+    before = {path: path.stat().st_mtime_ns for path in study.folder.rglob("*.jsonl")}
+    again = run("ablate", study.path, "--only", "plain", timeout=60)
+    assert again.returncode == 0, again.stderr
+    assert "1 finished, 0 begun, 0 to start" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in study.folder.rglob("*.jsonl")} == before
+
+
+def _check_mlflow(study: Study, run_dirs: list[Path]) -> None:
+    """One parent, a child per run with every point of its record once."""
+    parent = json.loads((study.folder / "mlflow.json").read_text())
+    store = client(parent["uri"])
+    assert store.get_run(parent["run_id"]).info.status == "FAILED"  # a row of it has failed
+    experiment = store.get_experiment_by_name("study").experiment_id
+    for run_dir in run_dirs:
+        link = json.loads((run_dir / "mlflow.json").read_text())
+        child = store.get_run(link["run_id"])
+        assert child.info.experiment_id == experiment
+        assert child.info.status == "FINISHED"
+        assert child.data.tags["mlflow.parentRunId"] == parent["run_id"]
+        points = {(p.step, key) for p in read_points(run_dir) for key in p.values}
+        sent = [
+            (m.step, key) for key in child.data.metrics for m in store.get_metric_history(link["run_id"], key)
+        ]
+        assert len(sent) == len(points)
+        assert set(sent) == points
