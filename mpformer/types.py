@@ -121,13 +121,40 @@ class Target:
 
 
 @dataclass(frozen=True)
+class PackedTarget:
+    """A `Target` on its way to the device: an eighth of its bytes while batches wait in line."""
+
+    labels: torch.Tensor
+    bits: torch.Tensor
+    """[N,H,W/8] uint8: eight pixels of a row to a byte, the leftmost in the highest bit."""
+
+    @property
+    def masks(self) -> torch.Tensor:
+        """The masks [N,H,W] bool, unpacked at each call."""
+        if self.bits.device.type == "cpu":
+            import numpy as np
+            import torch
+
+            return torch.from_numpy(np.unpackbits(self.bits.numpy(), axis=2).view(bool))
+        shifts = self.bits.new_tensor([7, 6, 5, 4, 3, 2, 1, 0])
+        return ((self.bits.unsqueeze(3) >> shifts) & 1).bool().flatten(2)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
+        """The target on a device, its masks unpacked there."""
+        moved = PackedTarget(
+            self.labels.to(device, non_blocking=non_blocking), self.bits.to(device, non_blocking=non_blocking)
+        )
+        return Target(moved.labels, moved.masks)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Augmented samples of one size, as the model takes them."""
 
     images: torch.Tensor
     """[B,3,H,W] uint8, RGB, 0..255; H and W multiples of 32."""
-    targets: tuple[Target, ...]
-    """One per image; masks at the size of `images`."""
+    targets: tuple[Target | PackedTarget, ...]
+    """One per image; masks at the size of `images`. The data part packs them, `to` unpacks them."""
     valid_sizes: tuple[tuple[int, int], ...]
     """(height, width) of the part of each image that is no padding: its upper left corner."""
     image_ids: tuple[str, ...]
@@ -146,6 +173,7 @@ class Batch:
             self.valid_sizes,
             self.image_ids,
             self.positions,
+            self.skipped,
         )
 
     def split(self, size: int) -> list[Batch]:

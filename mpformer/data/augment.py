@@ -7,6 +7,7 @@ where it lies on the canvas, mirrored or not. Only then are pixels and masks mad
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -70,32 +71,33 @@ def resize_image(image: np.ndarray, window: Window) -> np.ndarray:
     return cv2.resize(part, (window.out_width, window.out_height), interpolation=how)
 
 
-def augment(
-    image: np.ndarray, record: Record, task: str, placement: Placement
-) -> tuple[np.ndarray, list[int], list[BoxMask]]:
-    """Pixels [h,w,3] uint8 (without padding), labels and masks of the objects that are seen in the placement.
+def place_image(image: np.ndarray, placement: Placement) -> np.ndarray:
+    """The pixels [h,w,3] uint8 of an image that a placement shows, without padding."""
+    pixels = resize_image(image, placement.window)
+    return cv2.flip(pixels, 1) if placement.flip else pixels
+
+
+def place_masks(record: Record, task: str, placement: Placement) -> Iterator[tuple[int, BoxMask]]:
+    """Label and mask of each object that a placement shows, one at a time: many large ones need no room.
 
     Tasks "instance" and "panoptic" have one mask per segment, crowds left out; "semantic" one per class,
     crowds included, for the class of their pixels is right.
     """
     window = placement.window
-    pixels = resize_image(image, window)
+    found: Iterator[tuple[int, BoxMask]]
     if task == "semantic":
-        labels, found = _by_class(record, window)
+        found = _by_class(record, window)
     else:
         targets = tuple(s for s in record.segments if not s.crowd)
-        labels, found = [], []
-        for segment, mask in zip(targets, crop_masks(record, targets, window)):
-            if mask is not None:
-                labels.append(segment.label)
-                found.append(mask)
-    if placement.flip:
-        pixels = cv2.flip(pixels, 1)
-        found = [BoxMask(window.out_width - m.x - m.pixels.shape[1], m.y, m.pixels[:, ::-1]) for m in found]
-    return pixels, labels, found
+        masks = zip(targets, crop_masks(record, targets, window))
+        found = ((segment.label, mask) for segment, mask in masks if mask is not None)
+    for label, mask in found:
+        if placement.flip:
+            mask = BoxMask(window.out_width - mask.x - mask.pixels.shape[1], mask.y, mask.pixels[:, ::-1])
+        yield label, mask
 
 
-def _by_class(record: Record, window: Window) -> tuple[list[int], list[BoxMask]]:
+def _by_class(record: Record, window: Window) -> Iterator[tuple[int, BoxMask]]:
     """One mask per class that is seen, in the order of labels."""
     maps: dict[int, np.ndarray] = {}
     for segment, mask in zip(record.segments, crop_masks(record, record.segments, window)):
@@ -105,8 +107,8 @@ def _by_class(record: Record, window: Window) -> tuple[list[int], list[BoxMask]]
             maps[segment.label] = np.zeros((window.out_height, window.out_width), bool)
         height, width = mask.pixels.shape
         maps[segment.label][mask.y : mask.y + height, mask.x : mask.x + width] |= mask.pixels
-    labels = sorted(maps)
-    return labels, [BoxMask(0, 0, maps[label]) for label in labels]
+    for label in sorted(maps):
+        yield label, BoxMask(0, 0, maps[label])
 
 
 def test_size(height: int, width: int, config: TestResize) -> tuple[int, int]:

@@ -9,11 +9,11 @@ import torch
 
 from mpformer.data.images import PIXEL_MEAN
 from mpformer.data.samples import Sample
-from mpformer.types import Batch, Target
+from mpformer.types import Batch, PackedTarget
 
 
 def collate(samples: Sequence[Sample], canvas: tuple[int, int]) -> Batch:
-    """A batch of samples on a canvas (height, width): images padded with `PIXEL_MEAN`, masks bool.
+    """A batch of samples on a canvas (height, width): images padded with `PIXEL_MEAN`, masks packed.
 
     Empty `samples` make an empty batch.
     """
@@ -35,13 +35,13 @@ def collate(samples: Sequence[Sample], canvas: tuple[int, int]) -> Batch:
     )
 
 
-def _target(sample: Sample, canvas: tuple[int, int]) -> Target:
-    masks = np.zeros((len(sample.labels), *canvas), bool)
+def _target(sample: Sample, canvas: tuple[int, int]) -> PackedTarget:
+    height, width = canvas
+    masks = np.zeros((len(sample.labels), height, width // 8), np.uint8)
     packed = np.frombuffer(sample.bits, np.uint8)
     offset = 0
-    for out, (x, y, width, height) in zip(masks, sample.boxes.tolist()):
-        end = offset + -(-width * height // 8)
-        pixels = np.unpackbits(packed[offset:end], count=width * height)
-        out[y : y + height, x : x + width] = pixels.reshape(height, width).view(bool)
+    for out, (x, y, w, h) in zip(masks, sample.boxes.tolist()):
+        end = offset + h * w // 8
+        out[y : y + h, x // 8 : (x + w) // 8] = packed[offset:end].reshape(h, w // 8)
         offset = end
-    return Target(torch.from_numpy(sample.labels.astype(np.int64)), torch.from_numpy(masks))
+    return PackedTarget(torch.from_numpy(sample.labels.astype(np.int64)), torch.from_numpy(masks))

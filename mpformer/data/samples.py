@@ -16,6 +16,7 @@ from mpformer.config import Data
 from mpformer.data import augment
 from mpformer.data.catalog import Catalog, Record
 from mpformer.data.images import load_image
+from mpformer.data.masks import BoxMask
 from mpformer.types import InputError
 
 _REPLACEMENTS = 100
@@ -33,9 +34,9 @@ class Sample:
     labels: np.ndarray
     """[N] int32."""
     boxes: np.ndarray
-    """[N,4] int32: x, y, width, height of each mask's box on the canvas."""
+    """[N,4] int32: x, y, width, height of each mask's box on the canvas; x and width are multiples of 8."""
     bits: bytes
-    """The masks within their boxes, row by row, eight pixels to a byte; each mask begins a byte."""
+    """The masks within their boxes, row by row, eight pixels to a byte, the leftmost in the highest bit."""
     canvas: tuple[int, int]
     """(height, width) of the padded sample."""
     skipped: str = ""
@@ -86,18 +87,31 @@ def _sample(
     if record.problem:
         raise InputError(record.problem)
     placement = augment.place(record.height, record.width, data.augment, random)
-    image = load_image(record)
-    pixels, labels, found = augment.augment(image, record, data.task, placement)
+    pixels = augment.place_image(load_image(record), placement)
     planes = np.empty((3, *pixels.shape[:2]), np.uint8)
     cv2.split(pixels, list(planes))
-    boxes = [(m.x, m.y, m.pixels.shape[1], m.pixels.shape[0]) for m in found]
+    labels, boxes, bits = [], [], []
+    for label, mask in augment.place_masks(record, data.task, placement):
+        box, packed = _pack(mask)
+        labels.append(label)
+        boxes.append(box)
+        bits.append(packed)
     return Sample(
         position=position,
         image_id=record.image_id,
         image=planes,
         labels=np.array(labels, np.int32),
         boxes=np.array(boxes, np.int32).reshape(-1, 4),
-        bits=b"".join(np.packbits(m.pixels).tobytes() for m in found),
+        bits=b"".join(bits),
         canvas=placement.canvas,
         skipped="; ".join(reasons),
     )
+
+
+def _pack(mask: BoxMask) -> tuple[tuple[int, int, int, int], bytes]:
+    """Box and bits of a mask; the box is widened to whole bytes of a canvas row."""
+    height, width = mask.pixels.shape
+    before = mask.x % 8
+    padded = np.zeros((height, -(-(before + width) // 8) * 8), bool)
+    padded[:, before : before + width] = mask.pixels
+    return (mask.x - before, mask.y, padded.shape[1], height), np.packbits(padded).tobytes()

@@ -124,7 +124,7 @@ def _image_figures(
 ) -> Figures:
     image = load_image(record)
     tensor, sizes = prepare(image, config.data.test_resize)
-    images, target = tensor.to(device), target_of(record, image, sizes, config.data.task).to(device)
+    images, target = tensor.to(device), target_of(record, sizes, config.data.task).to(device)
     with _watched(model) as attention:
         heads = model(images, all_heads=True).heads
     figures, matched = layer_figures(heads, target, sizes, model.config)

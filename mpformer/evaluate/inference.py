@@ -78,7 +78,7 @@ def _predict(
     found = results(heads[-1], sizes, config.data.task, config.evaluate, model.classes)
     layers = None
     if len(heads) > 1:
-        target = target_of(record, image, sizes, config.data.task).to(device)
+        target = target_of(record, sizes, config.data.task).to(device)
         layers, _ = layer_figures(heads, target, sizes, model.config)
     return replace(found.compact(record.image_id), layers=layers)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mpformer.data.augment import Placement, augment
+from mpformer.data.augment import Placement, place_masks
 from mpformer.data.catalog import MapId, Record
 from mpformer.data.masks import Window, record_masks, segment_rle
 from mpformer.evaluate.instance import TrueInstance, encode_mask
@@ -48,16 +48,15 @@ def true_segments(record: Record) -> TrueSegments:
     return TrueSegments(ids, tuple(s.label for s in record.segments), tuple(s.crowd for s in record.segments))
 
 
-def target_of(record: Record, image: np.ndarray, sizes: Sizes, task: str) -> Target:
+def target_of(record: Record, sizes: Sizes, task: str) -> Target:
     """The record as a training target at the size of the network input, padding empty: what a loss would see.
 
-    `image` [h,w,3] uint8 is the record's. Crowds are left out but for the task "semantic", which has one mask
-    per class.
+    Crowds are left out but for the task "semantic", which has one mask per class.
     """
     window = Window(0, 0, record.width, record.height, sizes.valid[1], sizes.valid[0])
-    _, labels, found = augment(image, record, task, Placement(window, flip=False, canvas=sizes.padded))
+    found = list(place_masks(record, task, Placement(window, flip=False, canvas=sizes.padded)))
     masks = torch.zeros(len(found), *sizes.padded, dtype=torch.bool)
-    for mask, box in zip(masks, found):
+    for mask, (_, box) in zip(masks, found):
         h, w = box.pixels.shape
         mask[box.y : box.y + h, box.x : box.x + w] = torch.from_numpy(np.ascontiguousarray(box.pixels))
-    return Target(torch.tensor(labels, dtype=torch.int64), masks)
+    return Target(torch.tensor([label for label, _ in found], dtype=torch.int64), masks)

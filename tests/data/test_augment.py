@@ -115,6 +115,11 @@ def colored_record():
     return image, Record("1", "", 120, 80, segments)
 
 
+def augmented(image, record, task, placement):
+    placed = list(augment.place_masks(record, task, placement))
+    return augment.place_image(image, placement), [label for label, _ in placed], [mask for _, mask in placed]
+
+
 def full(box, placement):
     mask = np.zeros((placement.window.out_height, placement.window.out_width), bool)
     mask[box.y : box.y + box.pixels.shape[0], box.x : box.x + box.pixels.shape[1]] = box.pixels
@@ -127,7 +132,7 @@ def test_masks_stay_on_their_pixels(seed):
     image, record = colored_record()
     config = LargeScaleJitter(size=(192, 192), scale=(0.8, 2.0))
     placement = augment.place(80, 120, config, augment.generator(seed, 0, "1"))
-    pixels, labels, found = augment.augment(image, record, "instance", placement)
+    pixels, labels, found = augmented(image, record, "instance", placement)
     assert sorted(labels) == sorted({4, 2} & set(labels))
     assert pixels.shape == (placement.window.out_height, placement.window.out_width, 3)
     for label, channel in ((4, 0), (2, 2)):
@@ -142,9 +147,9 @@ def test_crowds_are_no_targets_but_count_in_semantic_maps():
     image, record = colored_record()
     whole = Placement(Window.whole(120, 80), False, (96, 128))
     for task in ("instance", "panoptic"):
-        _, labels, _ = augment.augment(image, record, task, whole)
+        _, labels, _ = augmented(image, record, task, whole)
         assert labels == [4, 2]
-    _, labels, found = augment.augment(image, record, "semantic", whole)
+    _, labels, found = augmented(image, record, "semantic", whole)
     assert labels == [2, 4]
     red, blue = image[..., 0] == 250, image[..., 2] == 250
     assert np.array_equal(full(found[0], whole), red | blue)
@@ -154,8 +159,8 @@ def test_crowds_are_no_targets_but_count_in_semantic_maps():
 def test_mirroring_mirrors_image_and_masks_alike():
     image, record = colored_record()
     window = Window(10, 5, 90, 60, 90, 60)
-    plain = augment.augment(image, record, "instance", Placement(window, False, (96, 96)))
-    turned = augment.augment(image, record, "instance", Placement(window, True, (96, 96)))
+    plain = augmented(image, record, "instance", Placement(window, False, (96, 96)))
+    turned = augmented(image, record, "instance", Placement(window, True, (96, 96)))
     assert np.array_equal(plain[0][:, ::-1], turned[0])
     assert plain[1] == turned[1]
     placement = Placement(window, True, (96, 96))

@@ -120,7 +120,9 @@ def test_a_batch_is_what_the_model_takes(tmp_path):
     assert tuple(batch.images.shape) == (4, 3, 64, 96)
     assert batch.positions == (12, 13, 14, 15)
     counts = {"1": 2, "2": 1, "3": 0, "4": 0}
-    for image, target, (h, w), name in zip(batch.images, batch.targets, batch.valid_sizes, batch.image_ids):
+    moved = batch.to("cpu")
+    assert all(torch.equal(a.masks, b.masks) for a, b in zip(batch.targets, moved.targets))
+    for image, target, (h, w), name in zip(batch.images, moved.targets, batch.valid_sizes, batch.image_ids):
         assert target.masks.dtype == torch.bool
         assert target.labels.dtype == torch.int64
         assert tuple(target.masks.shape) == (len(target.labels), 64, 96)

@@ -95,7 +95,7 @@ def test_figures_of_a_model_equal_a_plain_recomputation(diagnosed):
     for record in catalog.records:
         image = load_image(record)
         tensor, sizes = prepare(image, config.data.test_resize)
-        target = target_of(record, image, sizes, "panoptic")
+        target = target_of(record, sizes, "panoptic")
         with torch.no_grad():
             heads = model(tensor, all_heads=True).heads
         h, w = -(-sizes.valid[0] // 4), -(-sizes.valid[1] // 4)
