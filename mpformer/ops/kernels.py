@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mpformer.ops import build
 from mpformer.ops.cpu import Library
+from mpformer.ops.cuda import find_cuda_kernel
 from mpformer.ops.reference import Shapes
 
 SETTING = "MPFORMER_DEFORM_ATTN"
@@ -40,12 +41,12 @@ def kernel_for(value: Tensor) -> Kernel | None:
     """The compiled kernel for this tensor, None where the reference is to run."""
     if value.dtype == torch.float64:
         return None  # the reference is the float64 form
-    return _chosen(value.device.type)
+    return _chosen(value.device.type, value.device.index or 0)
 
 
 @lru_cache
-def _chosen(device: str) -> Kernel | None:
-    kernel, reason = find_kernel(device)
+def _chosen(device: str, index: int) -> Kernel | None:
+    kernel, reason = find_kernel(device, index)
     if kernel is None and not reference_wanted():
         warnings.warn(
             f"ms_deform_attn on {device} runs in plain PyTorch, some 20 to 50 times slower than the compiled "
@@ -64,12 +65,14 @@ def reference_wanted() -> bool:
     return setting == "reference"
 
 
-def find_kernel(device: str) -> tuple[Kernel | None, str]:
-    """The kernel for a device type, and in words where it comes from or why there is none."""
+def find_kernel(device: str, index: int = 0) -> tuple[Kernel | None, str]:
+    """The kernel for a device, and in words where it comes from or why there is none."""
     if reference_wanted():
         return None, f"{SETTING}=reference asks for it"
     if device == "cpu":
         return _cpu_kernel()
+    if device == "cuda":
+        return find_cuda_kernel(index)
     return None, f"there is no compiled kernel for devices of type {device!r}"
 
 

@@ -40,5 +40,7 @@ def _status(device: str) -> KernelStatus:
             "install a C++ compiler (Debian: apt install g++; conda: conda install gxx) and run this again"
         )
     else:
-        advice = "pip install 'mpformer[cuda]' (cuda-core and NVRTC for the CUDA version of torch)"
+        advice = (
+            f"pip install nvidia-cuda-nvrtc for CUDA {torch.version.cuda} (torch from PyPI brings it along)"
+        )
     return KernelStatus(device, "reference", False, reason, advice)
