@@ -1,4 +1,4 @@
-"""The operator on a GPU: numbers against float64, both forms of the backward pass, memory, streams, compile."""
+"""The operator on a GPU: numbers against float64, both forms of the backward pass, memory, streams."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: NVRTC compiles them, and an emulation of warps runs them against float64 loops."""
+"""The CUDA kernels without a GPU: NVRTC compiles them, an emulation of warps runs them against loops."""
 
 import ctypes
 import subprocess
@@ -28,7 +28,13 @@ def compiler():
 
 @pytest.mark.parametrize("architecture", [80, 90, 100, 120])
 @pytest.mark.parametrize(
-    ("value", "point", "channels", "fused"), [(0, 0, 32, 0), (1, 0, 32, 1), (2, 2, 5, 1)]
+    ("value", "point", "channels", "fused"),
+    [
+        (0, 0, 32, 1),
+        pytest.param(0, 0, 32, 0, marks=pytest.mark.slow),
+        pytest.param(1, 0, 32, 1, marks=pytest.mark.slow),
+        pytest.param(2, 2, 5, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_compiles(compiler, monkeypatch, tmp_path, architecture, value, point, channels, fused):
     """To machine code, without headers; kernels that add to memory exist from sm_90 on."""
@@ -128,11 +134,11 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
     [
         (32, 4, torch.float32, True),
         (32, 4, torch.bfloat16, True),
-        (32, 4, torch.float32, False),
-        (24, 3, torch.float16, True),
-        (5, 4, torch.float32, False),
-        (144, 1, torch.float32, True),
-        (2, 7, torch.bfloat16, False),
+        pytest.param(32, 4, torch.float32, False, marks=pytest.mark.slow),
+        pytest.param(24, 3, torch.float16, True, marks=pytest.mark.slow),
+        pytest.param(5, 4, torch.float32, False, marks=pytest.mark.slow),
+        pytest.param(144, 1, torch.float32, True, marks=pytest.mark.slow),
+        pytest.param(2, 7, torch.bfloat16, False, marks=pytest.mark.slow),
     ],
 )
 def test_emulated_kernels_are_the_formula(emulation, channels, points, dtype, fused, architecture):
