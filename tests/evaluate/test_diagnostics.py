@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from scenes import scenes, tiny_config, tiny_model
 from scipy.optimize import linear_sum_assignment
 from torch.nn import functional as F
 
@@ -16,6 +15,7 @@ from mpformer.evaluate.inference import predict_records, prepare
 from mpformer.evaluate.layers import attention_inside, layer_iou, means, query_utilization, summarize
 from mpformer.evaluate.truth import target_of
 from mpformer.model.matcher import Match
+from tests.evaluate.scenes import scenes, tiny_config, tiny_model
 
 
 def rows(*texts: str) -> torch.Tensor:

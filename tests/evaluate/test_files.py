@@ -8,12 +8,12 @@ import cv2
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
-from scenes import CLASSES, ColourModel, scenes, tiny_config
 
 import mpformer
 from mpformer.draw import decode_png
 from mpformer.evaluate.files import find_images, predict_files
 from mpformer.types import InputError
+from tests.evaluate.scenes import CLASSES, ColourModel, scenes, tiny_config
 
 
 @pytest.fixture

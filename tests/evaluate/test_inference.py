@@ -7,7 +7,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from scenes import CLASSES, ColourModel, scenes, tiny_config, tiny_model
 
 import mpformer
 from mpformer import config as settings
@@ -17,6 +16,7 @@ from mpformer.evaluate.metrics import evaluate_predictions, score
 from mpformer.evaluate.prediction import FoundInstance, FoundSegments, Prediction
 from mpformer.evaluate.truth import true_instances, true_segments
 from mpformer.types import InputError, RunError
+from tests.evaluate.scenes import CLASSES, ColourModel, scenes, tiny_config, tiny_model
 
 TASKS = ("instance", "panoptic", "semantic")
 
