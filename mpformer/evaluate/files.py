@@ -63,9 +63,9 @@ def predict_files(
 ) -> list[Path]:
     """Segment images of any size as `config` says; write pictures and JSON into `out`; return the pictures.
 
-    Written are NAME.png, an overlay with the segments that score `draw_at_least` so much; predictions.json, a
-    COCO file with one run-length-encoded annotation per segment, its score and the source's category id;
-    for panoptic results panoptic.json and panoptic/NAME.png (COCO's panoptic format); for semantic ones
+    Written are NAME.png, an overlay (of instances those that score `draw_at_least`); predictions.json, a COCO
+    file with one run-length-encoded annotation per segment, its score and the source's category id; for
+    panoptic results panoptic.json and panoptic/NAME.png (COCO's panoptic format); for semantic ones
     labels/NAME.png (source ids). `report` is told of each image. Raises `InputError` for a path that does not
     exist before anything is predicted, and for a file that is no image after the earlier ones are written.
     """

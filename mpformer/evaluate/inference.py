@@ -240,8 +240,11 @@ class Result:
         return labels
 
     def overlay(self, image: np.ndarray, at_least: float = 0.5) -> np.ndarray:
-        """A picture of the image [h,w,3] uint8 RGB with the segments that score `at_least` so much."""
-        shown = [s for s in self.segments if s.score is None or s.score >= at_least]
+        """A picture of the image [h,w,3] uint8 RGB with its segments; of instances those from `at_least` up.
+
+        (Panoptic segments have passed `evaluate.class_confidence` already.)
+        """
+        shown = [s for s in self.segments if self.task != "instance" or s.score >= at_least]
         masks, labels = [s.mask for s in shown], [s.label for s in shown]
         return draw.overlay(image, masks, labels, self.classes, [s.score for s in shown])
 

@@ -75,6 +75,13 @@ def count_segments(
     )
 
 
+def count_classes(truth: np.ndarray, labels: np.ndarray, classes: int) -> Counts:
+    """Matches of one semantic image, every class of it one segment. Both maps [h,w]: 0..K-1, else void."""
+    segments = range(classes)
+    true_ids, ids = (np.where((m >= 0) & (m < classes), m.astype(np.int64) + 1, 0) for m in (truth, labels))
+    return count_segments(true_ids, segments, [False] * classes, ids, segments, classes)
+
+
 def panoptic_quality(counts: Counts, classes: ClassTable, things: Set[int]) -> Scores:
     """PQ, SQ and RQ in percent: means over the classes that occur in truth or prediction.
 

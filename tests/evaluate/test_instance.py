@@ -172,3 +172,45 @@ def test_equals_pycocotools_by_hand_on_exported_files(seed, tmp_path, capsys):
     assert 5 < summary["AP"] < 95
     for name, value in zip(names, by_hand.stats):
         assert summary[name] == value * 100, name
+
+
+def test_the_boundary_of_a_mask_by_hand():
+    """40x60: the diagonal is 72, so the boundary is 1 pixel wide; at the image's border, too."""
+    square, corner = box(10, 10, 20, 20), box(0, 0, 5, 5)
+    ring = square & ~box(11, 11, 19, 19)
+    assert (instance.decode(instance.boundary(instance.encode_mask(square), SIZE), SIZE) == ring).all()
+    ring = corner & ~box(1, 1, 4, 4)
+    assert (instance.decode(instance.boundary(instance.encode_mask(corner), SIZE), SIZE) == ring).all()
+    nothing = instance.encode_mask(box(0, 0, 0, 0))
+    assert instance.boundary(nothing, SIZE) == nothing
+
+
+def test_boundary_width_and_holes():
+    """200x150 (diagonal 250): 5 pixels wide, and along a hole as well."""
+    size = (200, 150)
+    mask = box(20, 20, 120, 120, size) & ~box(60, 60, 80, 80, size)
+    found = instance.decode(instance.boundary(instance.encode_mask(mask), size), size)
+    core = box(25, 25, 115, 115, size) & ~box(55, 55, 85, 85, size)
+    assert (found == (mask & ~core)).all()
+
+
+def test_boundary_ap_by_hand():
+    """20x20 against the same cut to 20x19: mask IoU 0.95, boundaries 76 and 74 pixels, 56 in common."""
+    image = ImageInstances(SIZE, [true(0, box(0, 0, 20, 20))], [found(0, 0.8, box(0, 0, 20, 19))])
+    by_mask = instance.average_precision([image], CLASSES, frozenset({0})).summary
+    by_boundary = instance.average_precision([image], CLASSES, frozenset({0}), by_boundary=True).summary
+    assert by_mask["AP"] == pytest.approx(100)  # 0.95 passes all ten thresholds
+    assert by_boundary["AP"] == pytest.approx(20)  # 56 / (76 + 74 - 56) = 0.596 passes 0.5 and 0.55
+
+
+def test_boundary_ap_takes_the_smaller_iou_and_pardons_crowds():
+    crowd = true(0, box(20, 0, 40, 60), crowd=True)
+    in_crowd = found(0, 0.9, box(20, 0, 40, 60))
+    small = box(30, 30, 32, 32)  # all boundary: both IoUs are one
+    image = ImageInstances(SIZE, [crowd, true(1, small)], [in_crowd, found(1, 0.5, small)])
+    summary = instance.average_precision([image], CLASSES, CLASSES.thing_labels, by_boundary=True).summary
+    assert summary["AP"] == pytest.approx(100)
+    images = random_images(5)
+    by_mask = instance.average_precision(images, CLASSES, CLASSES.thing_labels).summary
+    by_boundary = instance.average_precision(images, CLASSES, CLASSES.thing_labels, by_boundary=True).summary
+    assert 0 < by_boundary["AP"] < by_mask["AP"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpformer.evaluate.panoptic import Counts, count_segments, panoptic_quality
+from mpformer.evaluate.panoptic import Counts, count_classes, count_segments, panoptic_quality
 from mpformer.types import ClassInfo, ClassTable
 
 CLASSES = ClassTable(
@@ -18,6 +18,17 @@ CLASSES = ClassTable(
 
 def quality(counts: Counts, classes: ClassTable = CLASSES) -> dict[str, float]:
     return panoptic_quality(counts, classes, classes.thing_labels).summary
+
+
+def test_a_semantic_map_by_hand():
+    """Truth: void 2, class 0 on 10, class 3 on 8. Found: class 0 on 11, class 3 on 5, class 1 on 4."""
+    truth = np.repeat([[255] * 2 + [0] * 10 + [3] * 8], 3, axis=0)
+    found = np.repeat([[0] * 11 + [1] * 4 + [3] * 5], 3, axis=0)
+    counts = count_classes(truth, found, 4)
+    assert counts.iou.tolist() == pytest.approx([9 / 10, 0, 0, 5 / 8])
+    assert counts.matched.tolist() == [1, 0, 0, 1]
+    assert counts.spurious.tolist() == [0, 1, 0, 0]
+    assert counts.missed.tolist() == [0, 0, 0, 0]
 
 
 def ids_of(*widths: int) -> np.ndarray:
