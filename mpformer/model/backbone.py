@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mpformer.config_model import Backbone as BackboneConfig
 from mpformer.model.pyramid import SimpleFeaturePyramid
+from mpformer.model.swin import PadThenShift
 from mpformer.model.tensorfile import read_tensors
 from mpformer.types import InputError
 from mpformer.yamlfile import nearest
@@ -28,6 +29,7 @@ if torch.version.cuda is None:
 
 import timm  # noqa: E402
 from timm.layers import BatchNormAct2d, Format, GroupNormAct, freeze_batch_norm_2d  # noqa: E402
+from timm.models.swin_transformer import SwinTransformerBlock  # noqa: E402
 
 STRIDES = (4, 8, 16, 32)
 
@@ -42,6 +44,9 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.body = _create(config)
+        for module in self.body.modules():
+            if type(module) is SwinTransformerBlock:
+                module.__class__ = _SwinBlock  # the same parameters, another order of padding and shifting
         info = self.body.feature_info
         reductions = info.reduction()
         self.pyramid: SimpleFeaturePyramid | None = None
@@ -82,6 +87,10 @@ class Backbone(nn.Module):
         elif self._channels_last:
             maps = [m.permute(0, 3, 1, 2) for m in maps]
         return tuple(m.contiguous() for m in maps)
+
+
+class _SwinBlock(PadThenShift, SwinTransformerBlock):
+    """timm's block with the official models' window attention."""
 
 
 def _is_swin(name: str) -> bool:

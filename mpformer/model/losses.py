@@ -18,7 +18,7 @@ from mpformer.config_model import Loss as LossConfig
 from mpformer.config_model import Model as ModelConfig
 from mpformer.model.matcher import Match
 from mpformer.model.piloting import pilot_layout
-from mpformer.model.points import cell_centers, inside, sample, uncertain_points
+from mpformer.model.points import at_least_float32, cell_centers, inside, sample, uncertain_points
 from mpformer.model.streams import SampleRandom
 from mpformer.types import Head, Pilots, Target
 
@@ -124,14 +124,14 @@ def consistency_losses(
     """
     losses = []
     for before, head in itertools.pairwise(heads):
-        cross_entropy = dice = head.mask_logits.new_zeros((), dtype=torch.float32)
-        for b, logits in enumerate(head.mask_logits.float()):
+        cross_entropy = dice = head.mask_logits.new_zeros(())
+        for b, logits in enumerate(at_least_float32(head.mask_logits)):
             label = before.mask_logits[b].detach() >= 0
             if config.points is None:
                 points = cell_centers(*logits.shape[1:], logits.device).expand(len(logits), -1, -1)
             else:
                 points = _loss_points(logits, config, draws, b)
-            predicted, wanted = sample(logits, points), sample(label.float(), points)
+            predicted, wanted = sample(logits, points), sample(label.to(logits.dtype), points)
             counted = _counted(points, config, valid_sizes[b], size)
             cross_entropy = cross_entropy + _cross_entropy(predicted, wanted, counted).sum()
             dice = dice + _dice(predicted, wanted, counted).sum()
@@ -146,10 +146,11 @@ _NOT_COUNTED = -100
 
 def _class_loss(logits: Tensor, wanted: Tensor, config: LossConfig) -> Tensor:
     """Weighted sum of the cross-entropies; logits [B,Q,K+1], wanted [B,Q] in 0..K."""
-    weights = torch.ones(logits.shape[2], device=logits.device)
+    logits = at_least_float32(logits)
+    weights = torch.ones(logits.shape[2], dtype=logits.dtype, device=logits.device)
     weights[-1] = config.no_object_weight
     return F.cross_entropy(
-        logits.float().flatten(0, 1), wanted.flatten(), weights, reduction="sum", ignore_index=_NOT_COUNTED
+        logits.flatten(0, 1), wanted.flatten(), weights, reduction="sum", ignore_index=_NOT_COUNTED
     )
 
 
@@ -162,21 +163,21 @@ def _mask_losses(
     valid_sizes: Sequence[tuple[int, int]],
 ) -> tuple[Tensor, Tensor]:
     """Sums over all pairs of the mean cross-entropy and of the dice loss; mask_logits [B,Q,H/4,W/4]."""
-    cross_entropy = mask_logits.new_zeros((), dtype=torch.float32)
-    dice = mask_logits.new_zeros((), dtype=torch.float32)
+    cross_entropy = mask_logits.new_zeros(())
+    dice = mask_logits.new_zeros(())
     for b, (target, (queries, objects)) in enumerate(zip(targets, pairs)):
-        logits = mask_logits[b, queries].float()
+        logits = at_least_float32(mask_logits[b, queries])
         masks = target.masks
         if config.points is None:
             # full masks: predictions raised to the ground truth's size
             size = masks.shape[1:]
             predicted = _resize(logits, size).flatten(1)
-            wanted = masks[objects].flatten(1).float()
+            wanted = masks[objects].flatten(1).to(logits.dtype)
             points = cell_centers(*size, logits.device)
         else:
             points = _loss_points(logits, config, draws, b)
             predicted = sample(logits, points)
-            wanted = _sample_objects(masks, objects, points)
+            wanted = _sample_objects(masks, objects, points, logits.dtype)
         counted = _counted(points, config, valid_sizes[b], masks.shape[1:])
         cross_entropy = cross_entropy + _cross_entropy(predicted, wanted, counted).sum()
         dice = dice + _dice(predicted, wanted, counted).sum()
@@ -200,14 +201,14 @@ def _loss_points(logits: Tensor, config: LossConfig, draws: SampleRandom, b: int
 
 
 @torch.no_grad()
-def _sample_objects(masks: Tensor, objects: Tensor, points: Tensor) -> Tensor:
+def _sample_objects(masks: Tensor, objects: Tensor, points: Tensor, dtype: torch.dtype) -> Tensor:
     """Values of masks[objects[i]] at points[i]: masks [N,H,W] bool, objects [n], points [n,P,2] -> [n,P]."""
     if len(objects) > len(masks):
         # each group of pilots holds each object once: a mask is read once, at the points of all groups
         order = objects.argsort(stable=True)
-        values = sample(masks.float(), points[order].view(len(masks), -1, 2))
+        values = sample(masks.to(dtype), points[order].view(len(masks), -1, 2))
         return values.view(points.shape[:2])[order.argsort()]
-    return sample(masks[objects].float(), points)
+    return sample(masks[objects].to(dtype), points)
 
 
 def _resize(logits: Tensor, size: tuple[int, int]) -> Tensor:

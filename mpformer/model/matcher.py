@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpformer.config_model import Loss as LossConfig
-from mpformer.model.points import cell_centers, inside, sample
+from mpformer.model.points import at_least_float32, cell_centers, inside, sample
 from mpformer.model.streams import SampleRandom
 from mpformer.types import Head, Pilots, RunError, Target
 
@@ -93,15 +93,15 @@ def _cost(
 ) -> Tensor:
     """[Q,N] float32."""
     size = target.masks.shape[1:]
-    logits = head.mask_logits[b].float()
+    logits = at_least_float32(head.mask_logits[b])
     if config.points is None:
         points = cell_centers(*logits.shape[1:], logits.device)
     else:
         points = draws.uniform(b, config.points, 2)
     predicted = sample(logits, points.expand(len(logits), -1, -1))
-    wanted = sample(target.masks.float(), points.expand(len(target.masks), -1, -1))
-    counted = inside(points, valid_size, size).float() if config.padding == "ignored" else None
-    class_cost = -head.class_logits[b].float().softmax(-1)[:, target.labels]
+    wanted = sample(target.masks.to(logits.dtype), points.expand(len(target.masks), -1, -1))
+    counted = inside(points, valid_size, size).to(logits.dtype) if config.padding == "ignored" else None
+    class_cost = -at_least_float32(head.class_logits[b]).softmax(-1)[:, target.labels]
     return (
         config.class_weight * class_cost
         + config.mask_weight * _cross_entropy_cost(predicted, wanted, counted)

@@ -8,6 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision as float32, float32 and float64 as they are: losses lose no digits."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def sample(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear values of maps [N,H,W] at points [N,P,2], (x, y) in 0..1 over the whole map -> [N,P].
 

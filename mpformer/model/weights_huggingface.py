@@ -1,0 +1,232 @@
+"""Hugging Face folders of Mask2Former: read into our model, and written so that `transformers` loads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mpformer.config_model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder
+from mpformer.model.segmenter import PIXEL_MEAN, PIXEL_STD, Segmenter
+from mpformer.model.tensorfile import read_tensors
+from mpformer.model.weights_names import huggingface_names
+from mpformer.model.weights_official import SWINS, ForeignModel
+from mpformer.types import InputError
+
+_ENCODER = "model.pixel_level_module.encoder"
+_STAGES = [f"stage{i}" for i in range(1, 5)]
+_RESNETS = {
+    ("basic", (2, 2, 2, 2)): "resnet18",
+    ("basic", (3, 4, 6, 3)): "resnet34",
+    ("bottleneck", (3, 4, 6, 3)): "resnet50",
+    ("bottleneck", (3, 4, 23, 3)): "resnet101",
+    ("bottleneck", (3, 8, 36, 3)): "resnet152",
+}
+
+
+def read_huggingface(folder: Path) -> ForeignModel:
+    """A folder with config.json and weights (safetensors or .bin, in one file or in shards).
+
+    Raises `InputError` where the folder is incomplete or holds another kind of model.
+    """
+    settings = _read_json(folder / "config.json")
+    if settings.get("model_type") != "mask2former":
+        raise InputError(
+            f"{folder / 'config.json'}: model_type 'mask2former' is expected, not "
+            f"{settings.get('model_type')!r}"
+        )
+    names = settings.get("id2label") or {}
+    class_names = tuple(names[key] for key in sorted(names, key=int))
+    try:
+        config = _to_config(settings, folder)
+    except KeyError as error:
+        raise InputError(f"{folder / 'config.json'}: the setting {error} is missing") from None
+    return ForeignModel(_read_weights(folder), config, class_names)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file.parent}: no Hugging Face folder: {file.name} is missing") from None
+    except ValueError as error:
+        raise InputError(f"{file}: not valid JSON: {error}") from None
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / stem).is_file():
+            return read_tensors(folder / stem)
+        index = folder / f"{stem}.index.json"
+        if index.is_file():
+            shards = sorted(set(_read_json(index)["weight_map"].values()))
+            return {k: v for shard in shards for k, v in read_tensors(folder / Path(shard).name).items()}
+    raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin, nor an index of shards")
+
+
+def _to_config(settings: dict[str, Any], folder: Path) -> Model:
+    if settings.get("pre_norm"):
+        raise InputError(f"{folder / 'config.json'}: pre_norm is not supported")
+    return Model(
+        backbone=_to_backbone(settings["backbone_config"], folder),
+        pixel_decoder=PixelDecoder(
+            layers=settings["encoder_layers"],
+            channels=settings["feature_size"],
+            heads=settings["num_attention_heads"],
+            ffn=settings["encoder_feedforward_dim"],
+        ),
+        decoder=Decoder(
+            queries=settings["num_queries"],
+            layers=settings["decoder_layers"] - 1,
+            heads=settings["num_attention_heads"],
+            ffn=settings["dim_feedforward"],
+            dropout=settings["dropout"],
+        ),
+        pilot=Pilot(queries=0),
+        loss=Loss(
+            class_weight=settings["class_weight"],
+            mask_weight=settings["mask_weight"],
+            dice_weight=settings["dice_weight"],
+            no_object_weight=settings["no_object_weight"],
+            points=settings["train_num_points"],
+            oversample=settings["oversample_ratio"],
+            importance=settings["importance_sample_ratio"],
+        ),
+    )
+
+
+def _to_backbone(settings: dict[str, Any], folder: Path) -> Backbone:
+    kind = settings.get("model_type")
+    depths = tuple(settings.get("depths", ()))
+    name = None
+    if kind == "swin" and depths[:2] == (2, 2):
+        name = SWINS.get((settings["embed_dim"], depths[2], settings["window_size"]))
+    elif kind == "resnet":
+        name = _RESNETS.get((settings["layer_type"], depths))
+    if name is None:
+        raise InputError(
+            f"{folder / 'config.json'}: backbone {kind} {list(depths)} is none of "
+            f"{', '.join([*_RESNETS.values(), *SWINS.values()])}"
+        )
+    return Backbone(name=name, pretrained=None)
+
+
+def write_huggingface(model: Segmenter, folder: Path) -> None:
+    """Write config.json, preprocessor_config.json and model.safetensors.
+
+    Pilots are left out: inference knows nothing of them. Raises `InputError` for a model that
+    `transformers` has no equal of.
+    """
+    own = model.state_dict()
+    unknown = [k for k in own if not k.startswith("decoder.pilot_embed") and huggingface_names(k) is None]
+    if unknown or model.config.decoder.features != "round_robin":
+        reason = f"it has no {unknown[0]}" if unknown else f"{model.config.decoder.features} features"
+        raise InputError(f"export: transformers' Mask2Former cannot hold this model: {reason}")
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in own.items():
+        names = huggingface_names(name)
+        if names is not None:
+            tensors.update(zip(names, (part.contiguous() for part in tensor.chunk(len(names)))))
+    tensors.update(_unused_tensors(model, tensors))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.cpu() for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    for name, content in (("config", _to_settings(model)), ("preprocessor_config", _to_preprocessor())):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _unused_tensors(model: Segmenter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `transformers` expects in the file beside the tensors that decide its output."""
+    config, classes = model.config, len(model.classes)
+    weights = torch.ones(classes + 1)
+    weights[-1] = config.loss.no_object_weight
+    extra = {"criterion.empty_weight": weights}
+    if model.decoder.query_embed is None:
+        # positions of zero are no positions
+        size = (config.decoder.queries, config.pixel_decoder.channels)
+        extra["model.transformer_module.queries_embedder.weight"] = torch.zeros(size)
+    if config.backbone.name.startswith("swin_"):
+        channels = model.backbone.channels[-1]
+        extra[f"{_ENCODER}.swin.layernorm.weight"] = torch.ones(channels)
+        extra[f"{_ENCODER}.swin.layernorm.bias"] = torch.zeros(channels)
+    for name in tensors:
+        if name.endswith("running_mean"):
+            extra[name.replace("running_mean", "num_batches_tracked")] = torch.tensor(0)
+    return extra
+
+
+def _to_settings(model: Segmenter) -> dict[str, Any]:
+    config = model.config
+    pixel, decoder, loss = config.pixel_decoder, config.decoder, config.loss
+    if pixel.heads != decoder.heads or pixel.points != 4:
+        raise InputError("export: transformers' Mask2Former has equal heads in both decoders, and 4 points")
+    return {
+        "architectures": ["Mask2FormerForUniversalSegmentation"],
+        "model_type": "mask2former",
+        "backbone_config": _to_backbone_settings(config.backbone.name),
+        "feature_size": pixel.channels,
+        "mask_feature_size": pixel.channels,
+        "hidden_dim": pixel.channels,
+        "encoder_layers": pixel.layers,
+        "encoder_feedforward_dim": pixel.ffn,
+        "num_attention_heads": decoder.heads,
+        "num_queries": decoder.queries,
+        "decoder_layers": decoder.layers + 1,
+        "dim_feedforward": decoder.ffn,
+        "dropout": decoder.dropout,
+        "pre_norm": False,
+        "enforce_input_projection": False,
+        "common_stride": 4,
+        "feature_strides": [4, 8, 16, 32],
+        "class_weight": loss.class_weight,
+        "mask_weight": loss.mask_weight,
+        "dice_weight": loss.dice_weight,
+        "no_object_weight": loss.no_object_weight,
+        "train_num_points": loss.points or 12544,
+        "oversample_ratio": loss.oversample,
+        "importance_sample_ratio": loss.importance,
+        "id2label": {str(i): name for i, name in enumerate(model.classes.names)},
+        "label2id": {name: i for i, name in enumerate(model.classes.names)},
+    }
+
+
+def _to_backbone_settings(name: str) -> dict[str, Any]:
+    for (embed_dim, blocks, window), swin in SWINS.items():
+        if swin == name:
+            return {
+                "model_type": "swin",
+                "embed_dim": embed_dim,
+                "depths": [2, 2, blocks, 2],
+                "num_heads": [embed_dim // 32 * 2**i for i in range(4)],
+                "window_size": window,
+                "image_size": 384 if window == 12 else 224,
+                "out_features": _STAGES,
+            }
+    for (layer_type, depths), resnet in _RESNETS.items():
+        if resnet == name:
+            widest = 4 if layer_type == "bottleneck" else 1
+            return {
+                "model_type": "resnet",
+                "layer_type": layer_type,
+                "depths": list(depths),
+                "hidden_sizes": [64 * widest * 2**i for i in range(4)],
+                "out_features": _STAGES,
+            }
+    raise InputError(f"export: transformers' Mask2Former has no backbone {name}")
+
+
+def _to_preprocessor() -> dict[str, Any]:
+    return {
+        "image_processor_type": "Mask2FormerImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": 800, "longest_edge": 1333},
+        "size_divisor": 32,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [m / 255 for m in PIXEL_MEAN],
+        "image_std": [s / 255 for s in PIXEL_STD],
+    }
