@@ -1,0 +1,257 @@
+"""Throughput of the data part on generated photographs: per stage, against the usual way, through Ray Data.
+
+    python benchmarks/data_pipeline.py [--images 64] [--seconds 10] [--ray] [--objects-300]
+
+640x480 JPEGs (quality 90, rich in noise) with 7 polygons of 12 to 48 points each, large-scale jitter to 1024.
+"The usual way" are the steps of detectron2's dataset mapper for this augmentation, written straightforwardly:
+decode, mirror, resize the whole image, crop and pad, then rasterise every polygon at full size. Both ways run
+in turn in one process with one thread; rates are in images per second of CPU time of that process, so that
+other programs on the machine disturb them less than wall-clock time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import cv2
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from mpformer.config import Data, DataSet, Split
+from mpformer.data import augment, samples
+from mpformer.data.catalog import Catalog, Record, open_split
+from mpformer.data.collate import collate
+from mpformer.data.images import PIXEL_MEAN, load_image, read_bytes
+from mpformer.data.packing import from_table, to_table
+from mpformer.data.pipeline import train_batches
+from mpformer.data.samples import make_sample
+
+
+def write_folder(root: Path, images: int, objects: int, small: bool = False) -> Data:
+    """A COCO folder of noisy photographs with star-shaped polygons."""
+    random = np.random.default_rng(0)
+    (root / "images").mkdir()
+    listed, annotations = [], []
+    height, width = (1024, 1024) if small else (480, 640)
+    for number in range(images):
+        smooth = cv2.GaussianBlur(random.random((height, width, 3)), (0, 0), 12)
+        smooth = (smooth - smooth.min()) / (smooth.max() - smooth.min())
+        image = np.clip(255 * smooth + 14 * random.standard_normal((height, width, 1)), 0, 255)
+        path = root / "images" / f"{number}.jpg"
+        cv2.imwrite(str(path), image.astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])
+        listed.append({"id": number, "file_name": path.name, "width": width, "height": height})
+        for _ in range(objects):
+            count = int(random.integers(12, 49))
+            angles = np.sort(random.random(count)) * 2 * np.pi
+            radius = (20 if small else 30 + 120 * random.random()) * (0.6 + 0.4 * random.random(count))
+            center = random.random(2) * (width, height)
+            points = center + np.stack([radius * np.cos(angles), radius * np.sin(angles)], 1)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": 1,
+                    "iscrowd": 0,
+                    "area": 1.0,
+                    "segmentation": [np.clip(points, 0, (width, height)).ravel().round(2).tolist()],
+                }
+            )
+    content = {"images": listed, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
+    (root / "train.json").write_text(json.dumps(content))
+    split = Split(images="images", annotations="train.json")
+    return Data(root=str(root), dataset=DataSet(train=split, val=split), loader="inline")
+
+
+# --- the usual way --------------------------------------------------------------------------------
+
+
+def usual_sample(record: Record, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Image [3,1024,1024] uint8 and masks [N,1024,1024] bool by the usual steps, everything at full size."""
+    image = np.array(Image.open(record.image).convert("RGB"))
+    flip = random.random() < 0.5
+    if flip:
+        image = np.ascontiguousarray(image[:, ::-1])
+    scale = (0.1 + 1.9 * random.random()) * min(1024 / record.height, 1024 / record.width)
+    height, width = round(record.height * scale), round(record.width * scale)
+    image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    x, y = int(random.random() * max(0, width - 1023)), int(random.random() * max(0, height - 1023))
+    image = image[y : y + 1024, x : x + 1024]
+    canvas = np.empty((1024, 1024, 3), np.uint8)
+    canvas[:] = PIXEL_MEAN
+    canvas[: image.shape[0], : image.shape[1]] = image
+    masks = []
+    for segment in record.segments:
+        parts = []
+        for part in segment.mask.parts:
+            points = part.copy()
+            if flip:
+                points[:, 0] = record.width - points[:, 0]
+            parts.append((points * (width / record.width, height / record.height) - (x, y)).ravel().tolist())
+        run_lengths = coco_mask.merge(coco_mask.frPyObjects(parts, 1024, 1024))
+        mask = coco_mask.decode(run_lengths).astype(bool)
+        if mask.any():
+            masks.append(mask)
+    stacked = np.stack(masks) if masks else np.zeros((0, 1024, 1024), bool)
+    return np.ascontiguousarray(canvas.transpose(2, 0, 1)), stacked
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def in_turn(ways: dict[str, Callable[[int], object]], seconds: float) -> dict[str, float]:
+    """Calls per second of CPU time of each way, called in turn so that both see the same machine."""
+    spent: dict[str, float] = defaultdict(float)
+    count = 0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or count < 20:
+        for name, way in ways.items():
+            start = time.process_time()
+            way(count)
+            spent[name] += time.process_time() - start
+        count += 1
+    return {name: count / total for name, total in spent.items()}
+
+
+@contextmanager
+def timed(module: object, name: str, spent: dict[str, float]) -> Iterator[None]:
+    """Add up the CPU time of a function of a module while in the block."""
+    original = getattr(module, name)
+
+    def wrapper(*args: object, **kwargs: object) -> object:
+        start = time.process_time()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            spent[name] += time.process_time() - start
+
+    setattr(module, name, wrapper)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def stages(data: Data, catalog: Catalog, count: int) -> dict[str, float]:
+    """Milliseconds of CPU time per image of each stage, from the file to the collated batch."""
+    spent: dict[str, float] = defaultdict(float)
+
+    def listed(*args: object) -> Iterator[object]:  # the generator's work is done inside the call
+        return iter(list(original(*args)))
+
+    original, augment.place_masks = augment.place_masks, listed
+    try:
+        with (
+            timed(samples, "load_image", spent),
+            timed(augment, "place_image", spent),
+            timed(augment, "place_masks", spent),
+        ):
+            start = time.process_time()
+            made = [make_sample(catalog, data, 1, p) for p in range(count)]
+            total = time.process_time() - start
+    finally:
+        augment.place_masks = original
+    spent["rest of the sample"] = total - sum(spent.values())
+    start = time.process_time()
+    table = to_table(made)
+    spent["to Arrow"] = time.process_time() - start
+    start = time.process_time()
+    batch = collate(from_table(table), data.augment.size)
+    spent["collate"] = time.process_time() - start
+    start = time.process_time()
+    batch.to("cpu")
+    spent["unpack masks"] = time.process_time() - start
+    return {name: 1000 * seconds / count for name, seconds in spent.items()}
+
+
+def through_ray(data: Data, catalog: Catalog, images: int, cpus: int) -> tuple[float, float, float]:
+    """(images/s, MB/s of decoded batches, seconds until the first batch) through Ray Data, wall clock."""
+    import ray
+
+    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    for_ray = data.model_copy(update={"loader": "ray"})
+    start = time.monotonic()
+    batches = train_batches(
+        for_ray, catalog, seed=0, batch_size=16, start_step=0, stop_step=images // 16, rank=0, world=1
+    )
+    count = size = 0
+    first = 0.0
+    for batch in batches:
+        if not first:
+            first = time.monotonic()
+            continue  # the clock runs from the first batch to the last
+        count += len(batch)
+        size += batch.images.nbytes + sum(t.bits.nbytes for t in batch.targets)
+    seconds = time.monotonic() - first
+    ray.shutdown()
+    return count / seconds, size / seconds / 1e6, first - start
+
+
+def memory_of_many_objects() -> tuple[float, int]:
+    """(growth of the peak memory in MB, objects kept) of one sample of 300 objects, disk to batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_folder(Path(folder), 1, 300, small=True)
+        catalog = open_split(data, "train")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        batch = collate(from_table(to_table([make_sample(catalog, data, 0, 5)])), data.augment.size)
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, len(
+            batch.targets[0].labels
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--ray", type=int, metavar="IMAGES", help="also stream this many through Ray Data")
+    parser.add_argument("--objects-300", action="store_true", help="only the memory of one crowded sample")
+    arguments = parser.parse_args()
+    if arguments.objects_300:
+        grown, kept = memory_of_many_objects()
+        print(f"one sample of 300 objects, {kept} of them kept: peak memory grows by {grown:.0f} MB")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_folder(Path(folder), arguments.images, 7)
+        catalog = open_split(data, "train")
+        size = np.mean([len(read_bytes(r.image)) for r in catalog.records]) / 1000
+        print(f"{arguments.images} JPEGs of {size:.0f} KB, 7 objects each; images per second of CPU time")
+        rates = in_turn(
+            {
+                "mpformer": lambda i: make_sample(catalog, data, 0, i),
+                "the usual way": lambda i: usual_sample(
+                    catalog.records[i % len(catalog)], np.random.default_rng(i)
+                ),
+                "decoding alone": lambda i: load_image(catalog.records[i % len(catalog)]),
+            },
+            arguments.seconds,
+        )
+        for name, rate in rates.items():
+            print(f"  {name:16} {rate:7.1f}")
+        print(f"  ratio            {rates['mpformer'] / rates['the usual way']:7.2f}")
+        parts = stages(data, catalog, 96)
+        print("milliseconds per image and share, file to batch:")
+        for name, ms in parts.items():
+            print(f"  {name:18} {ms:6.2f}  {ms / sum(parts.values()):5.1%}")
+        if arguments.ray:
+            rate, megabytes, first = through_ray(data, catalog, arguments.ray, 2)
+            print(
+                f"Ray Data, 2 CPUs, wall clock: {rate:.1f} images/s, {megabytes:.0f} MB/s, first batch after "
+                f"{first:.1f} s; {rate / (2 * rates['mpformer']):.0%} of twice the rate above"
+            )
+
+
+if __name__ == "__main__":
+    main()
