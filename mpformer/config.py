@@ -165,6 +165,16 @@ class Evaluate(Section):
     """Panoptic: a query below this class probability is dropped."""
     overlap: Fraction = 0.8
     """Panoptic: a segment that keeps less than this share of its mask is dropped."""
+    semantic: Literal["marginalise", "general"] = "marginalise"
+    """Semantic labels from all queries' probabilities, or the one best query's (MaskFormer section 3.4)."""
+    general_confidence: Fraction = 0.3
+    """General inference: a query below this class probability is dropped."""
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
+    """Test-time augmentation of semantic and panoptic results: factors on the size of `data.test_resize`."""
+    flip: bool = False
+    """Test-time augmentation: each scale mirrored, too."""
+    boundary: bool = False
+    """Also measure boundary AP."""
     layers: bool = True
     """Also measure the decoder's layers: mIoU-L and query utilisation (MP-Former section 3)."""
     pictures: Annotated[int, Field(ge=0)] = 8

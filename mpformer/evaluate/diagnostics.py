@@ -13,7 +13,7 @@ from torch import Tensor
 from mpformer.config import Config, Evaluate
 from mpformer.data.catalog import Catalog, Record
 from mpformer.data.images import load_image
-from mpformer.evaluate.inference import find_instances, prepare, results
+from mpformer.evaluate.inference import find_instances, results
 from mpformer.evaluate.instance import ImageInstances, average_precision
 from mpformer.evaluate.layers import (
     attention_inside,
@@ -25,9 +25,10 @@ from mpformer.evaluate.layers import (
 from mpformer.evaluate.metrics import score
 from mpformer.evaluate.prediction import Figures, Prediction
 from mpformer.evaluate.truth import target_of, true_instances
+from mpformer.evaluate.views import prepare, view_of
 from mpformer.model.matcher import Match
 from mpformer.model.piloting import make_pilots
-from mpformer.model.postprocess import Sizes
+from mpformer.model.postprocess import Sizes, View
 from mpformer.model.streams import SampleRandom
 from mpformer.types import ClassTable, Target
 
@@ -142,16 +143,17 @@ def _image_figures(
         truth = [replace(t, label=0) for t in true_instances(record)]
         for layer, head in zip(layer_numbers(heads, model.config), heads):
             if config.data.task == "panoptic":
-                inferred = results(head, sizes, "panoptic", config.evaluate, model.classes)
+                inferred = results([view_of(head, sizes)], "panoptic", config.evaluate, model.classes)
                 per_head.setdefault(layer, []).append(inferred.compact(record.image_id))
-            found = find_instances(_any_class(head.class_logits[0]), head.mask_logits[0], sizes, Evaluate())
+            found = find_instances(_any_class(view_of(head, sizes)), Evaluate())
             proposals.setdefault(layer, []).append(ImageInstances(sizes.original, truth, found))
     return figures
 
 
-def _any_class(class_logits: Tensor) -> Tensor:
-    """[Q,K+1] -> [Q,2]: an object of whatever class, or none."""
-    return torch.stack((class_logits[:, :-1].logsumexp(1), class_logits[:, -1]), 1)
+def _any_class(view: View) -> View:
+    """The view with two classes: an object of whatever class, or none."""
+    logits = view.class_logits
+    return replace(view, class_logits=torch.stack((logits[:, :-1].logsumexp(1), logits[:, -1]), 1))
 
 
 def _pilot_figures(model: Segmenter, images: Tensor, target: Target, sizes: Sizes) -> Figures:

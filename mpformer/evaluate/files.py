@@ -66,8 +66,9 @@ def predict_files(
     Written are NAME.png, an overlay (of instances those that score `draw_at_least`); predictions.json, a COCO
     file with one run-length-encoded annotation per segment, its score and the source's category id; for
     panoptic results panoptic.json and panoptic/NAME.png (COCO's panoptic format); for semantic ones
-    labels/NAME.png (source ids). `report` is told of each image. Raises `InputError` for a path that does not
-    exist before anything is predicted, and for a file that is no image after the earlier ones are written.
+    labels/NAME.png (source ids; 0 where general inference leaves void). `report` is told of each image.
+    Raises `InputError` for a path that does not exist before anything is predicted, and for a file that is no
+    image after the earlier ones are written.
     """
     out, task = Path(out), config.data.task
     images = find_images(paths)
@@ -152,11 +153,12 @@ class _CocoWriter:
     def _add_semantic(self, prediction: Prediction, out: Path) -> list[FoundInstance]:
         labels = decode_png(prediction.semantic)
         source_ids = np.array([c.source_id for c in self._classes.classes])
-        write_png(
-            out / "labels" / f"{prediction.image_id}.png",
-            source_ids.astype(np.uint8 if source_ids.max() <= 255 else np.uint16)[labels],
-        )
-        return [FoundInstance(int(k), 1.0, rle.encode_mask(labels == k)) for k in np.unique(labels)]
+        coded = np.zeros(labels.shape, np.uint8 if source_ids.max() <= 255 else np.uint16)
+        seen = [int(k) for k in np.unique(labels) if k < len(source_ids)]
+        for label in seen:
+            coded[labels == label] = source_ids[label]
+        write_png(out / "labels" / f"{prediction.image_id}.png", coded)
+        return [FoundInstance(k, 1.0, rle.encode_mask(labels == k)) for k in seen]
 
     def write(self, out: Path, task: str) -> None:
         categories = [

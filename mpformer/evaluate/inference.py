@@ -14,23 +14,22 @@ from torch import Tensor
 
 from mpformer import draw
 from mpformer.config import Config, Evaluate, TestResize
-from mpformer.data.augment import test_resize
 from mpformer.data.catalog import Catalog, Record
-from mpformer.data.images import PIXEL_MEAN, load_image, read_image
+from mpformer.data.images import load_image, read_image
 from mpformer.evaluate import instance as rle
 from mpformer.evaluate.layers import layer_figures
 from mpformer.evaluate.prediction import FoundInstance, FoundSegments, Prediction
 from mpformer.evaluate.truth import target_of
+from mpformer.evaluate.views import aligned, look
 from mpformer.model import postprocess
-from mpformer.model.postprocess import Sizes
-from mpformer.types import ClassTable, Head, InputError
+from mpformer.model.postprocess import View
+from mpformer.types import ClassTable, InputError
 
 if TYPE_CHECKING:
     from mpformer.model.segmenter import Segmenter
 
 Task = Literal["instance", "panoptic", "semantic"]
 
-STRIDE = 32
 _Loaded = tuple[Record, np.ndarray | None, str]
 
 
@@ -73,21 +72,14 @@ def predict_records(
 def _predict(
     model: Segmenter, record: Record, image: np.ndarray, config: Config, device: torch.device
 ) -> Prediction:
-    tensor, sizes = prepare(image, config.data.test_resize)
-    heads = forward(model, tensor.to(device), all_heads=config.evaluate.layers)
-    found = results(heads[-1], sizes, config.data.task, config.evaluate, model.classes)
-    layers = None
-    if len(heads) > 1:
-        target = target_of(record, sizes, config.data.task).to(device)
-        layers, _ = layer_figures(heads, target, sizes, model.config)
-    return replace(found.compact(record.image_id), layers=layers)
-
-
-def forward(model: Segmenter, images: Tensor, all_heads: bool = False) -> tuple[Head, ...]:
-    """The model's heads, last one last. The model is left in evaluation mode."""
-    if model.training:
-        model.eval()
-    return model(images, all_heads=all_heads).heads
+    resize, options = config.data.test_resize, config.evaluate
+    views, heads = look(model, image, resize, options, device, all_heads=options.layers)
+    found = results(views, config.data.task, options, model.classes).compact(record.image_id)
+    if len(heads) == 1:
+        return found
+    target = target_of(record, views[0].sizes, config.data.task).to(device)
+    layers, _ = layer_figures(heads, target, views[0].sizes, model.config)
+    return replace(found, layers=layers)
 
 
 @dataclass(frozen=True)
@@ -100,7 +92,7 @@ class Inferred:
     """Best first."""
     panoptic: postprocess.Panoptic | None = None
     semantic: Tensor | None = None
-    """[h,w] int64 labels."""
+    """[h,w] int64 labels, -1 void."""
 
     def compact(self, image_id: str) -> Prediction:
         """What is kept of it."""
@@ -111,7 +103,7 @@ class Inferred:
         labels = None
         if self.semantic is not None:
             narrow = np.uint8 if len(self.classes) <= 255 else np.uint16
-            labels = draw.encode_png(self.semantic.cpu().numpy().astype(narrow))
+            labels = draw.encode_png(self.semantic.cpu().numpy().astype(narrow))  # -1 wraps to the largest
         return Prediction(image_id, self.size, self.instances, segments, labels)
 
 
@@ -124,71 +116,54 @@ def infer(
     options: Evaluate,
     device: torch.device,
 ) -> Inferred:
-    """One image [h,w,3] uint8 RGB through the model, and its last head to results.
+    """One image [h,w,3] uint8 RGB through the model to results; the model is left in evaluation mode."""
+    views, _ = look(model, image, resize, options, device)
+    return results(views, task, options, model.classes)
 
-    The model is left in evaluation mode.
-    A panoptic task gives panoptic segments, instances of the things and semantic labels, all from one
-    forward.
+
+def results(views: Sequence[View], task: Task, options: Evaluate, classes: ClassTable) -> Inferred:
+    """The results that a task asks for, from one image's views, the reference first.
+
+    A panoptic task gives panoptic segments, instances of the things and semantic labels. Raises `InputError`
+    for a per-pixel model whose task is not semantic.
     """
-    tensor, sizes = prepare(image, resize)
-    return results(forward(model, tensor.to(device))[-1], sizes, task, options, model.classes)
-
-
-def prepare(image: np.ndarray, resize: TestResize) -> tuple[Tensor, Sizes]:
-    """[h,w,3] uint8 -> the network input [1,3,H,W] uint8, padded with the pixel mean, and its sizes."""
-    resized = test_resize(image, resize)
-    height, width = resized.shape[:2]
-    padded = (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE)
-    canvas = np.empty((*padded, 3), np.uint8)
-    canvas[:] = PIXEL_MEAN
-    canvas[:height, :width] = resized
-    tensor = torch.from_numpy(canvas).permute(2, 0, 1)[None].contiguous()
-    return tensor, Sizes(padded, (height, width), image.shape[:2])
-
-
-def results(head: Head, sizes: Sizes, task: Task, options: Evaluate, classes: ClassTable) -> Inferred:
-    """One image's head (a batch of one) to the results that the task asks for."""
-    class_logits = None if head.class_logits is None else head.class_logits[0]
-    mask_logits = head.mask_logits[0]
-    if class_logits is None and task != "semantic":
+    if views[0].class_logits is None and task != "semantic":
         raise InputError(f"task {task}: a per-pixel model has no objects; its task is semantic")
     instances = panoptic = semantic = None
     if task in ("instance", "panoptic"):
-        instances = find_instances(class_logits, mask_logits, sizes, options, classes.thing_labels)
+        instances = find_instances(views[0], options, classes.thing_labels)
+    one_order = views
+    if task == "panoptic" or options.semantic == "general":
+        one_order = aligned(views)
     if task == "panoptic":
         panoptic = postprocess.panoptic(
-            class_logits,
-            mask_logits,
-            sizes,
+            one_order,
             class_confidence=options.class_confidence,
             overlap=options.overlap,
             thing_labels=classes.thing_labels,
         )
     if task in ("semantic", "panoptic"):
-        semantic = postprocess.semantic(class_logits, mask_logits, sizes, at_original=task == "panoptic")
-    return Inferred(sizes.original, classes, instances, panoptic, semantic)
+        if options.semantic == "general" and views[0].class_logits is not None:
+            semantic = postprocess.general(one_order, class_confidence=options.general_confidence)
+        else:
+            semantic = postprocess.semantic(views, at_original=task == "panoptic")
+    return Inferred(views[0].sizes.original, classes, instances, panoptic, semantic)
 
 
 def find_instances(
-    class_logits: Tensor,
-    mask_logits: Tensor,
-    sizes: Sizes,
-    options: Evaluate,
-    thing_labels: Set[int] | None = None,
+    view: View, options: Evaluate, thing_labels: Set[int] | None = None
 ) -> tuple[FoundInstance, ...]:
     """`postprocess.instance` with its masks encoded, best first."""
     encoded: dict[int, bytes] = {}  # a query may be several instances of different classes
     found = []
     for one in postprocess.instance(
-        class_logits,
-        mask_logits,
-        sizes,
+        view,
         top_k=options.top_k,
         score_threshold=options.score_threshold,
         thing_labels=thing_labels,
     ):
         if one.query not in encoded:
-            encoded[one.query] = rle.encode(one.crop.cpu().numpy(), one.top, one.left, sizes.original)
+            encoded[one.query] = rle.encode(one.crop.cpu().numpy(), one.top, one.left, view.sizes.original)
         found.append(FoundInstance(one.label, one.score, encoded[one.query]))
     return tuple(sorted(found, key=lambda one: -one.score))
 

@@ -83,6 +83,12 @@ def match_pilots(
     return matched
 
 
+def most_alike(similarity: Tensor) -> Tensor:
+    """The one-to-one assignment of columns to rows with the largest sum: [Q,Q] -> [Q] int64, row by row."""
+    _, columns = linear_sum_assignment(similarity.cpu().numpy(), maximize=True)
+    return torch.from_numpy(columns).to(similarity.device)
+
+
 def _cost(
     head: Head,
     b: int,

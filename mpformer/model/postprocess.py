@@ -1,4 +1,4 @@
-"""From one image's predictions to results: instance, panoptic and semantic inference.
+"""From one image's predictions to results: instance, panoptic, semantic and general inference.
 
 Mask logits [Q,H/4,W/4] pass through two bilinear resizings with a crop between them: to the padded network
 input (H, W), cut to its valid part, to the original image. Both are linear and separable, so together they
@@ -6,12 +6,13 @@ are one matrix for the rows and one for the columns (`Sizes.matrices`), with the
 `torch.nn.functional.interpolate(align_corners=False)`. That lets every function here upsample only what it
 needs: the kept queries, and of an instance only the rows and columns that its mask touches.
 
+An image may come as several views (sizes, mirrored or not): probabilities are then averaged pixel by pixel.
 Nothing here needs gradients; everything runs on the device of its input. [h,w] is the original image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,34 @@ class Sizes:
         )
         rows, columns = (m.to(like.device, like.dtype) for m in both)
         return rows, columns
+
+
+@dataclass(frozen=True)
+class View:
+    """What one forward says about one image."""
+
+    class_logits: Tensor | None
+    """[Q,K+1], the last entry being no-object; None of a per-pixel model."""
+    mask_logits: Tensor
+    """[Q,H/4,W/4]; of a per-pixel model [K,H/4,W/4] class maps."""
+    sizes: Sizes
+    mirrored: bool = False
+    """The network saw the image's mirror image (left and right swapped)."""
+
+    def class_probabilities(self) -> Tensor:
+        """[Q,K+1]"""
+        return self.class_logits.float().softmax(-1)
+
+    def upsampler(self, queries: Tensor | None = None) -> Callable[[slice], Tensor]:
+        """A function from a band of rows of the original image to its mask logits [Q,rows,w] float32.
+
+        `queries` (int64 or bool) chooses and orders them; None: all.
+        """
+        logits = (self.mask_logits if queries is None else self.mask_logits[queries]).float()
+        rows, columns = self.sizes.matrices(logits)
+        if self.mirrored:
+            columns = columns.flip(0)
+        return lambda band: rows[band] @ logits @ columns.T
 
 
 @dataclass(frozen=True)
@@ -72,23 +101,16 @@ class Panoptic:
 
 
 def instance(
-    class_logits: Tensor,
-    mask_logits: Tensor,
-    sizes: Sizes,
-    *,
-    top_k: int = 100,
-    score_threshold: float = 0.0,
-    thing_labels: Set[int] | None = None,
+    view: View, *, top_k: int = 100, score_threshold: float = 0.0, thing_labels: Set[int] | None = None
 ) -> Iterator[Instance]:
     """The `top_k` best of all Q x K (query, class) pairs, best class probability first (Mask2Former).
 
-    `class_logits` [Q,K+1], `mask_logits` [Q,H/4,W/4]. A pair's score is its class probability times the
-    mean mask probability over the mask's foreground. Pairs of a class that is not in `thing_labels` are
-    dropped after the top k were chosen, as in the official code; so are pairs below `score_threshold`.
-    An empty mask is no instance. Instances come one by one, so that a caller can encode one before the next
-    one is upsampled.
+    A pair's score is its class probability times the mean mask probability over the mask's foreground. Pairs
+    of a class that is not in `thing_labels` are dropped after the top k were chosen, as in the official code;
+    so are pairs below `score_threshold`. An empty mask is no instance. Instances come one by one, so that a
+    caller can encode one before the next one is upsampled. The view must not be mirrored.
     """
-    probabilities = class_logits.float().softmax(-1)[:, :-1]
+    probabilities = view.class_probabilities()[:, :-1]
     queries, classes = probabilities.shape
     order = probabilities.flatten().topk(min(top_k, queries * classes))
     labels = (order.indices % classes).tolist()
@@ -98,7 +120,8 @@ def instance(
         for query, label, score in zip(chosen, labels, order.values.tolist())
         if score >= score_threshold and (thing_labels is None or label in thing_labels)
     ]  # the mask's factor is at most 1: a pair below the threshold stays below it
-    rows, columns = sizes.matrices(mask_logits := mask_logits.float())
+    mask_logits = view.mask_logits.float()
+    rows, columns = view.sizes.matrices(mask_logits)
     row_spans, column_spans = _spans(rows), _spans(columns)
     extents = _extents(mask_logits > 0)
     done: dict[int, tuple[Tensor, int, int, float]] = {}
@@ -111,9 +134,7 @@ def instance(
 
 
 def panoptic(
-    class_logits: Tensor,
-    mask_logits: Tensor,
-    sizes: Sizes,
+    views: Sequence[View],
     *,
     class_confidence: float = 0.8,
     overlap: float = 0.8,
@@ -121,27 +142,23 @@ def panoptic(
 ) -> Panoptic:
     """Each pixel to the query with the largest class probability x mask probability (MaskFormer section 3.4).
 
-    `class_logits` [Q,K+1], `mask_logits` [Q,H/4,W/4]. Queries whose best class is no-object, or below
+    Query q is the same object in all views. Queries whose best class is no-object, or below
     `class_confidence`, take no part; a query that wins less than `overlap` of the area of its own mask
     (probability >= 0.5) is dropped, its pixels stay void. Segments of one stuff class are one segment,
     scored by its best query.
     """
-    scores, labels = class_logits.float().softmax(-1).max(-1)
-    kept = (labels < class_logits.shape[-1] - 1) & (scores > class_confidence)
-    scores, labels = scores[kept], labels[kept]
-    count = len(scores)
-    ids = torch.zeros(sizes.original, dtype=torch.int64, device=mask_logits.device)
+    scores, labels, masks_of = _confident(views, class_confidence)
+    count, (height, width) = len(scores), views[0].sizes.original
+    ids = torch.zeros(height, width, dtype=torch.int64, device=scores.device)
     if not count:
         return Panoptic(ids, (), ())
 
-    logits = mask_logits[kept].float()
-    rows, columns = sizes.matrices(logits)
-    own, won, both = (torch.zeros(count, dtype=torch.int64, device=logits.device) for _ in range(3))
-    for band in _bands(len(rows), count * len(columns)):
-        upsampled = rows[band] @ logits @ columns.T
-        own += (upsampled >= 0).sum((1, 2))
-        best = (upsampled.sigmoid() * scores[:, None, None]).argmax(0)
-        inside = upsampled.gather(0, best[None])[0] >= 0
+    own, won, both = (torch.zeros(count, dtype=torch.int64, device=scores.device) for _ in range(3))
+    for band in _bands(height, count * width):
+        masks = masks_of(band)
+        own += (masks >= 0.5).sum((1, 2))
+        best = (masks * scores[:, None, None]).argmax(0)
+        inside = masks.gather(0, best[None])[0] >= 0.5
         won += torch.bincount(best.flatten(), minlength=count)
         both += torch.bincount(best[inside], minlength=count)
         ids[band] = torch.where(inside, best + 1, 0)
@@ -168,54 +185,83 @@ def panoptic(
     return Panoptic(ids, tuple(kept_labels), tuple(kept_scores))
 
 
-def semantic(
-    class_logits: Tensor | None,
-    mask_logits: Tensor,
-    sizes: Sizes,
-    *,
-    at_original: bool = False,
-) -> Tensor:
+def general(views: Sequence[View], *, class_confidence: float = 0.3) -> Tensor:
+    """The class of each pixel by general inference, [h,w] int64; -1 where no query is left.
+
+    Each pixel to the query with the largest class probability x mask probability among those whose best
+    class is not no-object and at least so probable (MaskFormer section 3.4 and Table VII).
+    """
+    scores, labels, masks_of = _confident(views, class_confidence)
+    count, (height, width) = len(scores), views[0].sizes.original
+    result = torch.full((height, width), -1, dtype=torch.int64, device=scores.device)
+    if count:
+        for band in _bands(height, count * width):
+            result[band] = labels[(masks_of(band) * scores[:, None, None]).argmax(0)]
+    return result
+
+
+def semantic(views: Sequence[View], *, at_original: bool = False) -> Tensor:
     """The class of each pixel, [h,w] int64: argmax of sum over queries of class x mask probability.
 
-    `class_logits` [Q,K+1] without its no-object entry, `mask_logits` [Q,H/4,W/4] (MaskFormer section 3.4,
-    marginalisation). The class maps are summed at the size of the network input and then resized to the
-    original, as the official semantic models do; `at_original` resizes the masks first and sums there, as
-    the official panoptic models do for their mIoU. A per-pixel model has `class_logits` None, and
-    `mask_logits` [K,H/4,W/4] are its class maps.
+    MaskFormer section 3.4, marginalisation; no-object takes no part. The class maps are summed at the size of
+    the network input and then resized to the original, as the official semantic models do; `at_original`
+    resizes the masks first and sums there, as the official panoptic models do for their mIoU. The maps of a
+    per-pixel model are class scores themselves.
     """
-    mask_logits = mask_logits.float()
-    rows, columns = sizes.matrices(mask_logits)
-    if class_logits is None:
-        count = len(mask_logits)
-    else:
-        probabilities = class_logits.float().softmax(-1)[:, :-1]
-        count = max(probabilities.shape)
-    if class_logits is not None and not at_original:
-        return _semantic_at_input(probabilities, mask_logits, sizes)
-    labels = torch.empty(sizes.original, dtype=torch.int64, device=mask_logits.device)
-    for band in _bands(len(rows), count * len(columns)):
-        maps = rows[band] @ mask_logits @ columns.T
-        if class_logits is not None:
-            maps = _marginalise(probabilities, maps)
+    height, width = views[0].sizes.original
+    makers = [_class_maps(view, at_original) for view in views]
+    labels = torch.empty(height, width, dtype=torch.int64, device=views[0].mask_logits.device)
+    for band in _bands(height, max(per_row for _, per_row in makers)):
+        maps = makers[0][0](band)
+        for make, _ in makers[1:]:
+            maps += make(band)
         labels[band] = maps.argmax(0)
     return labels
 
 
-def _semantic_at_input(probabilities: Tensor, mask_logits: Tensor, sizes: Sizes) -> Tensor:
-    to_valid = Sizes(sizes.padded, sizes.valid, sizes.valid)
-    rows, columns = to_valid.matrices(mask_logits)
-    last_rows, last_columns = (
-        _resizing(sizes.valid[axis], sizes.original[axis]).to(mask_logits) for axis in (0, 1)
-    )
-    spans = _spans(last_rows)
-    labels = torch.empty(sizes.original, dtype=torch.int64, device=mask_logits.device)
-    widest = max(sizes.valid[1], sizes.original[1])
-    per_row = max(probabilities.shape) * widest * max(1.0, sizes.valid[0] / sizes.original[0])
-    for band in _bands(len(last_rows), int(per_row)):
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def _confident(
+    views: Sequence[View], class_confidence: float
+) -> tuple[Tensor, Tensor, Callable[[slice], Tensor]]:
+    """Scores [n], labels [n] and mask probabilities [n,rows,w] of the queries that are sure of an object."""
+    probabilities = torch.stack([v.class_probabilities() for v in views]).mean(0)
+    scores, labels = probabilities.max(-1)
+    kept = (labels < probabilities.shape[-1] - 1) & (scores > class_confidence)
+    upsamplers = [view.upsampler(kept) for view in views]
+
+    def masks(band: slice) -> Tensor:
+        total = upsamplers[0](band).sigmoid()
+        for upsampler in upsamplers[1:]:
+            total += upsampler(band).sigmoid()
+        return total / len(upsamplers)
+
+    return scores[kept], labels[kept], masks
+
+
+def _class_maps(view: View, at_original: bool) -> tuple[Callable[[slice], Tensor], int]:
+    """A function from a band of the original's rows to class maps [K,rows,w], and its elements per row."""
+    upsampled, width = view.upsampler(), view.sizes.original[1]
+    if view.class_logits is None:
+        return upsampled, len(view.mask_logits) * width
+    probabilities = view.class_probabilities()[:, :-1]
+    if at_original:
+        return lambda band: _marginalise(probabilities, upsampled(band)), max(probabilities.shape) * width
+
+    valid, original = view.sizes.valid, view.sizes.original
+    at_input = View(None, view.mask_logits, Sizes(view.sizes.padded, valid, valid)).upsampler()
+    rows, columns = (_resizing(valid[axis], original[axis]).to(view.mask_logits.device) for axis in (0, 1))
+    if view.mirrored:
+        columns = columns.flip(0)
+    spans = _spans(rows)
+
+    def maps(band: slice) -> Tensor:
         lo, hi = spans[band.start][0], spans[band.stop - 1][1]
-        maps = _marginalise(probabilities, rows[lo:hi] @ mask_logits @ columns.T)
-        labels[band] = (last_rows[band, lo:hi] @ maps @ last_columns.T).argmax(0)
-    return labels
+        return rows[band, lo:hi] @ _marginalise(probabilities, at_input(slice(lo, hi))) @ columns.T
+
+    rows_per_row = max(1.0, valid[0] / original[0])
+    return maps, int(max(probabilities.shape) * max(valid[1], original[1]) * rows_per_row)
 
 
 def _marginalise(probabilities: Tensor, mask_logits: Tensor) -> Tensor:

@@ -272,7 +272,9 @@ class _Run:
             predictions = self._gather(mine)
             metrics: dict[str, float] = {}
             if tracker:
-                metrics = evaluate_predictions(predictions, self.val_split, self.config.data.task)
+                metrics = evaluate_predictions(
+                    predictions, self.val_split, self.config.data.task, boundary=self.config.evaluate.boundary
+                )
                 point = {f"val/{k}": v for k, v in metrics.items()}
                 point |= {f"diag/{k}": v for k, v in summarize(predictions).items()}
                 tracker.log(done, {**point, **self._amounts(done)})

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from mpformer.data.images import load_image
 from mpformer.evaluate.diagnostics import diagnose
-from mpformer.evaluate.inference import predict_records, prepare
+from mpformer.evaluate.inference import predict_records
 from mpformer.evaluate.layers import attention_inside, layer_iou, means, query_utilization, summarize
 from mpformer.evaluate.truth import target_of
+from mpformer.evaluate.views import prepare
 from mpformer.model.matcher import Match
 from tests.evaluate.scenes import scenes, tiny_config, tiny_model
 

@@ -11,7 +11,7 @@ import torch
 import mpformer
 from mpformer import config as settings
 from mpformer import draw
-from mpformer.evaluate.inference import infer, predict_records, prepare, to_result
+from mpformer.evaluate.inference import infer, predict_records, to_result
 from mpformer.evaluate.metrics import evaluate_predictions, score
 from mpformer.evaluate.prediction import FoundInstance, FoundSegments, Prediction
 from mpformer.evaluate.truth import true_instances, true_segments
@@ -72,15 +72,6 @@ def test_a_model_with_random_weights_runs_and_keeps_its_mode(catalog):
     assert [p.image_id for p in predictions] == ["scene-0", "scene-1"]
     assert all(p.instances for p in predictions)
     assert evaluate_predictions(predictions, catalog, "panoptic")["AP"] < 50
-
-
-def test_the_input_is_resized_and_padded_with_the_pixel_mean():
-    image = np.full((50, 90, 3), 200, np.uint8)
-    tensor, sizes = prepare(image, settings.TestResize(short=70, long=200))
-    assert (sizes.padded, sizes.valid, sizes.original) == ((96, 128), (70, 126), (50, 90))
-    assert tensor.shape == (1, 3, 96, 128)
-    assert (tensor[0, :, :70, :126] == 200).all()
-    assert tensor[0, :, 80, 50].tolist() == tensor[0, :, 5, 127].tolist() == [124, 116, 104]
 
 
 def test_an_image_twice_or_unknown_is_an_error(catalog):
