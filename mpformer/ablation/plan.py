@@ -80,6 +80,8 @@ def show_value(value: Any) -> str:
 
 DRIVER_CPUS = 0.01
 """A trial's driver only waits; Tune refuses zero, and its default of 1 would starve the workers."""
+FEW_CORES_DATA_CPUS = 0.1
+"""What a data task claims where there are fewer than four CPUs a worker (`mpformer.data.pipeline`)."""
 
 
 @dataclass(frozen=True)
@@ -94,28 +96,32 @@ def trials_at_once(trials: Sequence[Trial], capacity: Capacity) -> int:
     """How many trials of a study fit into the cluster together, at least 1 and at most all.
 
     A trial claims `cluster.workers` x `cluster.cpus_per_worker` CPUs, and a GPU per worker where it trains on
-    GPUs; on CPUs each worker has a core of its own. One CPU always stays free for Ray Data, which would
-    else wait for ever. Raises `InputError`, with the arithmetic, where not even one trial fits.
+    GPUs; on CPUs each worker has a core of its own. What is left must hold a task of Ray Data, which would
+    else wait for ever: one CPU, or a tenth per worker on a machine of few cores. Raises `InputError`, with
+    the arithmetic, where not even one trial fits.
     """
     return min(len(trials), *(_fitting(trial, capacity) for trial in trials))
 
 
 def _fitting(trial: Trial, capacity: Capacity) -> int:
     cluster = trial.config.cluster
-    claimed = cluster.workers * cluster.cpus_per_worker + DRIVER_CPUS
-    by_claims = int((capacity.cpus - 1) / claimed + 1e-9)
+    claim = cluster.workers * cluster.cpus_per_worker + DRIVER_CPUS
+    if capacity.cpus >= 4 * cluster.workers:
+        by_cpus = int((capacity.cpus - 1) / claim + 1e-9)
+    else:
+        by_cpus = int(capacity.cpus / (claim + FEW_CORES_DATA_CPUS * cluster.workers) + 1e-9)
     if uses_gpus(trial.config, capacity):
         own, what = int(capacity.gpus) // cluster.workers, "GPU"
     else:
         own, what = int(capacity.cpus) // cluster.workers, "core"
-    if min(by_claims, own) < 1:
+    if min(by_cpus, own) < 1:
         raise InputError(
-            f"row {trial.row} cannot run here: {cluster.workers} workers x {cluster.cpus_per_worker:g} CPU "
-            f"+ {DRIVER_CPUS} for their driver + 1 for data = {claimed + 1:g} CPUs, and a {what} per worker "
-            f"= {cluster.workers}; the cluster has {capacity.cpus:g} CPUs and {capacity.gpus:g} GPUs: "
+            f"row {trial.row} cannot run here: {cluster.workers} workers x {cluster.cpus_per_worker:g} CPU + "
+            f"{DRIVER_CPUS} for their driver = {claim:g} CPUs, some more for data, and a {what} per worker = "
+            f"{cluster.workers}; the cluster has {capacity.cpus:g} CPUs and {capacity.gpus:g} GPUs: "
             "lower cluster.workers"
         )
-    return min(by_claims, own)
+    return min(by_cpus, own)
 
 
 def uses_gpus(config: Config, capacity: Capacity) -> bool:

@@ -15,9 +15,11 @@ def trials(count: int, **cluster) -> list[Trial]:
 @pytest.mark.parametrize(
     ("cluster", "capacity", "expected"),
     [
-        ({}, Capacity(2, 0), 1),  # 0.51 + 1 of 2; two would leave Ray Data 0.98 CPU
-        ({"cpus_per_worker": 0.4}, Capacity(2, 0), 2),
+        ({}, Capacity(2, 0), 2),  # 2 x (0.51 + 0.1) = 1.22 CPUs; a core each
+        ({}, Capacity(1, 0), 1),
+        ({"cpus_per_worker": 1}, Capacity(2, 0), 1),  # 2 x (1.01 + 0.1) = 2.22 CPUs
         ({"workers": 2}, Capacity(4, 0), 2),  # a core of its own for each of 2 x 2 workers
+        ({"cpus_per_worker": 1}, Capacity(4, 0), 2),  # 3 x 1.01 would leave 0.97 for data
         ({"workers": 4, "cpus_per_worker": 1}, Capacity(64, 8), 2),  # 8 GPUs, 4 a trial
         ({"workers": 1, "cpus_per_worker": 4}, Capacity(16, 8), 3),  # 8 GPUs, but (16 - 1) / 4.01 CPUs
         ({"workers": 2, "gpu": "no"}, Capacity(16, 8), 8),
@@ -34,7 +36,7 @@ def test_trials_at_once(cluster, capacity, expected):
         (
             {"workers": 4},
             Capacity(2, 0),
-            "4 workers x 0.5 CPU + 0.01 for their driver + 1 for data = 3.01 CPUs",
+            "4 workers x 0.5 CPU + 0.01 for their driver = 2.01 CPUs, some more for data",
         ),
         (
             {"workers": 2, "gpu": "yes"},
