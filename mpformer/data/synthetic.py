@@ -187,7 +187,8 @@ def _shape(random: Generator, label: int) -> np.ndarray:
 
 
 def _thing_color(random: Generator, label: int) -> np.ndarray:
-    hue = _THINGS[label][2] + 30 * (random.random() - 0.5)
+    # the hues of the classes overlap, so that a colour hints at the class but only the shape decides it
+    hue = _THINGS[label][2] + 120 * (random.random() - 0.5)
     return _rgb(hue, 0.65 + 0.3 * random.random(), 0.6 + 0.35 * random.random())
 
 
