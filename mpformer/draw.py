@@ -41,6 +41,12 @@ def decode_png(data: bytes) -> np.ndarray:
     return np.ascontiguousarray(image[..., ::-1]) if image.ndim == 3 else image
 
 
+def encode_jpeg(image: np.ndarray, quality: int = 88) -> bytes:
+    """JPEG of an RGB image [h,w,3] uint8."""
+    swapped = np.ascontiguousarray(image[..., ::-1])
+    return cv2.imencode(".jpg", swapped, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
 def write_png(path: Path, image: np.ndarray) -> None:
     """Write an image or a map as PNG, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from pycocotools.cocoeval import COCOeval
 
+from mpformer.evaluate.panoptic import Counts
 from mpformer.evaluate.prediction import FoundInstance, Scores
 from mpformer.types import ClassTable
 
@@ -98,6 +99,42 @@ class ImageInstances:
     size: tuple[int, int]
     truth: Sequence[TrueInstance]
     found: Sequence[FoundInstance]
+
+
+def count_instances(image: ImageInstances, classes: int, *, at_least: float = 0.5) -> Counts:
+    """Matches of one image at IoU above 0.5, best score first, each to its best free object.
+
+    For ranking images. Only instances that score `at_least` count. One that lies by more than half in a crowd
+    region of its class is no error.
+    """
+    truth = [t for t in image.truth if not t.crowd]
+    crowd = [t for t in image.truth if t.crowd]
+    found = sorted((f for f in image.found if f.score >= at_least), key=lambda f: -f.score)
+    counts = Counts.zero(classes)
+    free = set(range(len(truth)))
+    ious = _ious(found, truth, image.size, crowd=False)
+    in_crowd = _ious(found, crowd, image.size, crowd=True)
+    for i, one in enumerate(found):
+        best = max((j for j in free if truth[j].label == one.label), key=lambda j: ious[i, j], default=None)
+        if best is not None and ious[i, best] > 0.5:
+            free.remove(best)
+            counts.matched[one.label] += 1
+            counts.iou[one.label] += ious[i, best]
+        elif not any(in_crowd[i, j] > 0.5 for j, c in enumerate(crowd) if c.label == one.label):
+            counts.spurious[one.label] += 1
+    for j in free:
+        counts.missed[truth[j].label] += 1
+    return counts
+
+
+def _ious(
+    found: Sequence[FoundInstance], truth: Sequence[TrueInstance], size: tuple[int, int], crowd: bool
+) -> np.ndarray:
+    """[found,truth]; with `crowd` the shares of the found masks that lie in the regions."""
+    if not found or not truth:
+        return np.zeros((len(found), len(truth)))
+    masks = [[{"size": list(size), "counts": one.counts} for one in side] for side in (found, truth)]
+    return coco_mask.iou(*masks, [int(crowd)] * len(truth))
 
 
 class _Evaluation(COCOeval):

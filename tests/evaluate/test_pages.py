@@ -1,0 +1,135 @@
+"""The evaluation's page: the worst images first, everything in one file."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mpformer import draw
+from mpformer.evaluate import instance
+from mpformer.evaluate.inference import predict_records
+from mpformer.evaluate.instance import ImageInstances, TrueInstance, count_instances
+from mpformer.evaluate.metrics import score
+from mpformer.evaluate.pages import judge, picture, worst_first, write_page
+from mpformer.evaluate.prediction import FoundInstance
+from mpformer.evaluate.truth import true_segments
+from tests.evaluate.scenes import CLASSES, ColourModel, scenes, tiny_config
+from tests.evaluate.test_inference import perfect
+
+TASKS = ("instance", "panoptic", "semantic")
+
+
+@pytest.fixture(scope="module")
+def catalog():
+    return scenes(6, seed=2)
+
+
+def spoiled(record):
+    """Nothing found but one wrong object; every pixel of the wrong class."""
+    height, width = record.height, record.width
+    mask = np.zeros((height, width), bool)
+    mask[:4, :4] = True
+    good = perfect(record)
+    ids = draw.encode_png(mask.astype(np.uint16))
+    return replace(
+        good,
+        instances=(FoundInstance(0, 0.9, instance.encode_mask(mask)),),
+        panoptic=replace(good.panoptic, png=ids, labels=(0,), scores=(0.9,)),
+        semantic=draw.encode_png(np.zeros((height, width), np.uint8)),
+    )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_worst_image_comes_first(catalog, task):
+    predictions = [spoiled(r) if i == 3 else perfect(r) for i, r in enumerate(catalog.records)]
+    judged = worst_first(predictions, catalog, task)
+    assert judged[0].record.image_id == "scene-3"
+    assert judged[0].quality < 0.2
+    assert all(j.quality is None or j.quality == pytest.approx(1) for j in judged[1:])
+    assert len(judged) == 6
+
+
+def test_instances_are_counted_by_hand():
+    """One disc found, not by its rival of IoU 0.5; one missed, seen faintly; a stray box, one in a crowd."""
+    size = (20, 60)
+
+    def box(left, right):
+        mask = np.zeros(size, bool)
+        mask[:, left:right] = True
+        return instance.encode_mask(mask)
+
+    truth = [
+        TrueInstance(0, False, box(0, 10), 200),
+        TrueInstance(0, False, box(20, 30), 200),
+        TrueInstance(1, True, box(40, 60), 400),
+    ]
+    found = [
+        FoundInstance(0, 0.7, box(0, 20)),
+        FoundInstance(0, 0.9, box(0, 10)),
+        FoundInstance(1, 0.8, box(10, 20)),
+        FoundInstance(1, 0.8, box(45, 55)),
+        FoundInstance(0, 0.4, box(20, 30)),
+    ]
+    counts = count_instances(ImageInstances(size, truth, found), 2)
+    assert counts.matched.tolist() == [1, 0]
+    assert counts.iou.tolist() == [1, 0]
+    assert counts.spurious.tolist() == [1, 1]
+    assert counts.missed.tolist() == [1, 0]
+
+
+def test_an_image_without_anything_has_no_quality_and_comes_last(catalog):
+    bare = replace(catalog.records[0], segments=())
+    empty = replace(spoiled(bare), instances=())
+    assert judge(empty, bare, CLASSES, "instance").quality is None
+    assert judge(empty, bare, CLASSES, "semantic").quality is None
+    records = [bare, *catalog.records[1:]]
+    predictions = [empty, *map(perfect, catalog.records[1:])]
+    ranked = worst_first(predictions, replace(catalog, records=records), "instance")
+    without = [j.quality is None for j in ranked]
+    assert without == sorted(without)
+    assert "scene-0" in [j.record.image_id for j in ranked if j.quality is None]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_prediction_and_truth_are_shown_side_by_side(catalog, task):
+    record = catalog.records[1]
+    sheet = picture(judge(perfect(record), record, CLASSES, task), CLASSES, task)
+    half = (sheet.shape[1] - 8) // 2
+    strip = sheet.shape[0] - round(record.height * half / record.width)
+    left, right = sheet[strip:, :half].astype(int), sheet[strip:, -half:].astype(int)
+    crowd = any(true_segments(record).crowd)
+    assert crowd or abs(left - right).mean() < 6  # captions of the prediction bear scores
+
+
+def test_the_page_holds_everything_and_loads_nothing(catalog, tmp_path):
+    predictions = list(predict_records(ColourModel(), catalog, tiny_config()))
+    scores = score(predictions, catalog, "panoptic")
+    files = write_page(
+        tmp_path / "new" / "folder",
+        "A <title> & more",
+        predictions,
+        catalog,
+        "panoptic",
+        scores,
+        count=4,
+        facts={"images/s": "7.5"},
+    )
+    assert [f.name.split("-")[0] for f in files] == ["evaluation.html", "01", "02", "03", "04"]
+    assert all(f.exists() for f in files)
+    page = files[0].read_text()
+    assert page.count("data:image/jpeg;base64,") == 4
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "A &lt;title&gt; &amp; more" in page
+    assert f"<dt>PQ</dt><dd>{scores.summary['PQ']:.1f}</dd>" in page
+    assert "<dt>images/s</dt><dd>7.5</dd>" in page
+    order = re.findall(r"<figcaption><b>(.*?)</b> quality (\d+)%", page)
+    assert [int(q) for _, q in order] == sorted(int(q) for _, q in order)
+    for name in CLASSES.names:
+        assert f"<td>{name}</td>" in page
+
+
+def test_no_images_still_make_a_page(catalog, tmp_path):
+    files = write_page(tmp_path, "empty", [], catalog, "instance", score([], catalog, "instance"))
+    assert len(files) == 1
+    assert "No images" in files[0].read_text()
