@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import itertools
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -39,11 +44,13 @@ def predict_records(
     config: Config,
     indices: Iterable[int] | None = None,
     device: torch.device | str | None = None,
+    seconds: dict[str, float] | None = None,
 ) -> Iterator[Prediction]:
     """Predictions of the records `indices` (default: all), in their order, each by itself.
 
     `config` gives task, test resize and thresholds; `device` is the model's unless said. The next image is
-    read while one is predicted. Under `data.on_bad_sample: skip` an image that cannot be used gives a
+    read while one is predicted. `seconds`, if given, gains the time of each stage: forward, results, layers
+    (a GPU is waited for at their ends). Under `data.on_bad_sample: skip` an image that cannot be used gives a
     prediction that holds the `problem` only; else it raises `InputError`.
     """
     records = data.records if isinstance(data, Catalog) else data
@@ -65,21 +72,78 @@ def predict_records(
         if image is None:
             yield Prediction(record.image_id, (record.height, record.width), problem=problem)
         else:
-            yield _predict(model, record, image, config, device)
+            yield _predict(model, record, image, config, device, seconds)
 
 
 @torch.inference_mode()
 def _predict(
-    model: Segmenter, record: Record, image: np.ndarray, config: Config, device: torch.device
+    model: Segmenter,
+    record: Record,
+    image: np.ndarray,
+    config: Config,
+    device: torch.device,
+    seconds: dict[str, float] | None,
 ) -> Prediction:
     resize, options = config.data.test_resize, config.evaluate
-    views, heads = look(model, image, resize, options, device, all_heads=options.layers)
-    found = results(views, config.data.task, options, model.classes).compact(record.image_id)
+    with _timed(seconds, "forward", device):
+        views, heads = look(model, image, resize, options, device, all_heads=options.layers)
+    with _timed(seconds, "results", device):
+        found = results(views, config.data.task, options, model.classes).compact(record.image_id)
     if len(heads) == 1:
         return found
-    target = target_of(record, views[0].sizes, config.data.task).to(device)
-    layers, _ = layer_figures(heads, target, views[0].sizes, model.config)
+    with _timed(seconds, "layers", device):
+        target = target_of(record, views[0].sizes, config.data.task).to(device)
+        layers, _ = layer_figures(heads, target, views[0].sizes, model.config)
     return replace(found, layers=layers)
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float] | None, stage: str, device: torch.device) -> Iterator[None]:
+    if seconds is None:
+        yield
+        return
+    start = time.perf_counter()
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def predict_on_workers(
+    model: Segmenter, catalog: Catalog, config: Config, indices: Sequence[int], workers: int
+) -> Iterator[Prediction]:
+    """`predict_records` by Ray tasks, each an equal share of `indices`; the order is theirs taken in turn.
+
+    A task takes a GPU where the cluster has one for each, else `cluster.cpus_per_worker` CPUs. Needs
+    `ray.init`. Raises what a task raised.
+    """
+    import ray
+    from ray.exceptions import RayTaskError
+
+    gpus = ray.cluster_resources().get("GPU", 0)
+    needs = {"num_gpus": 1} if gpus >= workers else {"num_cpus": config.cluster.cpus_per_worker}
+    share = ray.remote(**needs)(_predict_share)
+    placed = ray.put((copy.deepcopy(model).cpu(), catalog))
+    threads = config.cluster.threads or max(1, (os.cpu_count() or 1) // workers)
+    streams = [
+        share.options(num_returns="streaming").remote(placed, config, list(indices[rank::workers]), threads)
+        for rank in range(workers)
+    ]
+    try:
+        for references in itertools.zip_longest(*streams):
+            yield from (ray.get(reference) for reference in references if reference is not None)
+    except RayTaskError as error:
+        raise error.cause from None
+
+
+def _predict_share(
+    placed: tuple[Segmenter, Catalog], config: Config, indices: list[int], threads: int
+) -> Iterator[Prediction]:
+    model, catalog = placed
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    yield from predict_records(model.to(device), catalog, config, indices, device)
 
 
 @dataclass(frozen=True)

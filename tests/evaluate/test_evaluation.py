@@ -1,0 +1,57 @@
+"""A whole evaluation: its times and page, and Ray workers that change nothing."""
+
+from dataclasses import replace
+
+import pytest
+
+from mpformer.evaluate.evaluation import evaluate
+from mpformer.types import InputError
+from tests.evaluate.scenes import ColourModel, scenes, tiny_config, tiny_model
+
+
+def test_an_evaluation_reports_its_progress_stages_and_memory(tmp_path):
+    config, catalog = tiny_config(), scenes(3)
+    told = []
+    found = evaluate(tiny_model(config), catalog, config, report=lambda *a: told.append(a))
+    assert [(done, of) for done, of, _ in told] == [(1, 3), (2, 3), (3, 3)]
+    assert told[-1][2] == 0
+    assert {"predict", "metrics", "forward", "results", "layers"} == set(found.seconds)
+    assert sum(found.seconds[k] for k in ("forward", "results", "layers")) <= found.seconds["predict"]
+    assert found.peak_memory > 50e6
+    assert {f"{n}_{i}" for n in ("layer_iou", "query_utilization") for i in (1, 2, 3)} == set(found.layers)
+    page = found.write(tmp_path, "title", catalog, 2)[0].read_text()
+    assert "images per second" in page
+    assert "layer_iou_1" in page
+
+
+def test_the_limit_takes_the_first_images():
+    config = tiny_config("semantic")
+    limited = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"limit": 2})})
+    found = evaluate(ColourModel(), scenes(4), limited)
+    assert [p.image_id for p in found.predictions] == ["scene-0", "scene-1"]
+
+
+@pytest.mark.slow
+def test_one_and_three_ray_workers_find_the_same_to_the_last_bit():
+    """Eleven images, so the shares are uneven; and a task's error arrives as itself."""
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        config, catalog = tiny_config(), scenes(11)
+        cluster = config.cluster.model_copy(update={"workers": 3, "threads": 1})
+        shared = config.model_copy(update={"cluster": cluster})
+        alone = evaluate(ColourModel(), catalog, config)
+        together = evaluate(ColourModel(), catalog, shared)
+        assert sorted(together.predictions, key=lambda p: p.image_id) == sorted(
+            alone.predictions, key=lambda p: p.image_id
+        )
+        assert together.scores == alone.scores
+        assert 10 < alone.scores.summary["PQ"] < 100
+
+        broken = replace(catalog.records[7], image=b"no image")
+        records = [*catalog.records[:7], broken, *catalog.records[8:]]
+        with pytest.raises(InputError, match="scene-7"):
+            evaluate(ColourModel(), replace(catalog, records=records), shared)
+    finally:
+        ray.shutdown()
