@@ -27,7 +27,8 @@ from mpformer.data.catalog import Catalog
 from mpformer.data.pipeline import train_batches
 from mpformer.evaluate.inference import predict_records
 from mpformer.evaluate.layers import summarize
-from mpformer.evaluate.metrics import evaluate_predictions
+from mpformer.evaluate.metrics import score
+from mpformer.evaluate.pages import write_page
 from mpformer.model.segmenter import Segmenter, build_model
 from mpformer.tracking import Tracker
 from mpformer.train import checkpoint
@@ -272,12 +273,24 @@ class _Run:
             predictions = self._gather(mine)
             metrics: dict[str, float] = {}
             if tracker:
-                metrics = evaluate_predictions(
-                    predictions, self.val_split, self.config.data.task, boundary=self.config.evaluate.boundary
-                )
+                task, boundary = self.config.data.task, self.config.evaluate.boundary
+                scores = score(predictions, self.val_split, task, boundary=boundary)
+                metrics = scores.summary
                 point = {f"val/{k}": v for k, v in metrics.items()}
                 point |= {f"diag/{k}": v for k, v in summarize(predictions).items()}
                 tracker.log(done, {**point, **self._amounts(done)})
+                if done == self.plan.total and self.config.evaluate.pictures:
+                    title = f"{self.config.name}, step {done}"
+                    count = self.config.evaluate.pictures
+                    write_page(
+                        self.run_dir / "pictures",
+                        title,
+                        predictions,
+                        self.val_split,
+                        task,
+                        scores,
+                        count=count,
+                    )
         ray.train.report({"step": done, **{f"val/{k}": v for k, v in metrics.items()}})
 
     def _checkpoint(
