@@ -14,18 +14,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
+from mpformer.config_data import (  # noqa: F401
+    Data,
+    DataSet,
+    LabelMaps,
+    LabelSplit,
+    LargeScaleJitter,
+    MaskFiles,
+    MaskSplit,
+    Split,
+    TestResize,
+)
 from mpformer.config_model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder  # noqa: F401
-from mpformer.section import Count, Fraction, Positive, Section
+from mpformer.section import Count, Fraction, Positive, Section, setting
 from mpformer.types import InputError
 from mpformer.yamlfile import Source, nearest, read_yaml
-
-
-def _setting(default: Any, **bounds: Any) -> Any:
-    """A setting that does not change what is computed, so it stays out of a run's identity."""
-    return Field(default, json_schema_extra={"identity": False}, **bounds)
-
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?|images?)\s*$")
 
@@ -45,71 +50,6 @@ def duration_in_steps(duration: str, images_per_epoch: int, batch_size: int) -> 
     amount, unit = _DURATION.match(duration).groups()
     per_step = {"e": batch_size / max(images_per_epoch, 1), "s": 1.0, "i": batch_size}[unit[0]]
     return max(1, -int(-float(amount) // per_step))
-
-
-# --- data -----------------------------------------------------------------------------------------
-
-
-class Split(Section):
-    """Where one split of a data set lies, relative to `data.root`."""
-
-    images: str
-    """Folder of the images."""
-    annotations: str
-    """The JSON file."""
-    panoptic_masks: str | None = None
-    """COCO panoptic only: folder of the id PNGs."""
-
-
-class DataSet(Section):
-    """A data-set file (`experiments/data/*.yaml`)."""
-
-    name: str = "coco"
-    format: Literal["coco_instance", "coco_panoptic"] = "coco_instance"
-    train: Split = Split(images="train2017", annotations="annotations/instances_train2017.json")
-    val: Split = Split(images="val2017", annotations="annotations/instances_val2017.json")
-
-
-class LargeScaleJitter(Section):
-    """Resize by a uniform factor of the target size, then a fixed crop or padding (Copy-Paste's LSJ)."""
-
-    kind: Literal["large_scale_jitter"] = "large_scale_jitter"
-    size: tuple[Count, Count] = (1024, 1024)
-    """(height, width) of the crop; multiples of 32."""
-    scale: tuple[Positive, Positive] = (0.1, 2.0)
-    flip: Fraction = 0.5
-
-    @model_validator(mode="after")
-    def _check(self) -> LargeScaleJitter:
-        if self.size[0] % 32 or self.size[1] % 32:
-            raise ValueError(f"size: multiples of 32 expected, not {list(self.size)}")
-        if self.scale[0] > self.scale[1]:
-            raise ValueError("scale: the smaller factor first")
-        return self
-
-
-class TestResize(Section):
-    """Resizing for evaluation: the short side to `short`, but the long side at most `long`."""
-
-    short: Count = 800
-    long: Count = 1333
-
-
-class Data(Section):
-    root: str = "."
-    """Folder that holds the data set."""
-    dataset: DataSet = DataSet()
-    """In a recipe: the path of a data-set file, relative to the recipe, or its settings in place."""
-    task: Literal["instance", "panoptic", "semantic"] = "instance"
-    augment: LargeScaleJitter = LargeScaleJitter()
-    test_resize: TestResize = TestResize()
-    on_bad_sample: Literal["error", "skip"] = "error"
-    loader: Literal["ray", "torch", "inline"] = _setting("ray")
-    """Ray Data, torch's DataLoader, or the training process itself; all give the very same batches."""
-    loader_processes: Count = _setting(2)
-    """Processes of the torch loader in each training worker."""
-    prefetch: Annotated[int, Field(ge=0)] = _setting(2)
-    """Batches prepared ahead."""
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -142,11 +82,11 @@ class Train(Section):
     schedule: Annotated[StepSchedule | PolySchedule, Field(discriminator="kind")] = StepSchedule()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on GPUs that have it, else float32."""
-    micro_batch: Count | None = _setting(None)
+    micro_batch: Count | None = setting(None)
     """Most images of one forward; null: the worker's whole share of the global batch."""
-    checkpoint_every: Duration = _setting("1 epoch")
-    keep_checkpoints: Count = _setting(2)
-    log_every: Count = _setting(20)
+    checkpoint_every: Duration = setting("1 epoch")
+    keep_checkpoints: Count = setting(2)
+    log_every: Count = setting(20)
     """Steps between points of the metrics record."""
 
 

@@ -11,14 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "mpformer").rglob("*.py"))
 
-SETTINGS = {"section", "config_model", "config"}
+SETTINGS = {"section", "config_data", "config_model", "config"}
 LEAVES = {"types", "yamlfile", *SETTINGS, "draw", "record", "progress", "tracking"}
 ALLOWED = {
     "types": set(),
     "yamlfile": {"types"},
     "section": {"types"},
+    "config_data": {"section"},
     "config_model": {"types", "section"},
-    "config": {"types", "yamlfile", "section", "config_model"},
+    "config": {"types", "yamlfile", "section", "config_data", "config_model"},
     "draw": {"types"},
     "record": {"types"},
     "progress": {"types", "record"},
@@ -43,7 +44,8 @@ FENCES = {
     "sqlalchemy": {"tracking"},
     "timm": {"model/backbone"},
     "torchvision": {"model/backbone"},
-    "scipy": {"model/matcher", "ablation/report"},
+    "scipy": {"model/matcher", "ablation/report", "data/matfile"},
+    "PIL": {"data/images"},
     "pycocotools": {"data/masks", "evaluate/instance"},
     "cv2": {"draw", "data/*", "evaluate/instance"},
     "matplotlib": {"draw"},

@@ -15,7 +15,7 @@ from typing import overload
 
 import numpy as np
 
-from mpformer.config import Data
+from mpformer.config import Data, LabelMaps, MaskFiles
 from mpformer.types import ClassTable, InputError
 from mpformer.yamlfile import nearest
 
@@ -70,8 +70,8 @@ class Record:
     width: int
     height: int
     segments: tuple[Segment, ...]
-    label_map: str | bytes | None = None
-    """Path or encoded bytes of the PNG that `MapId` masks refer to."""
+    label_map: str | bytes | np.ndarray | None = None
+    """What `MapId` masks refer to: path or encoded bytes of an id PNG (COCO panoptic), or [h,w] int32."""
     problem: str = ""
     """Why the sample cannot be used, in one line that names file and annotation; empty when it can."""
 
@@ -226,25 +226,31 @@ def open_split(data: Data, split: str) -> Catalog:
     under `skip` it stays in its place with its `problem` noted, so that the other samples keep their
     positions.
     """
-    from mpformer.data import coco  # here, because the readers build on the records of this module
+    # here, because the readers build on the records of this module
+    from mpformer.data import coco, labelmaps
 
     root = Path(data.root).expanduser()
     if not root.is_dir():
         raise InputError(f"data.root: there is no folder {root}{_near_folder(root)}")
-    readers = {"coco_instance": coco.read_instance, "coco_panoptic": coco.read_panoptic}
-    place = {"train": data.dataset.train, "val": data.dataset.val}[split]
     root = root.resolve()
-    classes, records = readers[data.dataset.format](root, place)
-    if not records:
-        raise InputError(f"{root / place.annotations}: no images: at least one is expected")
+    dataset = data.dataset
+    records: Sequence[Record]
+    if isinstance(dataset, LabelMaps):
+        classes, records = labelmaps.read_label_maps(root, dataset, split, data.task, data.on_bad_sample)
+    elif isinstance(dataset, MaskFiles):
+        classes, records = labelmaps.read_mask_files(root, dataset, split)
+    else:
+        read = {"coco_instance": coco.read_instance, "coco_panoptic": coco.read_panoptic}[dataset.format]
+        classes, listed = read(root, dataset.train if split == "train" else dataset.val)
+        listed = _note_missing_images(root, listed)
+        if data.on_bad_sample == "error":
+            for record in listed:
+                if record.problem:
+                    raise InputError(record.problem)
+        records = build_table(listed, str(root))
     if data.task == "instance":
         classes, records = _things_only(classes, records)
-    records = _note_missing_images(root, records)
-    if data.on_bad_sample == "error":
-        for record in records:
-            if record.problem:
-                raise InputError(record.problem)
-    return Catalog(f"{data.dataset.name} {split}", classes, build_table(records, str(root)), str(root))
+    return Catalog(f"{dataset.name} {split}", classes, records, str(root))
 
 
 def check_same_classes(expected: ClassTable, found: ClassTable, where: str) -> None:
@@ -269,7 +275,29 @@ def safe_relative_path(name: object, what: str) -> str:
     return str(path)
 
 
-def _things_only(classes: ClassTable, records: list[Record]) -> tuple[ClassTable, list[Record]]:
+@dataclass(frozen=True)
+class _Things(Sequence[Record]):
+    """Records without their stuff, labels counted anew."""
+
+    records: Sequence[Record]
+    label_of: dict[int, int]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        record = self.records[index]
+        things = (s for s in record.segments if s.label in self.label_of)
+        return replace(record, segments=tuple(replace(s, label=self.label_of[s.label]) for s in things))
+
+
+def _things_only(classes: ClassTable, records: Sequence[Record]) -> tuple[ClassTable, Sequence[Record]]:
     things = sorted(classes.thing_labels)
     if len(things) == len(classes):
         return classes, records
@@ -278,15 +306,7 @@ def _things_only(classes: ClassTable, records: list[Record]) -> tuple[ClassTable
             "data.task: 'instance' needs countable classes; this data set has none: try 'semantic'"
         )
     label_of = {old: new for new, old in enumerate(things)}
-    kept = []
-    for record in records:
-        segments = tuple(
-            Segment(label_of[s.label], s.crowd, s.mask, s.area, s.id)
-            for s in record.segments
-            if s.label in label_of
-        )
-        kept.append(replace(record, segments=segments))
-    return ClassTable(tuple(classes.classes[i] for i in things)), kept
+    return ClassTable(tuple(classes.classes[i] for i in things)), _Things(records, label_of)
 
 
 def _note_missing_images(root: Path, records: list[Record]) -> list[Record]:

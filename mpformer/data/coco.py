@@ -170,6 +170,8 @@ def _class_table(path: Path, categories: list[dict[str, Any]]) -> ClassTable:
 
 
 def _images(path: Path, listed: list[dict[str, Any]]) -> dict[object, dict[str, Any]]:
+    if not listed:
+        raise InputError(f"{path}: no images: at least one is expected")
     images: dict[object, dict[str, Any]] = {}
     for index, image in enumerate(listed):
         key = image.get("id")

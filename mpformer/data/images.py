@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from mpformer.data.catalog import Record
 from mpformer.types import InputError
 
 PIXEL_MEAN = (124, 116, 104)
 """RGB 0..255: ImageNet's mean 123.675, 116.28, 103.53, rounded; what padding is filled with."""
+
+_ORIENTATION = 0x0112
+"""EXIF's tag; from 5 on the image lies on its side."""
 
 cv2.setNumThreads(1)  # samples are spread over processes; threads inside each would only contend
 
@@ -58,21 +63,48 @@ def read_image(source: str | bytes) -> np.ndarray:
     return decode(read_bytes(source), name, cv2.IMREAD_COLOR_RGB)
 
 
-def load_panoptic_ids(record: Record) -> np.ndarray:
-    """The record's label map as COCO panoptic ids R + 256 G + 65536 B, [h,w] int32; 0 is void."""
+def image_size(path: str) -> tuple[int, int]:
+    """(height, width) of an image file as `load_image` gives it, from its head. `InputError` if damaged."""
+    try:
+        with Image.open(io.BytesIO(read_bytes(path))) as image:
+            width, height = image.size
+            # of a PNG, whose EXIF may stand at its end, Pillow would decode the whole
+            turned = image.format != "PNG" and image.getexif().get(_ORIENTATION, 1) >= 5
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path}: not an image that can be decoded: {error}") from None
+    return (width, height) if turned else (height, width)
+
+
+def load_ids(record: Record) -> np.ndarray:
+    """The record's label map, [h,w] int32: as it is, or of a PNG the ids R + 256 G + 65536 B (0 void)."""
+    if isinstance(record.label_map, np.ndarray):
+        return record.label_map
     name = record.label_map if isinstance(record.label_map, str) else f"label map of image {record.image_id}"
-    rgb = decode(read_bytes(record.label_map), name, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    rgb = load_rgb_map(record.label_map, name)
     if rgb.shape[:2] != (record.height, record.width):
         raise InputError(
             f"{name}: the label map is {rgb.shape[1]}x{rgb.shape[0]}, "
             f"but its image is {record.width}x{record.height} (image {record.image_id})"
         )
-    ids = rgb[..., 2].astype(np.int32)
-    ids <<= 8
-    ids |= rgb[..., 1]
-    ids <<= 8
-    ids |= rgb[..., 0]
-    return ids
+    red, green, blue = (rgb[..., c].astype(np.int32) for c in range(3))
+    return blue << 16 | green << 8 | red
+
+
+def load_rgb_map(source: str | bytes, name: str) -> np.ndarray:
+    """An annotation kept in the three channels of an image, [h,w,3] uint8 RGB."""
+    return decode(read_bytes(source), name, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+
+
+def load_index_map(source: str | bytes, name: str) -> np.ndarray:
+    """An annotation of one value per pixel, [h,w] uint8 or uint16: of a palette image the raw indices."""
+    data = read_bytes(source)
+    if data[:4] == b"\x89PNG" and data[25:26] == b"\x03":  # colour type palette, which cv2 would expand
+        decode(data, name, cv2.IMREAD_UNCHANGED)  # finds a damaged file
+        return np.array(Image.open(io.BytesIO(data)))
+    pixels = decode(data, name, cv2.IMREAD_UNCHANGED)
+    if pixels.ndim != 2:
+        raise InputError(f"{name}: one value per pixel is expected, not {pixels.shape[2]} channels")
+    return pixels
 
 
 def decode(data: bytes, name: str, flags: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from mpformer.data.catalog import MapId, Polygons, Record, Rle, Segment
-from mpformer.data.images import load_panoptic_ids
+from mpformer.data.images import load_ids
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class BoxMask:
 def segment_mask(segment: Segment, record: Record) -> np.ndarray:
     """One segment's mask [h,w] bool at the image's size, pixel for pixel what pycocotools makes of it."""
     if isinstance(segment.mask, MapId):
-        return load_panoptic_ids(record) == segment.mask.value
+        return load_ids(record) == segment.mask.value
     return _full_mask(segment.mask, record.height, record.width)
 
 
 def record_masks(record: Record) -> np.ndarray:
     """All segments' masks [N,h,w] bool at the image's size; the label map is read once."""
     result = np.zeros((len(record.segments), record.height, record.width), bool)
-    ids = load_panoptic_ids(record) if record.label_map is not None else None
+    ids = load_ids(record) if record.label_map is not None else None
     for out, segment in zip(result, record.segments):
         if isinstance(segment.mask, MapId):
             np.equal(ids, segment.mask.value, out=out)
@@ -116,7 +116,7 @@ def crop_masks(record: Record, segments: tuple[Segment, ...], window: Window) ->
             yield _tight(_crop_nearest(full, window).view(bool))
         else:
             if cropped_map is None:
-                cropped_map = _crop_nearest(load_panoptic_ids(record), window)
+                cropped_map = _crop_nearest(load_ids(record), window)
             yield _tight(cropped_map == mask.value)
 
 
@@ -193,6 +193,11 @@ def decompress_counts(text: bytes) -> list[int]:
             raise ValueError("the compressed counts hold a negative run")
         counts.append(value)
     return counts
+
+
+def run_lengths_of(mask: np.ndarray) -> Rle:
+    """A mask [h,w] bool in compressed form."""
+    return Rle(coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))["counts"])
 
 
 def run_lengths(mask: np.ndarray, compressed: bool) -> dict[str, Any]:

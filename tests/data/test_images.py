@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mpformer.data.catalog import Record
-from mpformer.data.images import load_image, load_panoptic_ids
+from mpformer.data.images import load_ids, load_image
 from mpformer.types import InputError
 from tests.data.folders import photograph
 
@@ -136,8 +136,8 @@ def test_panoptic_ids(tmp_path):
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[3, 4] = (1, 2, 60)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    ids = load_panoptic_ids(Record("7", "", 60, 40, (), label_map=str(tmp_path / "a.png")))
+    ids = load_ids(Record("7", "", 60, 40, (), label_map=str(tmp_path / "a.png")))
     assert ids[3, 4] == 1 + 256 * 2 + 65536 * 60
     assert np.count_nonzero(ids) == 1
     with pytest.raises(InputError, match="label map is 60x40, but its image is 61x40"):
-        load_panoptic_ids(Record("7", "", 61, 40, (), label_map=str(tmp_path / "a.png")))
+        load_ids(Record("7", "", 61, 40, (), label_map=str(tmp_path / "a.png")))

@@ -57,7 +57,7 @@ def test_run_lengths_and_label_maps_take_the_nearest_pixel(out, monkeypatch):
     full = random.random((80, 100)) < 0.4
     counts = coco_mask.encode(np.asfortranarray(full.astype(np.uint8)))["counts"]
     segments = (Segment(0, False, Rle(counts), 1.0, 1), Segment(1, False, MapId(5), 1.0, 5))
-    monkeypatch.setattr(masks, "load_panoptic_ids", lambda record: np.where(full, 5, 9).astype(np.int32))
+    monkeypatch.setattr(masks, "load_ids", lambda record: np.where(full, 5, 9).astype(np.int32))
     record = Record("1", "", 100, 80, segments, label_map="ids.png")
     window = Window(10, 20, 60, 50, out[1], out[0])
     rows = [20 + int((i + 0.5) * 50 / out[0]) for i in range(out[0])]
