@@ -48,6 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
     command("sync", "bring to MLflow what it could not take", "RUN")
     evaluate = command("evaluate", "AP / PQ / mIoU, images/s, peak memory", "CHECKPOINT")
     evaluate.add_argument("--data", metavar="D", help="a data folder, or a recipe to take the data of")
+    diagnose = command(
+        "diagnose", "the layers' consistency: Table 1 of the paper, Figure 1 pictures", "CHECKPOINT"
+    )
+    diagnose.add_argument("--data", metavar="D", help="a data folder, or a recipe to take the data of")
     predict = command("predict", "overlay PNG and COCO-style JSON of image files or folders", "CHECKPOINT")
     predict.add_argument("images", metavar="IMAGE", nargs="+")
     predict.add_argument("--out", metavar="DIR", required=True)
@@ -58,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     command("doctor", "what is installed, which deformable-attention kernel runs here and why")
     show = command("show", "the resolved settings of a recipe, or the difference of two", "RECIPE")
     show.add_argument("recipe2", metavar="RECIPE2", nargs="?")
-    for takes_settings in (quickstart, train, ablate, report, evaluate, synth, show):
+    for takes_settings in (quickstart, train, ablate, report, evaluate, diagnose, synth, show):
         takes_settings.add_argument("settings", metavar="key=value", nargs="*", help=SETTINGS)
     return parser
 
@@ -90,6 +94,8 @@ def _run(arguments: argparse.Namespace) -> None:
             commands.sync(arguments.run)
         case "evaluate":
             commands.evaluate(arguments.checkpoint, arguments.data, arguments.settings)
+        case "diagnose":
+            commands.diagnose(arguments.checkpoint, arguments.data, arguments.settings)
         case "predict":
             commands.predict(arguments.checkpoint, arguments.images, arguments.out, arguments.settings)
         case "data":

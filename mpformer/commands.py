@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import resource
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,11 @@ from mpformer.types import InputError, RunError
 from mpformer.yamlfile import Source, nearest
 
 if TYPE_CHECKING:
+    import torch
+
     from mpformer.ablation.tune import Failure
+    from mpformer.data.catalog import Catalog
+    from mpformer.model.segmenter import Segmenter
 
 QUICKSTART = "experiments/quickstart.yaml"
 
@@ -158,12 +162,54 @@ def _load_study(path: str | Path, settings: Sequence[str]) -> Study:
 
 
 def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None:
-    """The figures of a checkpoint on the validation split of its own data, or of `data`."""
+    """The figures of a checkpoint on the validation split of its own data, or of `data`; their page."""
+    from mpformer.evaluate import evaluation
+
+    model, split, config, device = _open_checkpoint(checkpoint, data, settings)
+    if config.cluster.workers > 1:
+        from mpformer.train.launch import start_ray
+
+        start_ray()
+    found = evaluation.evaluate(model, split, config, device=device, report=_progress())
+    for key, value in {**found.scores.summary, **found.layers}.items():
+        say(f"{key:24} {value:8.2f}")
+    for key, text in found.facts().items():
+        say(f"{key:24} {text:>8}")
+    if config.evaluate.pictures:
+        folder = _picture_folder(checkpoint, split.name, "evaluate")
+        page = found.write(folder, f"{checkpoint}: {split.name}", split, config.evaluate.pictures)[0]
+        say(str(page))
+
+
+def diagnose(checkpoint: str, data: str | None, settings: Sequence[str]) -> None:
+    """The decoder's layers (Table 1 of MP-Former) and pictures of queries over the layers (Figure 1)."""
+    from mpformer.draw import write_png
+    from mpformer.evaluate import diagnostics
+
+    model, split, config, device = _open_checkpoint(checkpoint, data, settings)
+    chosen = range(len(split.records))[: config.evaluate.limit]
+    report = _progress()
+    found = diagnostics.diagnose(model, split, config, chosen, device, report=report)
+    say(found.table())
+    folder = _picture_folder(checkpoint, split.name, "diagnose")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "layers.json").write_text(json.dumps({"images": found.images, **found.metrics()}, indent=1))
+    say(str(folder / "layers.json"))
+    for index in chosen[: config.evaluate.pictures]:
+        picture = diagnostics.draw_layers(model, split.records[index], config, device)
+        if picture is not None:
+            path = folder / f"layers-{split.records[index].image_id}.png"
+            write_png(path, picture)
+            say(str(path))
+
+
+def _open_checkpoint(
+    checkpoint: str, data: str | None, settings: Sequence[str]
+) -> tuple[Segmenter, Catalog, Config, torch.device]:
+    """Model, validation split, settings and device for looking at a checkpoint."""
     import torch
 
     from mpformer.data.catalog import check_same_classes, open_split
-    from mpformer.evaluate.inference import predict_records
-    from mpformer.evaluate.metrics import evaluate_predictions
     from mpformer.model.weights import load_checkpoint
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -171,21 +217,32 @@ def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
     config = _for_evaluation(trained, checkpoint, data, settings)
     split = open_split(config.data, "val")
     check_same_classes(model.classes, split.classes, split.name)
-    chosen = range(len(split.records))[: config.evaluate.limit]
-    say(f"{checkpoint}: {len(chosen)} images of {split.name} on {device}")
-    began, predictions = time.monotonic(), []
-    for prediction in predict_records(model, split, config, chosen, device):
-        predictions.append(prediction)
-        if len(predictions) % max(1, len(chosen) // 10) == 0:
-            say(f"{len(predictions)}/{len(chosen)} images")
-    seconds = time.monotonic() - began
-    for key, value in evaluate_predictions(predictions, split, config.data.task).items():
-        say(f"{key:20} {value:8.2f}")
-    say(f"{'images per second':20} {len(predictions) / seconds:8.2f}")
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    say(f"{'peak memory':20} {kibibytes / 2**20:8.2f} GiB")
-    if device.type == "cuda":
-        say(f"{'peak GPU memory':20} {torch.cuda.max_memory_allocated(device) / 2**30:8.2f} GiB")
+    images = min(len(split.records), config.evaluate.limit or len(split.records))
+    say(f"{checkpoint}: {images} images of {split.name} on {device}")
+    return model, split, config, device
+
+
+def _progress() -> Callable[..., None]:
+    """Says at most every 10 seconds how many images are done and how long the rest will take."""
+    start = said = time.monotonic()
+
+    def report(done: int, total: int, left: float | None = None) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= 10 or done == total:
+            said = now
+            left = (now - start) / done * (total - done) if left is None else left
+            say(f"{done}/{total} images, {left / 60:.0f}:{left % 60:02.0f} min left")
+
+    return report
+
+
+def _picture_folder(checkpoint: str, split: str, what: str) -> Path:
+    """In the checkpoint's run, else beside its file; one folder for each checkpoint and split."""
+    path = Path(checkpoint).resolve()
+    run = next((p for p in path.parents if (p / "config.yaml").is_file()), path.parent)
+    name = "-".join([what, path.stem, *split.split()])
+    return run / "pictures" / name
 
 
 def predict(checkpoint: str, images: Sequence[str], out: str, settings: Sequence[str]) -> None:
@@ -204,6 +261,7 @@ def predict(checkpoint: str, images: Sequence[str], out: str, settings: Sequence
 def _for_evaluation(trained: Config, checkpoint: str, data: str | None, settings: Sequence[str]) -> Config:
     """A checkpoint's settings with other data: a folder in the layout of its own, or a recipe's `data`."""
     source = Source(Path(checkpoint), trained.model_dump(mode="json"), {})
+    source.set(["cluster", "workers"], 1, checkpoint)  # as many as asked for, not as many as trained it
     if data is not None and Path(data).is_dir():
         source.set(["data", "root"], data, f"--data {data}")
     elif data is not None:

@@ -24,6 +24,7 @@ SURFACE = {
     "report": ["STUDY", "key=value"],
     "sync": ["RUN"],
     "evaluate": ["CHECKPOINT", "--data D", "key=value"],
+    "diagnose": ["CHECKPOINT", "--data D", "key=value"],
     "predict": ["CHECKPOINT", "IMAGE", "--out DIR"],
     "data synth": ["OUT", "key=value"],
     "doctor": [],

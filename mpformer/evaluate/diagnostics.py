@@ -7,17 +7,21 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mpformer.config import Config, Evaluate
 from mpformer.data.catalog import Catalog, Record
 from mpformer.data.images import load_image
+from mpformer.draw import overlay, side_by_side
 from mpformer.evaluate.inference import find_instances, results
 from mpformer.evaluate.instance import ImageInstances, average_precision
 from mpformer.evaluate.layers import (
     attention_inside,
+    flat,
     layer_figures,
+    layer_iou,
     layer_numbers,
     means,
     query_utilization,
@@ -25,7 +29,7 @@ from mpformer.evaluate.layers import (
 from mpformer.evaluate.metrics import score
 from mpformer.evaluate.prediction import Figures, Prediction
 from mpformer.evaluate.truth import target_of, true_instances
-from mpformer.evaluate.views import prepare, view_of
+from mpformer.evaluate.views import forward, prepare, view_of
 from mpformer.model.matcher import Match
 from mpformer.model.piloting import make_pilots
 from mpformer.model.postprocess import Sizes, View
@@ -53,6 +57,10 @@ class Diagnostics:
 
     figures: Figures
     images: int
+
+    def metrics(self) -> dict[str, float]:
+        """{"layer_iou_3": 59.5, ...}"""
+        return flat(self.figures)
 
     def table(self) -> str:
         """Table 1 of MP-Former: a column per layer, percent; a dash where a figure does not exist."""
@@ -86,7 +94,6 @@ def diagnose(
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     chosen = list(range(len(catalog.records)) if indices is None else indices)
-    model.eval()
     figures: list[Figures] = []
     per_head: dict[int, list[Prediction]] = {}
     proposals: dict[int, list[ImageInstances]] = {}
@@ -127,7 +134,7 @@ def _image_figures(
     tensor, sizes = prepare(image, config.data.test_resize)
     images, target = tensor.to(device), target_of(record, sizes, config.data.task).to(device)
     with _watched(model) as attention:
-        heads = model(images, all_heads=True).heads
+        heads = forward(model, images, all_heads=True)
     figures, matched = layer_figures(heads, target, sizes, model.config)
     inside = {}
     for layer, weights in enumerate(attention, 1):
@@ -188,3 +195,50 @@ def _watched(model: Segmenter) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+# --- Figure 1 -------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def draw_layers(
+    model: Segmenter, record: Record, config: Config, device: torch.device | str, columns: int = 6
+) -> np.ndarray | None:
+    """One query's mask over the layers, as in MP-Former's Figure 1; [h,w,3] uint8.
+
+    The query is the one that wavers most among those that end up on an object of at least 1 % of the image:
+    its mean IoU from layer to layer is the smallest. None where there is no such object.
+    """
+    image = load_image(record)
+    tensor, sizes = prepare(image, config.data.test_resize)
+    target = target_of(record, sizes, config.data.task).to(device)
+    heads = forward(model, tensor.to(device), all_heads=True)
+    _, matched = layer_figures(heads, target, sizes, model.config)
+    areas = target.masks.flatten(1).sum(1).tolist()
+    least = 0.01 * sizes.valid[0] * sizes.valid[1]
+    pairs = [
+        (int(query), int(thing))
+        for query, thing in zip(matched.queries, matched.objects)
+        if areas[int(thing)] >= least
+    ]
+    if not pairs:
+        return None
+    height, width = (-(-edge // 4) for edge in sizes.valid)
+    ious = {
+        pair: layer_iou([h.mask_logits[0, pair[0] : pair[0] + 1, :height, :width] for h in heads])
+        for pair in pairs
+    }
+    query, thing = min(pairs, key=lambda pair: sum(ious[pair]))
+    label = int(target.labels[thing])
+    full_size = View(None, target.masks[thing][None].float() - 0.5, sizes)
+    tiles, titles = [], []
+    for number, head in zip(layer_numbers(heads, model.config), heads):
+        logits = view_of(head, sizes).upsampler(torch.tensor([query], device=device))
+        mask = (logits(slice(0, sizes.original[0]))[0] >= 0).cpu().numpy()
+        tiles.append(overlay(image, [mask], [label], model.classes, captions=False))
+        iou = f", IoU {ious[query, thing][len(tiles) - 2]:.2f}" if len(tiles) > 1 else ""
+        titles.append(f"layer {number}{iou}" if number else "before layer 1")
+    truth = (full_size.upsampler()(slice(0, sizes.original[0]))[0] >= 0).cpu().numpy()
+    tiles.append(overlay(image, [truth], [label], model.classes, captions=False))
+    titles.append(f"ground truth: {model.classes.names[label]}")
+    return side_by_side(tiles, titles, columns=columns)
