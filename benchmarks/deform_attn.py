@@ -4,7 +4,7 @@
 
 All implementations of a row run in one process, interleaved: each repetition runs every one once, in rotating
 order, so that a disturbance of the machine meets all alike. Printed are medians and minima in milliseconds, and
-the ratios of both to ours. Memory is the peak of one pass above its inputs, each in a process of its own.
+ratios to ours of both. Memory is the peak of one pass above its inputs, each in a process of its own.
 """
 
 import argparse

@@ -86,6 +86,7 @@ struct Work {
   int64_t slab_cells;  // of all levels together, or of the largest one
   int64_t padded;      // floats per cell
   int64_t slabs;  // forward: how many exist; slab s serves every (batch, head) with the same s modulo this
+  bool by_level;  // backward: how the work is cut
   float* slab_memory;
   float* tile_memory;
   int32_t* cell_memory;
@@ -141,26 +142,29 @@ void forward_thread(Work& w) {
   }
 }
 
-// Per (batch, head): every level is one task with slabs of its own; then, if fused, the softmax in chunks of
-// queries.
+// One task per (batch, head), or if that keeps the threads busier, one per level with a softmax to follow in
+// chunks of queries. Levels share nothing but the softmax, so both ways give the same bits; the first reads
+// all but the slabs once instead of once per level.
 void backward_thread(Work& w) {
   const Problem& p = *w.problem;
   const int thread = w.next_thread.fetch_add(1);
   const Tile tile = w.tile(thread);
   float *value_slab = w.slab(2 * thread), *grad_slab = w.slab(2 * thread + 1);
-  const bool fused = p.reference.data != nullptr;
-  const int64_t pairs = p.batch * p.heads, chunks = fused ? divide_up(p.queries, kQueriesPerTask) : 0;
-  for (int64_t task; (task = w.next_task.fetch_add(1)) < pairs * (p.levels + chunks);) {
-    if (task < pairs * p.levels) {
-      const int64_t pair = task / p.levels, l = task % p.levels;
-      const Level& level = w.levels[l];
-      w.kernel->pack(p, level, pair / p.heads, pair % p.heads, 0, level.height + 3, value_slab);
-      w.kernel->backward(p, w.levels, l, pair / p.heads, pair % p.heads, value_slab, grad_slab, tile);
+  const int64_t pairs = p.batch * p.heads, ranges = w.by_level ? p.levels : 1, range = p.levels / ranges;
+  const int64_t chunks = w.by_level && p.reference.data ? divide_up(p.queries, kQueriesPerTask) : 0;
+  for (int64_t task; (task = w.next_task.fetch_add(1)) < pairs * (ranges + chunks);) {
+    if (task < pairs * ranges) {
+      const int64_t pair = task / ranges, b = pair / p.heads, h = pair % p.heads, level0 = task % ranges;
+      for (int64_t l = level0; l < level0 + range; l++) {
+        const int64_t first = w.levels[l].first_cell - w.levels[level0].first_cell;
+        w.kernel->pack(p, w.levels[l], b, h, 0, w.levels[l].height + 3, value_slab + first * w.padded);
+      }
+      w.kernel->backward(p, w.levels, level0, level0 + range, b, h, value_slab, grad_slab, tile);
       w.done[pair].fetch_add(1, std::memory_order_release);
     } else {
-      const int64_t pair = (task - pairs * p.levels) / chunks;
-      const int64_t q0 = (task - pairs * p.levels) % chunks * kQueriesPerTask, q1 = q0 + kQueriesPerTask;
-      wait_for(w.done[pair], p.levels);
+      const int64_t pair = (task - pairs * ranges) / chunks;
+      const int64_t q0 = (task - pairs * ranges) % chunks * kQueriesPerTask, q1 = q0 + kQueriesPerTask;
+      wait_for(w.done[pair], ranges);
       w.kernel->softmax_backward(p, pair / p.heads, pair % p.heads, q0, q1 < p.queries ? q1 : p.queries,
                                  tile);
     }
@@ -230,16 +234,18 @@ int call(const Problem& p, bool is_backward) {
   // Small problems are not worth a thread: one per 2^17 products of the forward pass at most.
   const int64_t products = pairs * p.queries * p.levels * p.points_per_level * p.channels * 4;
   int64_t threads = divide_up(products, 1 << 17);
-  const int64_t parallel = is_backward ? pairs * p.levels : pairs * divide_up(p.queries, kQueriesPerTask);
-  if (threads > parallel) threads = parallel;
   if (threads > p.threads) threads = p.threads;
-  if (threads < 1) threads = 1;
+  w.by_level = is_backward && p.levels > 1 && pairs % threads != 0 && pairs < 4 * threads;
+  int64_t tasks_at_once = pairs;
+  if (!is_backward) tasks_at_once *= divide_up(p.queries, kQueriesPerTask);
+  if (w.by_level) tasks_at_once *= p.levels;
+  if (threads > tasks_at_once) threads = tasks_at_once;
 
   Memory<float> slabs, tiles;
   Memory<int32_t> tile_cells;
   Memory<std::atomic<int64_t>> done;
   w.slabs = is_backward ? 2 * threads : pairs < threads + 1 ? pairs : threads + 1;
-  w.slab_cells = is_backward ? largest + 1 : cells;  // one more cell: the row of the incoming gradient
+  w.slab_cells = (w.by_level ? largest : cells) + 1;  // one more cell: the row of the incoming gradient
   const int64_t tile_size = tile_floats(p), cell_size = p.levels * p.points_per_level * kTile;
   if (!slabs.allocate(w.slabs * w.slab_cells * w.padded) || !tiles.allocate(threads * tile_size) ||
       !tile_cells.allocate(threads * cell_size) || !done.allocate(pairs))

@@ -65,10 +65,10 @@ struct Kernel {
                float* level_slab);
   void (*forward)(const Problem&, const Level*, int64_t b, int64_t h, int64_t q0, int64_t q1,
                   const float* slab, const Tile&);
-  // All queries of one level: grad_value of the level, grad_points, and the gradient of the weights (not the
-  // logits).
-  void (*backward)(const Problem&, const Level*, int64_t level, int64_t b, int64_t h, const float* value_slab,
-                   float* grad_slab, const Tile&);
+  // All queries of levels [level0, level1): grad_value of those levels, grad_points, and the gradient of the
+  // weights; if the range has all levels, that of the logits.
+  void (*backward)(const Problem&, const Level*, int64_t level0, int64_t level1, int64_t b, int64_t h,
+                   const float* value_slab, float* grad_slab, const Tile&);
   // Turns the gradient of the weights into that of the logits, in place.
   void (*softmax_backward)(const Problem&, int64_t b, int64_t h, int64_t q0, int64_t q1, const Tile&);
 };

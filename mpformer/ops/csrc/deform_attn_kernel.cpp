@@ -117,7 +117,7 @@ INLINE Vec exponential(Vec x) {
   return select(tiny, Vec{}, e * scale);
 }
 
-void softmax(int64_t count, float* w) {
+__attribute__((noinline)) void softmax(int64_t count, float* w) {
   for (int i = 0; i < kTile; i += kLanes) {
     Vec top = at(w + i), sum = {};
     for (int64_t j = kTile; j < count * kTile; j += kTile)
@@ -169,7 +169,7 @@ void place(const Level& level, bool fused, int64_t points, int64_t base, const f
 // Loads and prepares levels [level0, level1) of up to kTile queries; `weights` end up as [points of those
 // levels].
 void prepare(const Problem& p, const Level* levels, int64_t level0, int64_t level1, int64_t b, int64_t h,
-             int64_t q0, int n, bool one_slab, const Tile& t) {
+             int64_t q0, int n, const Tile& t) {
   const int64_t k = p.points_per_level, count = (level1 - level0) * k;
   const bool fused = p.reference.data != nullptr;
   load(p.points, b, h, q0, n, level0 * k * 2, count * 2, t.coordinates);
@@ -186,7 +186,7 @@ void prepare(const Problem& p, const Level* levels, int64_t level0, int64_t leve
   for (int64_t l = level0; l < level1; l++) {
     const int64_t j = (l - level0) * k * kTile;
     float* const corner[4] = {t.corner[0] + j, t.corner[1] + j, t.corner[2] + j, t.corner[3] + j};
-    place(levels[l], fused, k, one_slab ? levels[l].first_cell : 0, t.coordinates + 2 * j,
+    place(levels[l], fused, k, levels[l].first_cell - levels[level0].first_cell, t.coordinates + 2 * j,
           t.reference + (fused ? (l - level0) * 2 * kTile : 0), t.fraction_x + j, t.fraction_y + j, corner,
           t.cell + j);
   }
@@ -232,7 +232,7 @@ void forward_queries(const Problem& p, const Level* levels, int64_t b, int64_t h
   const int64_t padded = N ? N * kLanes : round_up(p.channels, kLanes);
   for (int64_t q = q0; q < q1; q += kTile) {
     const int n = int(q1 - q < kTile ? q1 - q : kTile);
-    prepare(p, levels, 0, p.levels, b, h, q, n, true, t);
+    prepare(p, levels, 0, p.levels, b, h, q, n, t);
     for (int i = 0; i < n; i++) {
       for (int64_t c = 0; c < padded; c += 4 * kLanes) {
         alignas(64) float row[4 * kLanes];
@@ -289,19 +289,21 @@ INLINE Vec4 sums(const Vec& a, const Vec& b, const Vec& c, const Vec& d) {  // o
   return SHUFFLE(wx, yz, 0, 1, 4, 5) + SHUFFLE(wx, yz, 2, 3, 6, 7);
 }
 
-// One query: scatters its gradient row into the slab and leaves, in place of the corner weights, the dot
-// products of the gradient with the four corners of every point.
+// One query and level: scatters its gradient row into the slab and leaves, in place of the corner weights,
+// the dot products of the gradient with the four corners of every point. `first` is the level's first point
+// in the tile.
 template <int N>
-INLINE void scatter(const Tile& t, int i, int64_t points, int64_t down, int64_t vectors,
+INLINE void scatter(const Tile& t, int i, int64_t first, int64_t points, int64_t down, int64_t vectors,
                     const float* value_slab, float* grad_slab, const float* grad) {
-  const int64_t padded = vectors * kLanes;
-  float *c0 = t.corner[0] + i, *c1 = t.corner[1] + i, *c2 = t.corner[2] + i, *c3 = t.corner[3] + i;
-  const float* weights = t.weights + i;
-  const int32_t* cells = t.cell + i;
+  const int64_t padded = vectors * kLanes, start = first * kTile + i;
+  float *c0 = t.corner[0] + start, *c1 = t.corner[1] + start, *c2 = t.corner[2] + start,
+        *c3 = t.corner[3] + start;
+  const float* weights = t.weights + start;
+  const int32_t* cells = t.cell + start;
   Vec kept[N ? N : 1];
   for (int v = 0; v < N; v++) kept[v] = at(grad + v * kLanes);
-  for (int64_t point = 0; point < points; point++) {
-    const int64_t j = point * kTile, cell = cells[j] * padded;
+  for (int64_t j = 0; j < points * kTile; j += kTile) {
+    const int64_t cell = cells[j] * padded;
     const float *above = value_slab + cell, *below = above + down;
     float *into_above = grad_slab + cell, *into_below = into_above + down;
     const float weight = weights[j];
@@ -324,27 +326,46 @@ INLINE void scatter(const Tile& t, int i, int64_t points, int64_t down, int64_t 
   }
 }
 
-// Gradients of the weights and coordinates of a prepared tile, from the dot products.
-void point_gradients(const Problem& p, const Level& level, int64_t l, int64_t b, int64_t h, int64_t q0, int n,
-                     const Tile& t) {
-  const int64_t points = p.points_per_level;
-  const bool fused = p.reference.data != nullptr;
+// Gradients of one level's points in the tile, from the dot products: of the weights into corner[0], of the
+// coordinates into corner[1] and corner[2].
+void point_gradients(const Level& level, bool fused, int64_t first, int64_t points, const Tile& t) {
   const float per_x = fused ? 1.0f : float(level.width), per_y = fused ? 1.0f : float(level.height);
-  float *d0 = t.corner[0], *d1 = t.corner[1], *d2 = t.corner[2];
-  for (int64_t i = 0; i < points * kTile; i += kLanes) {
+  for (int64_t i = first * kTile; i < (first + points) * kTile; i += kLanes) {
     const Vec x = at(t.fraction_x + i), y = at(t.fraction_y + i), a = at(t.weights + i);
-    const Vec e0 = at(d0 + i), e1 = at(d1 + i), e2 = at(d2 + i), e3 = at(t.corner[3] + i);
-    at(d0 + i) = (1 - y) * ((1 - x) * e0 + x * e1) + y * ((1 - x) * e2 + x * e3);
-    at(d1 + i) = per_x * a * ((1 - y) * (e1 - e0) + y * (e3 - e2));
-    at(d2 + i) = per_y * a * ((1 - x) * (e2 - e0) + x * (e3 - e1));
+    const Vec d0 = at(t.corner[0] + i), d1 = at(t.corner[1] + i);
+    const Vec d2 = at(t.corner[2] + i), d3 = at(t.corner[3] + i);
+    at(t.corner[0] + i) = (1 - y) * ((1 - x) * d0 + x * d1) + y * ((1 - x) * d2 + x * d3);
+    at(t.corner[1] + i) = per_x * a * ((1 - y) * (d1 - d0) + y * (d3 - d2));
+    at(t.corner[2] + i) = per_y * a * ((1 - x) * (d2 - d0) + x * (d3 - d1));
   }
+}
+
+// The gradient of the softmax's output to that of the logits, in place.
+__attribute__((noinline)) void softmax_gradient(int64_t count, const float* weights, float* grads) {
+  for (int i = 0; i < kTile; i += kLanes) {
+    const float* weight = weights + i;
+    float* grad = grads + i;
+    Vec mean = {};
+    for (int64_t j = 0; j < count * kTile; j += kTile) mean += at(weight + j) * at(grad + j);
+    for (int64_t j = 0; j < count * kTile; j += kTile) at(grad + j) = at(weight + j) * (at(grad + j) - mean);
+  }
+}
+
+void store_weights(const Problem& p, int64_t b, int64_t h, int64_t q0, int n, int64_t first, int64_t count,
+                   const float* grads) {
   for (int i = 0; i < n; i++) {
-    float* grad_weights = address<float>(p.grad_weights, b, q0 + i, h) + l * points;
-    float* grad_points = address<float>(p.grad_points, b, q0 + i, h) + l * points * 2;
-    for (int64_t j = 0; j < points; j++) {
-      grad_weights[j] = d0[j * kTile + i];
-      grad_points[2 * j] = d1[j * kTile + i];
-      grad_points[2 * j + 1] = d2[j * kTile + i];
+    float* to = address<float>(p.grad_weights, b, q0 + i, h) + first;
+    for (int64_t j = 0; j < count; j++) to[j] = grads[j * kTile + i];
+  }
+}
+
+void store_points(const Problem& p, int64_t b, int64_t h, int64_t q0, int n, int64_t first, int64_t count,
+                  const float* grads_x, const float* grads_y) {
+  for (int i = 0; i < n; i++) {
+    float* to = address<float>(p.grad_points, b, q0 + i, h) + 2 * first;
+    for (int64_t j = 0; j < count; j++) {
+      to[2 * j] = grads_x[j * kTile + i];
+      to[2 * j + 1] = grads_y[j * kTile + i];
     }
   }
 }
@@ -357,38 +378,49 @@ INLINE void load_row(const Array& a, int64_t b, int64_t q, int64_t h, int64_t co
 }
 
 template <int N>
-void backward_queries(const Problem& p, const Level* levels, int64_t l, int64_t b, int64_t h,
-                      const float* value_slab, float* grad_slab, const Tile& t, float* row) {
-  const int64_t vectors = N ? N : round_up(p.channels, kLanes) / kLanes;
-  const int64_t down = levels[l].pitch * vectors * kLanes;
+void backward_queries(const Problem& p, const Level* levels, int64_t level0, int64_t level1, int64_t b,
+                      int64_t h, const float* value_slab, float* grad_slab, const Tile& t, float* row) {
+  const int64_t vectors = N ? N : round_up(p.channels, kLanes) / kLanes, padded = vectors * kLanes;
+  const int64_t points = p.points_per_level, count = (level1 - level0) * points;
+  const bool fused = p.reference.data != nullptr;
   for (int64_t q = 0; q < p.queries; q += kTile) {
     const int n = int(p.queries - q < kTile ? p.queries - q : kTile);
-    prepare(p, levels, l, l + 1, b, h, q, n, false, t);
+    prepare(p, levels, level0, level1, b, h, q, n, t);
     for (int i = 0; i < n; i++) {
       if (p.output.type == kFloat) load_row<float>(p.output, b, q + i, h, p.channels, row);
       if (p.output.type == kBfloat16) load_row<Bfloat16>(p.output, b, q + i, h, p.channels, row);
       if (p.output.type == kHalf) load_row<Half>(p.output, b, q + i, h, p.channels, row);
-      scatter<N>(t, i, p.points_per_level, down, vectors, value_slab, grad_slab, row);
+      for (int64_t l = level0; l < level1; l++)
+        scatter<N>(t, i, (l - level0) * points, points, levels[l].pitch * padded, vectors, value_slab,
+                   grad_slab, row);
     }
-    point_gradients(p, levels[l], l, b, h, q, n, t);
+    for (int64_t l = level0; l < level1; l++)
+      point_gradients(levels[l], fused, (l - level0) * points, points, t);
+    if (fused && count == p.levels * points) softmax_gradient(count, t.weights, t.corner[0]);
+    store_weights(p, b, h, q, n, level0 * points, count, t.corner[0]);
+    store_points(p, b, h, q, n, level0 * points, count, t.corner[1], t.corner[2]);
   }
 }
 
-void backward(const Problem& p, const Level* levels, int64_t l, int64_t b, int64_t h, const float* value_slab,
-              float* grad_slab, const Tile& t) {
+void backward(const Problem& p, const Level* levels, int64_t level0, int64_t level1, int64_t b, int64_t h,
+              const float* value_slab, float* grad_slab, const Tile& t) {
   const int64_t padded = round_up(p.channels, kLanes);
-  std::memset(grad_slab, 0, sizeof(float) * cells_of(levels[l]) * padded);
-  float* row = grad_slab + cells_of(levels[l]) * padded;  // the slab has room for one more row
-  std::memset(row, 0, sizeof(float) * padded);
+  const int64_t cells =
+      levels[level1 - 1].first_cell + cells_of(levels[level1 - 1]) - levels[level0].first_cell;
+  std::memset(grad_slab, 0, sizeof(float) * (cells + 1) * padded);
+  float* row = grad_slab + cells * padded;  // the slab has room for one more row
   const auto run = padded == kLanes       ? backward_queries<1>
                    : padded == 2 * kLanes ? backward_queries<2>
                    : padded == 3 * kLanes ? backward_queries<3>
                    : padded == 4 * kLanes ? backward_queries<4>
                                           : backward_queries<0>;
-  run(p, levels, l, b, h, value_slab, grad_slab, t, row);
-  if (p.grad_value.type == kFloat) unpack_rows<float>(p, levels[l], b, h, grad_slab);
-  if (p.grad_value.type == kBfloat16) unpack_rows<Bfloat16>(p, levels[l], b, h, grad_slab);
-  if (p.grad_value.type == kHalf) unpack_rows<Half>(p, levels[l], b, h, grad_slab);
+  run(p, levels, level0, level1, b, h, value_slab, grad_slab, t, row);
+  for (int64_t l = level0; l < level1; l++) {
+    const float* slab = grad_slab + (levels[l].first_cell - levels[level0].first_cell) * padded;
+    if (p.grad_value.type == kFloat) unpack_rows<float>(p, levels[l], b, h, slab);
+    if (p.grad_value.type == kBfloat16) unpack_rows<Bfloat16>(p, levels[l], b, h, slab);
+    if (p.grad_value.type == kHalf) unpack_rows<Half>(p, levels[l], b, h, slab);
+  }
 }
 
 void softmax_backward(const Problem& p, int64_t b, int64_t h, int64_t q0, int64_t q1, const Tile& t) {
@@ -396,19 +428,10 @@ void softmax_backward(const Problem& p, int64_t b, int64_t h, int64_t q0, int64_
   for (int64_t q = q0; q < q1; q += kTile) {
     const int n = int(q1 - q < kTile ? q1 - q : kTile);
     load(p.weights, b, h, q, n, 0, count, t.weights);
-    load(p.grad_weights, b, h, q, n, 0, count, t.coordinates);
+    load(p.grad_weights, b, h, q, n, 0, count, t.corner[0]);
     softmax(count, t.weights);
-    for (int i = 0; i < kTile; i += kLanes) {
-      float *grad = t.coordinates + i, *weight = t.weights + i;
-      Vec mean = {};
-      for (int64_t j = 0; j < count * kTile; j += kTile) mean += at(weight + j) * at(grad + j);
-      for (int64_t j = 0; j < count * kTile; j += kTile)
-        at(grad + j) = at(weight + j) * (at(grad + j) - mean);
-    }
-    for (int i = 0; i < n; i++) {
-      float* to = address<float>(p.grad_weights, b, q + i, h);
-      for (int64_t j = 0; j < count; j++) to[j] = t.coordinates[j * kTile + i];
-    }
+    softmax_gradient(count, t.weights, t.corner[0]);
+    store_weights(p, b, h, q, n, 0, count, t.corner[0]);
   }
 }
 
