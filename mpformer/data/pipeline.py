@@ -113,8 +113,8 @@ def _dataset(
     blocks = [
         pa.table({"position": positions[i : i + block_rows]}) for i in range(0, len(positions), block_rows)
     ]
-    # not `from_arrow`: it asks a task of one whole CPU for the blocks' sizes, and where two runs share two cores
-    # that CPU is never free
+    # not `from_arrow`: it asks a task of one whole CPU for the blocks' sizes, and where two runs share two
+    # cores that CPU is never free
     dataset = ray.data.from_blocks(blocks).map_batches(
         _make_block,
         fn_args=(data, catalog, seed),
