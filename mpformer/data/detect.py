@@ -1,0 +1,90 @@
+"""What a folder holds: finds COCO annotations and images where no file of settings describes them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mpformer.config import DataSet, Split
+from mpformer.types import InputError
+
+_DEPTH = 3
+"""Folders below the root that are looked into."""
+_WORDS = {"train": r"train", "val": r"val|test"}
+
+
+def detect(root: Path) -> DataSet:
+    """The COCO data set in a folder: its JSON files, told apart by "train" and "val" in their paths.
+
+    Raises `InputError` that says what was looked for and what was found.
+    """
+    if not root.is_dir():
+        raise InputError(f"there is no folder {root}")
+    found = {path: content for path in _json_files(root) if (content := _coco_content(path)) is not None}
+    if not found:
+        raise InputError(
+            f"{root}: no COCO annotations in it (a JSON with 'images', 'annotations' and 'categories' whose "
+            "annotations have a 'segmentation' or 'segments_info'); for another form give a recipe"
+        )
+    # instances before panoptic where there are both, then the usual names first
+    order = sorted(found, key=lambda p: (_is_panoptic(found[p]), "instances" not in p.name, str(p)))
+    chosen = {
+        split: next((p for p in order if re.search(word, str(p.relative_to(root)), re.IGNORECASE)), None)
+        for split, word in _WORDS.items()
+    }
+    train = chosen["train"] or next((p for p in order if p != chosen["val"]), chosen["val"])
+    same_form = [p for p in order if _is_panoptic(found[p]) == _is_panoptic(found[train])]
+    val = chosen["val"] if chosen["val"] in same_form else train
+    panoptic = _is_panoptic(found[train])
+    return DataSet(
+        name=root.resolve().name,
+        format="coco_panoptic" if panoptic else "coco_instance",
+        train=_split(root, train, found[train]),
+        val=_split(root, val, found[val]),
+    )
+
+
+def _json_files(root: Path) -> Iterator[Path]:
+    for depth in range(_DEPTH):
+        yield from sorted(root.glob("/".join(["*"] * depth + ["*.json"])))
+
+
+def _coco_content(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None  # some other JSON; what is expected is said where none is left
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
+    ):
+        return None
+    if not content["images"] or not content["annotations"]:
+        return None
+    first = content["annotations"][0]
+    return content if isinstance(first, dict) and {"segmentation", "segments_info"} & first.keys() else None
+
+
+def _is_panoptic(content: dict[str, Any]) -> bool:
+    return "segments_info" in content["annotations"][0]
+
+
+def _split(root: Path, path: Path, content: dict[str, Any]) -> Split:
+    images = _folder_of(root, path, content["images"][0].get("file_name"))
+    masks = None
+    if _is_panoptic(content):
+        masks = _folder_of(root, path, content["annotations"][0].get("file_name"))
+    return Split(images=images, annotations=str(path.relative_to(root)), panoptic_masks=masks)
+
+
+def _folder_of(root: Path, near: Path, name: object) -> str:
+    """The folder, relative to the root, that holds a file of that name; the nearest to the JSON first."""
+    folders = [near.parent, near.with_suffix(""), root]
+    for depth in range(1, _DEPTH + 1):
+        folders += sorted(p for p in root.glob("/".join(["*"] * depth)) if p.is_dir())
+    for folder in folders:
+        if isinstance(name, str) and (folder / name).is_file():
+            return str(folder.relative_to(root))
+    raise InputError(f"{near}: its first image, {name!r}, is in no folder below {root}")

@@ -1,0 +1,217 @@
+"""`data check` finds what was put wrong, counts like pycocotools, and a folder is understood by itself."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from mpformer.config import Data, Split, build_config
+from mpformer.data.catalog import open_split
+from mpformer.data.check import check, report_text, training_command
+from mpformer.data.detect import detect
+from mpformer.data.pictures import batch_pictures, catalog_sheet
+from mpformer.data.pipeline import train_batches
+from mpformer.types import InputError
+from mpformer.yamlfile import Source
+from tests.data.folders import SQUARE, annotation, coco_folder
+from tests.data.test_coco import panoptic_folder
+
+
+def kinds(report):
+    return sorted({f.kind for f in report.findings})
+
+
+def test_counts_of_real_data(sample_data):
+    data = Data(root=str(sample_data / "tiny_coco"))
+    report = check(data)["train"]
+    content = json.loads((sample_data / "tiny_coco/annotations/instances_train2017.json").read_text())
+    coco = COCO()
+    coco.dataset = content
+    coco.createIndex()
+    ordinary = [a for a in content["annotations"] if not a["iscrowd"]]
+    assert (report.images, report.usable) == (37, 37)
+    assert (report.objects, report.crowds) == (len(ordinary), len(content["annotations"]) - len(ordinary))
+    assert report.empty == 37 - len({a["image_id"] for a in ordinary})
+    for found in report.classes:
+        (category,) = coco.getCatIds(catNms=[found.name])
+        of_class = [a for a in ordinary if a["category_id"] == category]
+        assert (found.objects, found.images) == (len(of_class), len({a["image_id"] for a in of_class}))
+    areas = np.array([coco_mask.area(coco.annToRLE(a)) for a in ordinary])
+    assert report.by_area == (
+        (areas < 1024).sum(),
+        ((areas >= 1024) & (areas < 9216)).sum(),
+        (areas >= 9216).sum(),
+    )
+    sizes = [(i["width"], i["height"]) for i in content["images"]]
+    widths, heights = zip(*sizes)
+    assert report.sizes == (min(widths), max(widths), min(heights), max(heights))
+
+
+def test_everything_that_was_put_wrong_is_found(tmp_path):
+    beyond = [50.0, 10.0, 75.0, 10.0, 75.0, 30.0, 50.0, 30.0]
+    outside = [70.0, 10.0, 90.0, 10.0, 90.0, 30.0]
+    line = [10.0, 10.0, 20.0, 10.0, 30.0, 10.0]
+    data = coco_folder(
+        tmp_path,
+        [
+            annotation(1, 1),
+            annotation(2, 1, area=3000.0),
+            annotation(3, 2, segmentation=[beyond], area=200.0),
+            annotation(4, 2, segmentation=[outside], area=0.0),
+            annotation(5, 2, segmentation=[line], area=0.0),
+            annotation(6, 3, segmentation=[[1, 2, 3, 4]]),
+            annotation(7, 5),
+            annotation(8, 6, iscrowd=1),
+        ],
+        images=7,
+        image_changes={4: {"file_name": "missing.png"}},
+    )
+    shutil.copy(tmp_path / "images" / "1.png", tmp_path / "images" / "7.png")
+    (tmp_path / "images" / "5.png").write_bytes(b"broken")
+    report = check(data)["train"]
+    by_kind = {}
+    for finding in report.findings:
+        by_kind.setdefault(finding.kind, []).append(finding.text)
+    assert {kind: len(texts) for kind, texts in by_kind.items()} == {
+        "cannot be used": 3,
+        "the same image twice": 1,
+        "the same object twice": 1,
+        "areas that contradict the mask": 1,
+        "polygons that reach outside the image": 1,
+        "objects without a pixel in the image": 2,
+    }
+    assert "annotation 6 (image 3): polygon 1 has 2 points" in " ".join(by_kind["cannot be used"])
+    assert "missing.png: no such file" in " ".join(by_kind["cannot be used"])
+    assert "5.png: not an image" in " ".join(by_kind["cannot be used"])
+    assert by_kind["the same object twice"][0].endswith("1.png: object 2: the same class and mask as 1")
+    assert "object 2: 3000 pixels stated, 300 drawn" in by_kind["areas that contradict the mask"][0]
+    assert {t[-1] for t in by_kind["objects without a pixel in the image"]} == {"4", "5"}
+    assert "object 3: 15 pixels" in by_kind["polygons that reach outside the image"][0]
+    assert (report.images, report.usable, report.objects, report.crowds, report.unlisted) == (7, 4, 3, 1, 1)
+    text = report_text({"train": report})
+    for kind in by_kind:
+        assert f"{kind}: {len(by_kind[kind])}" in text
+
+
+def test_images_in_both_splits_and_tables_that_differ(tmp_path):
+    data = coco_folder(tmp_path, images=2)
+    content = json.loads((tmp_path / "train.json").read_text())
+    content["categories"][1]["name"] = "wolf"
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    split = Split(images="images", annotations="val.json")
+    data = data.model_copy(update={"dataset": data.dataset.model_copy(update={"val": split})})
+    reports = check(data)
+    assert kinds(reports["train"]) == []
+    assert kinds(reports["val"]) == ["category tables that differ", "the same image twice"]
+    assert "(small train)" in reports["val"].findings[0].text
+    assert "nothing wrong was found" in report_text(reports)
+
+
+def test_panoptic_ids_that_contradict_the_json(tmp_path):
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[:10, :, 2] = 5
+    pixels[10:20, :, 1] = 1
+    segments = [
+        {"id": 5, "category_id": 3, "area": 600},
+        {"id": 9, "category_id": 7, "area": 10},
+    ]
+    report = check(panoptic_folder(tmp_path, segments, pixels))["train"]
+    texts = {f.kind: f.text for f in report.findings}
+    assert texts["ids that the annotations do not know"].endswith("ids/1.png: id 256 (image 1)")
+    assert texts["objects without a pixel in the image"].endswith("object 9")
+
+
+def moved(tmp_path, **places):
+    """The usual small folder with its parts elsewhere."""
+    coco_folder(tmp_path / "made", images=2)
+    for name, where in places.items():
+        target = tmp_path / "mine" / where
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source = tmp_path / "made" / ("images" if name.startswith("images") else "train.json")
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    return tmp_path / "mine"
+
+
+@pytest.mark.parametrize(
+    ("places", "train", "val"),
+    [
+        (
+            {
+                "a": "annotations/instances_train2017.json",
+                "b": "annotations/instances_val2017.json",
+                "images1": "train2017",
+                "images2": "val2017",
+            },
+            ("train2017", "annotations/instances_train2017.json"),
+            ("train2017", "annotations/instances_val2017.json"),
+        ),
+        (
+            {
+                "a": "train/_annotations.coco.json",
+                "b": "valid/_annotations.coco.json",
+                "images1": "train/pictures",
+                "images2": "valid/pictures",
+            },
+            ("train/pictures", "train/_annotations.coco.json"),
+            ("train/pictures", "valid/_annotations.coco.json"),
+        ),
+        (
+            {"a": "labels.json", "images": "data/images"},
+            ("data/images", "labels.json"),
+            ("data/images", "labels.json"),
+        ),
+    ],
+)
+def test_folders_are_understood(tmp_path, places, train, val):
+    root = moved(tmp_path, **places)
+    found = detect(root)
+    assert found.format == "coco_instance"
+    assert (found.train.images, found.train.annotations) == train
+    assert found.val.annotations == val[1]
+    assert len(open_split(Data(root=str(root), dataset=found), "val")) == 2
+
+
+def test_the_printed_command_gives_the_same_data(tmp_path):
+    root = moved(tmp_path, a="labels.json", images="data/images")
+    data = Data(root=str(root), dataset=detect(root))
+    command = training_command(data, "recipe.yaml").split()
+    assert command[:3] == ["mpformer", "train", "recipe.yaml"]
+    tree = build_config(Source(tmp_path, {}, {}).overridden(command[3:])).data
+    assert tree.model_copy(update={"dataset": data.dataset}) == data
+    assert (tree.dataset.train, tree.dataset.val) == (data.dataset.train, data.dataset.val)
+
+
+def test_a_folder_without_annotations(tmp_path):
+    (tmp_path / "notes.json").write_text('{"a": 1}')
+    with pytest.raises(InputError, match="no COCO annotations in it"):
+        detect(tmp_path)
+    with pytest.raises(InputError, match="there is no folder"):
+        detect(tmp_path / "x")
+    coco_folder(tmp_path, images=1)
+    shutil.rmtree(tmp_path / "images")
+    with pytest.raises(InputError, match=r"train\.json: its first image, '1\.png', is in no folder below"):
+        detect(tmp_path)
+
+
+def test_pictures_show_every_sample(tmp_path):
+    data = coco_folder(tmp_path, [annotation(1, 1), annotation(2, 2, segmentation=[SQUARE[:6]])], images=5)
+    cv2.imwrite(str(tmp_path / "images" / "3.png"), np.zeros((4, 4, 3), np.uint8))
+    catalog = open_split(data, "train")
+    sheet = catalog_sheet(catalog)
+    assert sheet.dtype == np.uint8
+    assert sheet.ndim == 3
+    (batch,) = train_batches(
+        data,
+        catalog.__class__(catalog.name, catalog.classes, catalog.records[:2], catalog.root),
+        seed=0,
+        batch_size=2,
+        start_step=0,
+        stop_step=1,
+        rank=0,
+        world=1,
+    )
+    assert len(batch_pictures(batch, catalog.classes)) == 2
