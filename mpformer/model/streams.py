@@ -10,24 +10,42 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 class SampleRandom:
-    """The random streams of the images of one micro-batch, for one purpose ('matching', 'pilots')."""
+    """The random streams of the images of one micro-batch, for one purpose ('matching', 'pilots').
+
+    On a CPU the numbers are numpy's SFC64, which takes a third of the time of torch's generator; on other
+    devices they are made there. So a stream depends on the kind of device, too.
+    """
 
     def __init__(self, seed: int, purpose: str, positions: Sequence[int], device: torch.device) -> None:
         self.device = device
-        self._streams = [torch.Generator(device).manual_seed(_key(seed, purpose, p)) for p in positions]
+        keys = [_key(seed, purpose, p) for p in positions]
+        self._on_cpu = device.type == "cpu"
+        self._streams = [
+            np.random.Generator(np.random.SFC64(key))
+            if self._on_cpu
+            else torch.Generator(device).manual_seed(key)
+            for key in keys
+        ]
 
     def uniform(self, image: int, *shape: int) -> Tensor:
         """float32 in [0, 1) from the stream of the image-th image."""
-        return torch.rand(shape, generator=self._streams[image], device=self.device)
+        stream = self._streams[image]
+        if self._on_cpu:
+            return torch.from_numpy(stream.random(shape, dtype=np.float32))
+        return torch.rand(shape, generator=stream, device=self.device)
 
     def permutation(self, image: int, count: int) -> Tensor:
         """A random order of 0..count-1, int64 [count]."""
-        return torch.randperm(count, generator=self._streams[image], device=self.device)
+        stream = self._streams[image]
+        if self._on_cpu:
+            return torch.from_numpy(stream.permutation(count))
+        return torch.randperm(count, generator=stream, device=self.device)
 
 
 def _key(seed: int, purpose: str, position: int) -> int:
