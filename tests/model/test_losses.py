@@ -1,0 +1,213 @@
+"""Losses against sums written out object by object and point by point in float64."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mpformer.config_model import Loss
+from mpformer.model.losses import (
+    Normalizers,
+    consistency_losses,
+    count_for_normalizers,
+    matching_losses,
+    pilot_losses,
+)
+from mpformer.model.matcher import Match
+from mpformer.model.piloting import make_pilots
+from mpformer.model.streams import SampleRandom
+from mpformer.types import Head
+from tests.model.samples import CPU, blobs, pilot_draws, tiny_model
+from tests.model.test_points import bilinear
+
+SIZE = (64, 96)
+VALID = [(40, 70), (64, 96)]
+NORMALIZERS = Normalizers(objects=5.0, class_weight=7.0, pilots=11.0, pilot_class_weight=13.0, queries=17.0)
+
+
+def heads(count, queries, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return [
+        Head(
+            torch.randn(2, queries, 4, dtype=torch.float64, generator=random),
+            torch.randn(2, queries, 16, 24, dtype=torch.float64, generator=random) * 2,
+        )
+        for _ in range(count)
+    ]
+
+
+def draws(purpose="matching"):
+    return SampleRandom(0, purpose, (0, 1), CPU)
+
+
+def slow_mask_losses(logits, mask, points, valid_size):
+    """Cross-entropy and dice of one predicted mask with one true mask, both [h,w] maps."""
+    cross_entropy = overlap = predicted = wanted = 0.0
+    counted = 0
+    for x, y in points.tolist():
+        if valid_size and not (x < valid_size[1] / SIZE[1] and y < valid_size[0] / SIZE[0]):
+            continue
+        logit, t = bilinear(logits, x, y), bilinear(mask, x, y)
+        p = 1 / (1 + math.exp(-logit))
+        cross_entropy -= t * math.log(p) + (1 - t) * math.log(1 - p)
+        overlap, predicted, wanted, counted = overlap + p * t, predicted + p, wanted + t, counted + 1
+    return cross_entropy / max(counted, 1), 1 - (2 * overlap + 1) / (predicted + wanted + 1)
+
+
+def slow_points(logits, config, source, image):
+    """The points of each mask: the least certain candidates, then uniform ones."""
+    kept = int(config.importance * config.points)
+    candidates = source.uniform(image, len(logits), int(config.oversample * config.points), 2)
+    uniform = source.uniform(image, len(logits), config.points - kept, 2)
+    result = []
+    for n in range(len(logits)):
+        order = sorted(candidates[n].tolist(), key=lambda p: abs(bilinear(logits[n], *p)))
+        result.append(torch.tensor(order[:kept] + uniform[n].tolist()))
+    return result
+
+
+def slow_class_loss(logits, wanted, no_object_weight):
+    total = 0.0
+    for row, label in zip(logits, wanted):
+        weight = no_object_weight if label == 3 else 1.0
+        total -= weight * float(row.log_softmax(0)[label])
+    return total
+
+
+@pytest.mark.parametrize("padding", ["counted", "ignored"])
+def test_matching_losses(padding):
+    config = Loss(points=16, padding=padding)
+    (head,) = heads(1, 6)
+    targets = [blobs(2), blobs(3, seed=1)]
+    matches = [
+        Match(torch.tensor([1, 4]), torch.tensor([1, 0])),
+        Match(torch.tensor([0, 2, 5]), torch.tensor([2, 0, 1])),
+    ]
+    got = matching_losses(head, targets, matches, NORMALIZERS, config, draws(), VALID)
+    source = draws()
+    class_loss = cross_entropy = dice = 0.0
+    for b in range(2):
+        wanted = [3] * 6
+        for q, n in zip(matches[b].queries.tolist(), matches[b].objects.tolist()):
+            wanted[q] = int(targets[b].labels[n])
+        class_loss += slow_class_loss(head.class_logits[b], wanted, 0.1)
+        chosen = head.mask_logits[b, matches[b].queries]
+        points = slow_points(chosen, config, source, b)
+        for logits, n, where in zip(chosen, matches[b].objects.tolist(), points):
+            valid_size = VALID[b] if padding == "ignored" else None
+            mask = targets[b].masks[n].double()
+            parts = slow_mask_losses(logits, mask, where, valid_size)
+            cross_entropy, dice = cross_entropy + parts[0], dice + parts[1]
+    assert float(got["class"]) == pytest.approx(2 * class_loss / 7, rel=1e-9)
+    assert float(got["mask"]) == pytest.approx(5 * cross_entropy / 5, rel=1e-5)  # points are float32
+    assert float(got["dice"]) == pytest.approx(5 * dice / 5, rel=1e-5)
+
+
+def test_full_masks():
+    config = Loss(points=None, mask_weight=1.0, dice_weight=1.0)
+    (head,) = heads(1, 3)
+    targets = [blobs(1), blobs(0)]
+    matches = [Match(torch.tensor([2]), torch.tensor([0])), Match(*torch.zeros(2, 0, dtype=torch.long))]
+    got = matching_losses(head, targets, matches, NORMALIZERS, config, draws(), VALID)
+    raised = F.interpolate(head.mask_logits[:1, 2:], size=SIZE, mode="bilinear", align_corners=False)[0, 0]
+    truth = targets[0].masks[0].double()
+    cross_entropy = F.binary_cross_entropy_with_logits(raised, truth)
+    probability = raised.sigmoid()
+    dice = 1 - (2 * (probability * truth).sum() + 1) / (probability.sum() + truth.sum() + 1)
+    assert float(got["mask"]) == pytest.approx(float(cross_entropy) / 5, rel=1e-9)
+    assert float(got["dice"]) == pytest.approx(float(dice) / 5, rel=1e-9)
+
+
+@pytest.mark.parametrize("flavour", ["paper", "released"])
+def test_pilot_losses(flavour):
+    """Pilots of several groups; the released flavour trains its padding as no-object, the paper's not."""
+    config = tiny_model({"queries": 12, "flavour": flavour}, {"points": 16})
+    targets = [blobs(2), blobs(5, seed=1)]
+    pilots = make_pilots(targets, config, 3, pilot_draws(2))
+    slots = pilots.labels.shape[1]
+    (head,) = heads(1, slots)
+    got = pilot_losses(
+        head, pilots, pilots.objects, targets, NORMALIZERS, config.loss, draws("pilots"), VALID
+    )
+    source = draws("pilots")
+    class_loss = cross_entropy = dice = 0.0
+    for b, count in enumerate(pilots.counts):
+        wanted = [int(targets[b].labels[n]) for n in pilots.objects[b, :count]]
+        trained = slots if flavour == "released" else count
+        wanted += [3] * (trained - count)
+        class_loss += slow_class_loss(head.class_logits[b, :trained], wanted, 0.1)
+        points = slow_points(head.mask_logits[b, :count], config.loss, source, b)
+        for logits, n, where in zip(head.mask_logits[b], pilots.objects[b, :count].tolist(), points):
+            parts = slow_mask_losses(logits, targets[b].masks[n].double(), where, None)
+            cross_entropy, dice = cross_entropy + parts[0], dice + parts[1]
+    assert float(got["class"]) == pytest.approx(2 * class_loss / 13, rel=1e-9)
+    assert float(got["mask"]) == pytest.approx(5 * cross_entropy / 11, rel=1e-5)
+    assert float(got["dice"]) == pytest.approx(5 * dice / 11, rel=1e-5)
+
+
+def test_normalizers_count_what_the_losses_sum():
+    targets = [blobs(2), blobs(20), blobs(0)]
+    paper = tiny_model({"queries": 12}, decoder={"queries": 7})
+    # objects; 2 + 7 matched, the others 0.1 each; 12 + 12 pilots; all queries
+    assert count_for_normalizers(targets, paper) == pytest.approx([22, 9 + 0.1 * 12, 24, 24, 21])
+    released = tiny_model({"queries": 40, "flavour": "released"}, decoder={"queries": 7})
+    # two groups of twenty slots for each image: 4 + 40 pilots, 76 slots of padding
+    assert count_for_normalizers(targets, released) == pytest.approx([22, 10.2, 44, 44 + 7.6, 21])
+    none = tiny_model({"queries": 0}, decoder={"queries": 7})
+    assert count_for_normalizers(targets, none)[2:4] == [0, 0]
+
+
+def test_no_objects_give_a_class_loss_and_zeros_in_the_graph():
+    (head,) = heads(1, 4)
+    head.mask_logits.requires_grad_(True)
+    nothing = Match(*torch.zeros(2, 0, dtype=torch.long))
+    for points in (16, None):
+        got = matching_losses(
+            head, [blobs(0)] * 2, [nothing] * 2, NORMALIZERS, Loss(points=points), draws(), VALID
+        )
+        assert float(got["class"]) > 0
+        assert float(got["mask"]) == float(got["dice"]) == 0
+        (got["mask"] + got["dice"]).backward()
+        assert not head.mask_logits.grad.any()
+
+
+def test_layer_consistency_is_the_mask_loss_with_the_head_before():
+    config = Loss(points=16, consistency_weight=0.5)
+    several = heads(3, 4)
+    got = consistency_losses(several, NORMALIZERS, config, draws(), VALID, SIZE)
+    source = draws()
+    assert len(got) == 2
+    for value, before, head in zip(got, several, several[1:]):
+        total = 0.0
+        for b in range(2):
+            points = slow_points(head.mask_logits[b], config, source, b)
+            for q in range(4):
+                label = (before.mask_logits[b, q] >= 0).double()
+                cross_entropy, dice = slow_mask_losses(head.mask_logits[b, q], label, points[q], None)
+                total += 5 * cross_entropy + 5 * dice
+        assert float(value) == pytest.approx(0.5 * total / 17, rel=1e-5)
+
+
+def test_layer_consistency_pulls_on_the_later_head_only():
+    first, second = heads(2, 3)
+    for head in (first, second):
+        head.mask_logits.requires_grad_(True)
+    config = Loss(points=None, consistency_weight=1.0)
+    consistency_losses([first, second], NORMALIZERS, config, draws(), VALID, SIZE)[0].backward()
+    assert first.mask_logits.grad is None
+    assert second.mask_logits.grad.abs().sum() > 0
+
+
+def test_half_precision_is_raised_before_the_losses():
+    (head,) = heads(1, 3)
+    matches = [Match(torch.tensor([0]), torch.tensor([0]))] * 2
+    targets = [blobs(1), blobs(1, seed=1)]
+
+    def losses(dtype):
+        cast = Head(head.class_logits.to(dtype), head.mask_logits.to(dtype))
+        return matching_losses(cast, targets, matches, NORMALIZERS, Loss(points=64), draws(), VALID)
+
+    for name, value in losses(torch.bfloat16).items():
+        assert value.dtype == torch.float32
+        assert float(value) == pytest.approx(float(losses(torch.float64)[name]), rel=2e-2)

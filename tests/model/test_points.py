@@ -1,0 +1,60 @@
+"""Point sampling against loops."""
+
+import math
+
+import pytest
+import torch
+
+from mpformer.model.points import cell_centers, inside, sample, uncertain_points
+
+
+def bilinear(values, x, y):
+    """The value of a map at (x, y) in 0..1, zero outside, by the definition."""
+    height, width = values.shape
+    column, row = x * width - 0.5, y * height - 0.5
+    total = 0.0
+    for r in (math.floor(row), math.floor(row) + 1):
+        for c in (math.floor(column), math.floor(column) + 1):
+            if 0 <= r < height and 0 <= c < width:
+                total += float(values[r, c]) * (1 - abs(row - r)) * (1 - abs(column - c))
+    return total
+
+
+def test_sample_is_bilinear_with_zero_outside():
+    random = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 5, 7, dtype=torch.float64, generator=random)
+    points = torch.rand(2, 40, 2, dtype=torch.float64, generator=random) * 1.2 - 0.1
+    values = sample(maps, points)
+    for n in range(2):
+        for p, (x, y) in enumerate(points[n].tolist()):
+            assert float(values[n, p]) == pytest.approx(bilinear(maps[n], x, y), abs=1e-12)
+
+
+def test_sample_of_nothing_keeps_the_graph():
+    maps = torch.randn(0, 4, 4, requires_grad=True)
+    sample(maps, torch.rand(0, 9, 2)).sum().backward()
+    assert maps.grad is not None
+
+
+def test_cell_centers_read_each_cell():
+    maps = torch.arange(12, dtype=torch.float64).view(1, 3, 4)
+    assert torch.allclose(sample(maps, cell_centers(3, 4, maps.device)[None]), maps.flatten(1), atol=1e-5)
+
+
+def test_uncertain_points_keep_the_least_certain_candidates():
+    random = torch.Generator().manual_seed(1)
+    logits = torch.randn(3, 8, 8, generator=random)
+    candidates = torch.rand(3, 30, 2, generator=random)
+    uniform = torch.rand(3, 4, 2, generator=random)
+    points = uncertain_points(logits, candidates, uniform, 6)
+    assert points.shape == (3, 10, 2)
+    assert torch.equal(points[:, 6:], uniform)
+    for n in range(3):
+        certainty = [abs(bilinear(logits[n], x, y)) for x, y in candidates[n].tolist()]
+        best = sorted(range(30), key=certainty.__getitem__)[:6]
+        assert {tuple(p) for p in points[n, :6].tolist()} == {tuple(candidates[n, i].tolist()) for i in best}
+
+
+def test_inside_is_the_unpadded_corner():
+    points = torch.tensor([[0.49, 0.7], [0.51, 0.1], [0.1, 0.76], [0.0, 0.0]])
+    assert inside(points, (48, 32), (64, 64)).tolist() == [True, False, False, True]

@@ -1,0 +1,92 @@
+"""Parameter groups and schedules of the papers' recipes."""
+
+import pytest
+import torch
+
+from mpformer.config import Config, PolySchedule, StepSchedule, Train
+from mpformer.model.segmenter import build_model
+from mpformer.train.optim import build_optimizer, rate_factor, set_rates
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = Config.model_validate(
+        {
+            "model": {
+                "backbone": {"name": "swin_tiny_patch4_window7_224", "pretrained": None},
+                "pixel_decoder": {"channels": 32, "layers": 1},
+                "decoder": {"layers": 1},
+            }
+        }
+    )
+    return build_model(config.model, 3)
+
+
+def group_of(optimizer, parameter):
+    (found,) = [g for g in optimizer.param_groups if any(p is parameter for p in g["params"])]
+    return found
+
+
+def test_groups_are_the_papers(model):
+    optimizer = build_optimizer(model, Train(lr=1e-4, weight_decay=0.05, backbone_lr_factor=0.1))
+    body, decoder = model.backbone.body, model.decoder
+    expected = {
+        # (parameter): (rate, decay)
+        body.patch_embed.proj.weight: (1e-5, 0.05),
+        body.layers_0.blocks[0].attn.qkv.bias: (1e-5, 0.05),
+        body.layers_0.blocks[0].norm1.weight: (1e-5, 0.0),
+        body.layers_0.blocks[0].attn.relative_position_bias_table: (1e-5, 0.0),
+        model.backbone.norms[0].bias: (1e-5, 0.0),
+        decoder.layers[0].linear1.weight: (1e-4, 0.05),
+        decoder.layers[0].linear1.bias: (1e-4, 0.05),
+        decoder.layers[0].self_attn.in_proj_weight: (1e-4, 0.05),
+        decoder.query_feat.weight: (1e-4, 0.0),
+        decoder.query_embed.weight: (1e-4, 0.0),
+        decoder.pilot_embed.weight: (1e-4, 0.0),
+        decoder.level_embed.weight: (1e-4, 0.0),
+        decoder.norm.weight: (1e-4, 0.0),
+        model.pixel_decoder.input_proj[0][1].weight: (1e-4, 0.0),  # GroupNorm
+        model.pixel_decoder.mask_features.weight: (1e-4, 0.05),
+    }
+    for parameter, (rate, decay) in expected.items():
+        group = group_of(optimizer, parameter)
+        assert (group["lr"], group["weight_decay"]) == (pytest.approx(rate), decay)
+    counted = [p for g in optimizer.param_groups for p in g["params"]]
+    assert len(counted) == len(set(map(id, counted))) == len(list(model.parameters()))
+
+
+def test_frozen_parameters_are_left_out(model):
+    model.decoder.query_feat.weight.requires_grad_(False)
+    try:
+        optimizer = build_optimizer(model, Train())
+        assert all(
+            p is not model.decoder.query_feat.weight for g in optimizer.param_groups for p in g["params"]
+        )
+    finally:
+        model.decoder.query_feat.weight.requires_grad_(True)
+
+
+def test_step_schedule_drops_twice():
+    train = Train(schedule=StepSchedule(at=(0.9, 0.95), factor=0.1))
+    factors = {step: rate_factor(step, 1000, train) for step in (0, 899, 900, 949, 950, 999)}
+    assert factors == pytest.approx({0: 1, 899: 1, 900: 0.1, 949: 0.1, 950: 0.01, 999: 0.01})
+
+
+def test_poly_schedule():
+    train = Train(schedule=PolySchedule(power=0.9))
+    assert [rate_factor(s, 100, train) for s in (0, 50, 99)] == pytest.approx([1, 0.5**0.9, 0.01**0.9])
+
+
+def test_warmup_rises_linearly():
+    train = Train(warmup=0.1, schedule=StepSchedule(at=()))
+    assert [rate_factor(s, 100, train) for s in (0, 4, 9, 10, 50)] == pytest.approx([0.1, 0.5, 1, 1, 1])
+
+
+def test_rates_follow_each_group_s_own():
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.AdamW(
+        [{"params": [w], "lr": lr, "base_lr": lr} for w, lr in zip(weights, (1e-4, 1e-5))]
+    )
+    set_rates(optimizer, 0.1)
+    set_rates(optimizer, 0.5)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([5e-5, 5e-6])
