@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,10 @@ from mpformer.types import Batch, InputError, RunError
 
 _BLOCK_BYTES = 64 << 20
 """Samples of one Ray Data block together: below some 30 MB the cost per block shows in the throughput."""
-_BLOCKS_PER_EXECUTION = 256
-"""Rows of a Ray Data execution lie in the object store from its start, so a long run is cut into several."""
+_EXECUTION_BYTES = 512 << 20
+"""Samples of one Ray Data execution together, at most; two executions lie in the object store at a time."""
+_FIRST_BLOCKS = 2
+"""Blocks of the first execution; each one doubles, so that the first batch does not wait for many blocks."""
 _TASK_CPUS = 0.1
 """What a data task claims where CPUs are scarce; see `_task_options`."""
 
@@ -79,27 +82,50 @@ def _inline(data: Data, catalog: Catalog, seed: int, steps: Sequence[range]) -> 
 def _ray(
     data: Data, catalog: Catalog | ray.ObjectRef, seed: int, steps: Sequence[range], world: int
 ) -> Iterator[Batch]:
-    """Batches from a Ray Data stream of this rank's positions, decoded and augmented by tasks anywhere.
+    """Batches from Ray Data executions over this rank's positions, decoded and augmented by tasks anywhere.
 
-    Each rank runs a stream of its own rows in their order: `streaming_split` would deal out whole blocks.
+    Each rank runs executions over its own rows in their order: `streaming_split` would deal out whole blocks.
+    One execution is consumed while the next one is made. Each is made whole: an execution that waits for
+    its consumer spins in this process (seen with Ray 2.60: three quarters of a core, holding the interpreter
+    that the training step needs), and memory is bounded by the size of an execution instead.
     """
     shared = ray.put(catalog) if isinstance(catalog, Catalog) else catalog
     local = len(steps[0])  # the same for every step
     height, width = data.augment.size
     block_rows = min(64, max(4, _BLOCK_BYTES // (3 * height * width)))
-    chunk = max(1, block_rows * _BLOCKS_PER_EXECUTION // local)
-    for first in range(0, len(steps), chunk):
-        wanted = steps[first : first + chunk]
-        stream = _dataset(data, shared, seed, np.concatenate(wanted), block_rows, world)
-        batches = stream.iter_torch_batches(
-            batch_size=local, collate_fn=_Collate(data.augment.size), prefetch_batches=data.prefetch
-        )
-        for positions, batch in zip(wanted, batches, strict=True):
-            if isinstance(batch, InputError):
-                raise batch
-            if batch.positions != tuple(positions):
-                raise RunError(f"Ray Data delivered positions {batch.positions}, expected {tuple(positions)}")
-            yield batch
+    most_blocks = max(_FIRST_BLOCKS, _EXECUTION_BYTES // (3 * height * width * block_rows))
+
+    def execute(wanted: Sequence[range]) -> ray.data.Dataset:
+        return _dataset(data, shared, seed, np.concatenate(wanted), block_rows, world).materialize()
+
+    chunks = _chunks(steps, block_rows, local, most_blocks)
+    with ThreadPoolExecutor(1, thread_name_prefix="data") as ahead:
+        upcoming = [ahead.submit(execute, chunks[0])]
+        for index, wanted in enumerate(chunks):
+            samples = upcoming.pop().result()
+            if index + 1 < len(chunks):
+                upcoming.append(ahead.submit(execute, chunks[index + 1]))
+            batches = samples.iter_torch_batches(
+                batch_size=local, collate_fn=_Collate(data.augment.size), prefetch_batches=data.prefetch
+            )
+            for positions, batch in zip(wanted, batches, strict=True):
+                if isinstance(batch, InputError):
+                    raise batch
+                if batch.positions != tuple(positions):
+                    raise RunError(
+                        f"Ray Data delivered positions {batch.positions}, expected {tuple(positions)}"
+                    )
+                yield batch
+
+
+def _chunks(steps: Sequence[range], block_rows: int, local: int, most_blocks: int) -> list[Sequence[range]]:
+    """The steps of each execution: `_FIRST_BLOCKS` blocks, then twice as many each time up to the most."""
+    chunks, first, blocks = [], 0, _FIRST_BLOCKS
+    while first < len(steps):
+        count = max(1, block_rows * min(blocks, most_blocks) // local)
+        chunks.append(steps[first : first + count])
+        first, blocks = first + count, 2 * blocks
+    return chunks
 
 
 def _dataset(
