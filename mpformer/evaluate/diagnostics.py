@@ -34,7 +34,7 @@ from mpformer.model.matcher import Match
 from mpformer.model.piloting import make_pilots
 from mpformer.model.postprocess import Sizes, View
 from mpformer.model.streams import SampleRandom
-from mpformer.types import ClassTable, Target
+from mpformer.types import ClassInfo, ClassTable, Target
 
 if TYPE_CHECKING:
     from mpformer.model.segmenter import Segmenter
@@ -49,6 +49,8 @@ _TITLES = {
     "PQ": "PQ",
     "AR100": "AR@100, any class",
 }
+
+_HIGHLIGHT = ClassTable((ClassInfo("mask", 0, True, (235, 40, 90)),))
 
 
 @dataclass(frozen=True)
@@ -229,16 +231,16 @@ def draw_layers(
         for pair in pairs
     }
     query, thing = min(pairs, key=lambda pair: sum(ious[pair]))
-    label = int(target.labels[thing])
+    name = model.classes.names[int(target.labels[thing])]
     full_size = View(None, target.masks[thing][None].float() - 0.5, sizes)
     tiles, titles = [], []
     for number, head in zip(layer_numbers(heads, model.config), heads):
         logits = view_of(head, sizes).upsampler(torch.tensor([query], device=device))
         mask = (logits(slice(0, sizes.original[0]))[0] >= 0).cpu().numpy()
-        tiles.append(overlay(image, [mask], [label], model.classes, captions=False))
+        tiles.append(overlay(image, [mask], [0], _HIGHLIGHT, captions=False))
         iou = f", IoU {ious[query, thing][len(tiles) - 2]:.2f}" if len(tiles) > 1 else ""
         titles.append(f"layer {number}{iou}" if number else "before layer 1")
     truth = (full_size.upsampler()(slice(0, sizes.original[0]))[0] >= 0).cpu().numpy()
-    tiles.append(overlay(image, [truth], [label], model.classes, captions=False))
-    titles.append(f"ground truth: {model.classes.names[label]}")
+    tiles.append(overlay(image, [truth], [0], _HIGHLIGHT, captions=False))
+    titles.append(f"ground truth: {name}")
     return side_by_side(tiles, titles, columns=columns)
