@@ -4,16 +4,17 @@ import copy
 import itertools
 from dataclasses import replace
 
+import cv2
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch.nn import functional as F
 
 from mpformer.data.images import load_image
-from mpformer.evaluate.diagnostics import diagnose
+from mpformer.evaluate.diagnostics import diagnose, draw_layers
 from mpformer.evaluate.inference import predict_records
 from mpformer.evaluate.layers import attention_inside, layer_iou, means, query_utilization, summarize
-from mpformer.evaluate.truth import target_of
+from mpformer.evaluate.truth import target_of, true_segments
 from mpformer.evaluate.views import prepare
 from mpformer.model.matcher import Match
 from tests.evaluate.scenes import scenes, tiny_config, tiny_model
@@ -184,3 +185,19 @@ def test_an_evaluation_measures_the_layers_on_the_way(diagnosed):
     assert without[0].layers is None
     assert without[0].instances == predictions[1].instances
     assert summarize(without) == {}
+
+
+def test_the_most_wavering_query_is_drawn_over_the_layers(diagnosed):
+    """Heads 0 to 3 and the ground truth on one sheet, at the size of the enlarged image."""
+    config, catalog, model, _ = diagnosed
+    record = catalog.records[0]
+    sheet = draw_layers(model, record, config, "cpu", columns=5)
+    factor = -(-480 // min(record.height, record.width))
+    assert sheet.shape[1] == 5 * record.width * factor + 4 * 8
+    assert sheet.shape[0] > record.height * factor
+    truth = sheet[-record.height * factor :, -record.width * factor :].astype(int)
+    image = cv2.resize(load_image(record), None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
+    tinted = abs(truth - image).sum(2) > 40  # the object is marked, the rest is the image
+    areas = [(true_segments(record).ids == i + 1).mean() for i in range(len(record.segments))]
+    assert min(abs(tinted.mean() - area) for area in areas) < 0.05
+    assert draw_layers(model, replace(record, segments=()), config, "cpu") is None

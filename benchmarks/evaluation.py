@@ -1,0 +1,129 @@
+"""Cost of an evaluation beside its forward pass, and of post-processing beside the usual order of steps.
+
+    python benchmarks/evaluation.py results [--queries 100] [--classes 80] [--repeat 5]
+    python benchmarks/evaluation.py stages RECIPE [--images 10] [key=value ...]
+
+`results`: the last head of one image of 640x480 (network input 800x1088) to instances and their run lengths.
+"The usual way" upsamples every mask to the input and to the original size, scores and encodes whole masks;
+both ways run in turn on the same heads; their scores and masks are compared. Masks are blobs of all sizes.
+`stages`: a model with random weights on the images of a recipe's validation split: seconds of each stage,
+share of the forward pass, peak memory. `results` counts CPU time of the process, `stages` wall-clock time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch.nn import functional as F
+
+from mpformer.config import Evaluate, load_config
+from mpformer.data.catalog import open_split
+from mpformer.evaluate.evaluation import evaluate
+from mpformer.evaluate.inference import find_instances
+from mpformer.model.postprocess import Sizes, View
+from mpformer.model.segmenter import build_model
+
+SIZES = Sizes((800, 1088), (800, 1067), (480, 640))
+
+
+def blobs(queries: int, classes: int, seed: int = 0) -> View:
+    """Elliptic masks between 20 and 600 pixels wide in the network input; classes of moderate certainty."""
+    g = torch.Generator().manual_seed(seed)
+    h, w = SIZES.padded[0] // 4, SIZES.padded[1] // 4
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    uniform = torch.rand(queries, 4, generator=g)
+    radius = 2.5 * 30 ** uniform[:, 2:, None, None]
+    distance = ((y - uniform[:, 0, None, None] * h) / radius[:, 0]) ** 2
+    distance = distance + ((x - uniform[:, 1, None, None] * w) / radius[:, 1]) ** 2
+    return View(torch.randn(queries, classes + 1, generator=g) * 3, 8 * (1 - distance).clamp(min=-2), SIZES)
+
+
+def usual_way(view: View, top_k: int = 100) -> list[tuple[int, float, bytes]]:
+    """Every mask upsampled twice, then the best (query, class) pairs scored and encoded."""
+    masks = F.interpolate(view.mask_logits[None], SIZES.padded, mode="bilinear", align_corners=False)
+    masks = masks[..., : SIZES.valid[0], : SIZES.valid[1]]
+    masks = F.interpolate(masks, SIZES.original, mode="bilinear", align_corners=False)[0]
+    probabilities = view.class_logits.softmax(-1)[:, :-1]
+    best = probabilities.flatten().topk(top_k)
+    masks = masks[best.indices // probabilities.shape[1]]
+    binary = masks > 0
+    confidence = (masks.sigmoid().flatten(1) * binary.flatten(1)).sum(1) / (binary.flatten(1).sum(1) + 1e-6)
+    encoded = [coco_mask.encode(np.asfortranarray(m.numpy().view(np.uint8)))["counts"] for m in binary]
+    labels = (best.indices % probabilities.shape[1]).tolist()
+    return list(zip(labels, (best.values * confidence).tolist(), encoded))
+
+
+def results(queries: int, classes: int, repeat: int) -> None:
+    """Ours against the usual way."""
+    view, options = blobs(queries, classes), Evaluate()
+    ours, theirs = find_instances(view, options), usual_way(view)
+    scores = sorted(score for _, score, counts in theirs if score > 0)
+    gap = max(abs(a.score - b) for a, b in zip(reversed(ours), scores))
+    masks = {bytes(one.counts) for one in ours}
+    same = sum(counts in masks for _, score, counts in theirs if score > 0)
+    print(
+        f"{len(ours)} instances (usual way {len(scores)}), largest difference of scores {gap:.1e}, "
+        f"{same} masks equal to the last pixel"
+    )
+    times = {"ours": [], "usual way": []}
+    for _ in range(repeat):
+        times["ours"].append(seconds(lambda: find_instances(view, options)))
+        times["usual way"].append(seconds(lambda: usual_way(view)))
+    medians = {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+    for name, median in medians.items():
+        print(f"{name:10} {1000 * median:8.1f} ms (best {1000 * min(times[name]):.1f})")
+    print(f"ratio      {medians['usual way'] / medians['ours']:8.2f}")
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.process_time()
+    with torch.inference_mode():
+        work()
+    return time.process_time() - start
+
+
+def stages(recipe: str, settings: list[str], images: int) -> None:
+    """Stage times of a whole evaluation."""
+    config = load_config(recipe, ["model.backbone.pretrained=null", f"evaluate.limit={images}", *settings])
+    split = open_split(config.data, "val")
+    torch.manual_seed(0)
+    model = build_model(config.model, split.classes).eval()
+    found = evaluate(model, split, config)
+    forward = found.seconds["forward"]
+    count = len(found.predictions)
+    print(f"{config.name}: {count} images, {torch.get_num_threads()} threads")
+    for stage, spent in found.seconds.items():
+        print(f"{stage:10} {spent / count:8.3f} s per image {spent / forward:7.1%} of the forward pass")
+    after = found.seconds["results"] + found.seconds["metrics"]
+    print(f"results and metrics together: {after / forward:.1%} of the forward pass")
+    print(f"layers (mIoU-L, Util): {found.seconds.get('layers', 0) / forward:.1%} of the forward pass")
+    print(f"peak memory {found.peak_memory / 2**30:.2f} GiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    ours = commands.add_parser("results")
+    for name, default in (("queries", 100), ("classes", 80), ("repeat", 5)):
+        ours.add_argument(f"--{name}", type=int, default=default)
+    whole = commands.add_parser("stages")
+    whole.add_argument("recipe")
+    whole.add_argument("--images", type=int, default=10)
+    whole.add_argument("settings", nargs="*")
+    arguments = parser.parse_args()
+    if arguments.command == "results":
+        results(arguments.queries, arguments.classes, arguments.repeat)
+    else:
+        stages(arguments.recipe, arguments.settings, arguments.images)
+
+
+if __name__ == "__main__":
+    main()
