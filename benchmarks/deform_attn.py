@@ -3,8 +3,8 @@
     OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=2 python benchmarks/deform_attn.py [--device cuda]
 
 All implementations of a row run in one process, interleaved: each repetition runs every one once, in rotating
-order, so that a disturbance of the machine meets all alike. Printed are medians and minima in milliseconds, and
-ratios to ours of both. Memory is the peak of one pass above its inputs, each in a process of its own.
+order, so that a disturbance of the machine meets all alike. Printed are medians and minima in milliseconds,
+and ratios to ours of both. Memory is the peak of one pass above its inputs, each in a process of its own.
 """
 
 import argparse
