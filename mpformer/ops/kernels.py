@@ -48,9 +48,10 @@ def kernel_for(value: Tensor) -> Kernel | None:
 def _chosen(device: str, index: int) -> Kernel | None:
     kernel, reason = find_kernel(device, index)
     if kernel is None and not reference_wanted():
+        slower = "20 times slower or more" if device == "cpu" else "much slower"  # benchmarks/results
         warnings.warn(
-            f"ms_deform_attn on {device} runs in plain PyTorch, some 20 to 50 times slower than the compiled "
-            f"kernel, because {reason}. `mpformer doctor` says how to get the compiled one.",
+            f"ms_deform_attn on {device} runs in plain PyTorch, {slower} than the compiled kernel, because "
+            f"{reason}. `mpformer doctor` says how to get the compiled one.",
             RuntimeWarning,
             stacklevel=2,
         )
