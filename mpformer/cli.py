@@ -16,6 +16,8 @@ from mpformer import __version__, commands
 from mpformer.types import InputError, RunError
 
 SETTINGS = "settings to change, for instance train.lr=2e-4"
+CHECK = "what a data set holds and what is wrong with it, in words"
+SAMPLES = "pictures of images with their masks, and of training samples as the model gets them"
 SYNTH = "generate a data set in COCO's layout: train=400 val=60 seed=0 size=128 things=5"
 
 
@@ -59,10 +61,26 @@ def build_parser() -> argparse.ArgumentParser:
     data = command("data", "data sets").add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     synth = data.add_parser("synth", help=SYNTH, description=SYNTH)
     synth.add_argument("out", metavar="OUT")
+    check = data.add_parser("check", help=CHECK, description=CHECK)
+    check.add_argument("data", metavar="D", help="a data folder, or a recipe")
+    samples = data.add_parser("show", help=SAMPLES, description=SAMPLES)
+    samples.add_argument("data", metavar="D", help="a data folder, or a recipe")
+    samples.add_argument("--out", metavar="DIR", required=True)
     command("doctor", "what is installed, which deformable-attention kernel runs here and why")
     show = command("show", "the resolved settings of a recipe, or the difference of two", "RECIPE")
     show.add_argument("recipe2", metavar="RECIPE2", nargs="?")
-    for takes_settings in (quickstart, train, ablate, report, evaluate, diagnose, synth, show):
+    for takes_settings in (
+        quickstart,
+        train,
+        ablate,
+        report,
+        evaluate,
+        diagnose,
+        synth,
+        check,
+        samples,
+        show,
+    ):
         takes_settings.add_argument("settings", metavar="key=value", nargs="*", help=SETTINGS)
     return parser
 
@@ -99,11 +117,21 @@ def _run(arguments: argparse.Namespace) -> None:
         case "predict":
             commands.predict(arguments.checkpoint, arguments.images, arguments.out, arguments.settings)
         case "data":
-            commands.data_synth(arguments.out, arguments.settings)
+            _run_data(arguments)
         case "doctor":
             commands.doctor()
         case "show":
             commands.show(arguments.recipe, arguments.recipe2, arguments.settings)
+
+
+def _run_data(arguments: argparse.Namespace) -> None:
+    match arguments.data_command:
+        case "synth":
+            commands.data_synth(arguments.out, arguments.settings)
+        case "check":
+            commands.data_check(arguments.data, arguments.settings)
+        case "show":
+            commands.data_show(arguments.data, arguments.out, arguments.settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

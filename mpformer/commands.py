@@ -13,6 +13,7 @@ from mpformer.ablation.plan import plan_text, show_value, state_text
 from mpformer.ablation.spec import Study, Trial, load_study
 from mpformer.config import (
     Config,
+    Data,
     build_config,
     diff,
     dump_yaml,
@@ -292,6 +293,49 @@ def data_synth(out: str, settings: Sequence[str]) -> None:
         f"{out}: {images['train']} training and {images['val']} validation images"
         + ("" if fresh else ", as it was")
     )
+
+
+def data_check(place: str, settings: Sequence[str]) -> None:
+    """What a data set holds and what is wrong with it, in words; then the command that trains on it."""
+    from mpformer.data.check import check, report_text, training_command
+
+    data = _data_at(place, settings)
+    say(report_text(check(data)))
+    recipe = place if Path(place).is_file() else "experiments/recipes/coco-tiny.yaml"
+    say(f"\ntrain on it: {training_command(data, recipe)}")
+
+
+def data_show(place: str, out: str, settings: Sequence[str]) -> None:
+    """Pictures of both splits with their masks, and of the first training samples as the model gets them."""
+    from mpformer.data.catalog import open_split
+    from mpformer.data.pictures import batch_pictures, catalog_sheet
+    from mpformer.data.pipeline import train_batches
+    from mpformer.draw import side_by_side, write_png
+
+    data = _data_at(place, settings)
+    splits = {name: open_split(data, name) for name in ("train", "val")}
+    sheets = {name: catalog_sheet(split) for name, split in splits.items()}
+    inline = data.model_copy(update={"loader": "inline"})
+    [batch] = train_batches(
+        inline, splits["train"], seed=0, batch_size=8, start_step=0, stop_step=1, rank=0, world=1
+    )
+    samples = batch_pictures(batch, splits["train"].classes)
+    sheets["samples"] = side_by_side(samples, batch.image_ids, columns=4)
+    for name, sheet in sheets.items():
+        write_png(Path(out) / f"{name}.png", sheet)
+        say(f"{Path(out) / name}.png")
+
+
+def _data_at(place: str, settings: Sequence[str]) -> Data:
+    """The data of a recipe, or of a folder that is looked through for its annotations."""
+    if not Path(place).is_dir():
+        return load_config(place, settings).data
+    from mpformer.data.detect import detect
+
+    found = detect(Path(place))
+    task = "panoptic" if found.format == "coco_panoptic" else "instance"
+    source = Source(Path(place), {"data": {"root": place, "task": task, "dataset": found.model_dump()}}, {})
+    return build_config(inline_dataset(source.overridden(settings), Path())).data
 
 
 def show(recipe: str, other: str | None, settings: Sequence[str]) -> None:

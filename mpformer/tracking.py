@@ -26,7 +26,16 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-__all__ = ["Link", "Tracker", "git_commit", "open_parent", "prepare_store", "read_metrics", "sync"]
+__all__ = [
+    "Link",
+    "Tracker",
+    "close_run",
+    "git_commit",
+    "open_parent",
+    "prepare_store",
+    "read_metrics",
+    "sync",
+]
 
 log = logging.getLogger(__name__)
 
@@ -285,6 +294,13 @@ def sync(run_dir: Path) -> str:
     if not mirror.attempt(at_once=True):
         raise RunError(f"MLflow {link.uri}: {mirror.link.problem}")
     return f"MLflow run {mirror.link.run_id} at {link.uri} has the record up to step {link.committed_step}"
+
+
+def close_run(run_dir: Path, status: str) -> None:
+    """Tell MLflow how a run has ended whose own process cannot say it any more: FAILED or KILLED."""
+    link = Link.read(run_dir)
+    if link is not None:
+        _Mirror(run_dir, replace(link, status=status)).attempt(at_once=True)
 
 
 # --- the store ------------------------------------------------------------------------------------

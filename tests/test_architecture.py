@@ -51,7 +51,7 @@ FENCES = {
     "matplotlib": {"draw"},
     "pydantic": {*SETTINGS, "ablation/spec"},
     "yaml": {"config", "yamlfile"},
-    "safetensors": {"model/weights", "train/checkpoint"},
+    "safetensors": {"model/*", "train/checkpoint"},
     "psutil": {"doctor", "train/loop"},
 }
 """The only files that may import a third party."""

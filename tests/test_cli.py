@@ -27,6 +27,8 @@ SURFACE = {
     "diagnose": ["CHECKPOINT", "--data D", "key=value"],
     "predict": ["CHECKPOINT", "IMAGE", "--out DIR"],
     "data synth": ["OUT", "key=value"],
+    "data check": ["D", "key=value"],
+    "data show": ["D", "--out DIR", "key=value"],
     "doctor": [],
     "show": ["RECIPE", "RECIPE2", "key=value"],
 }
@@ -78,6 +80,8 @@ def test_settings_may_stand_anywhere_after_the_command():
         (["sync", "runs", "a=b"], "`mpformer sync` takes no settings"),
         (["evaluate", "nowhere"], "nowhere: no checkpoint"),
         (["predict", "nowhere", "image.jpg", "--out", "out"], "nowhere: no checkpoint"),
+        (["data", "check", "."], "no COCO annotations in it"),
+        (["data", "show", "nowhere.yaml", "--out", "out"], "no file nowhere.yaml"),
         (["data", "synth", "out", "sise=3"], "no such setting here; nearest: size"),
         (["show", TINY, "other.yaml"], "no file other.yaml"),
         (["trian", TINY], "invalid choice: 'trian'"),
@@ -143,6 +147,19 @@ def test_data_synth_writes_a_data_set_and_leaves_a_finished_one(capsys, tmp_path
     assert main(line) == 0
     assert "as it was" in capsys.readouterr().out
     assert main([*line, "seed=1"]) == 2
+
+
+def test_data_check_and_show_understand_a_folder(capsys, tmp_path):
+    folder = str(tmp_path / "scenes")
+    assert main(["data", "synth", folder, "train=8", "val=2", "size=64"]) == 0
+    assert main(["data", "check", folder]) == 0
+    told = capsys.readouterr().out
+    assert "8 images" in told
+    assert f"mpformer train experiments/recipes/coco-tiny.yaml data.root={folder}" in told
+    settings = ["data.augment.size=[64, 64]"]
+    assert main(["data", "show", folder, "--out", str(tmp_path / "out"), *settings]) == 0
+    pictures = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert pictures == ["samples.png", "train.png", "val.png"]
 
 
 def test_evaluation_takes_its_data_from_the_run_a_folder_or_a_recipe(tmp_path):

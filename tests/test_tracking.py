@@ -144,6 +144,17 @@ def test_a_failed_run_leaves_what_no_checkpoint_covers_to_its_resumption(storage
     assert run.info.status == "FINISHED"
 
 
+def test_the_driver_tells_mlflow_of_a_run_whose_workers_died(storage):
+    tracker = begin(storage)
+    log_steps(tracker, 0, 9)
+    tracker.commit(6)  # and then the worker is gone
+    tracking.close_run(storage / "run", "FAILED")
+    run = tracking.client(prepare_store(settings(storage), "study")).get_run(tracker.mlflow_run_id)
+    assert run.info.status == "FAILED"
+    assert {step for _, step in in_mlflow(storage, tracker.mlflow_run_id)} == set(range(7))
+    tracking.close_run(storage / "elsewhere", "FAILED")  # a run that was never tracked: nothing to tell
+
+
 def test_the_step_0_of_a_run_restarted_from_nothing_is_not_double(storage):
     begin(storage).log(0, {"val/AP": 0.5})  # killed before its first checkpoint
     tracker = begin(storage)

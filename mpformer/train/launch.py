@@ -13,7 +13,7 @@ from typing import Any
 
 from mpformer.config import Config, dump_yaml, run_name
 from mpformer.data.catalog import open_split
-from mpformer.tracking import prepare_store
+from mpformer.tracking import close_run, prepare_store
 from mpformer.train.summary import read_summary
 from mpformer.types import InputError, RunError
 
@@ -104,7 +104,11 @@ def fit(
         )
         try:
             trainer.fit()
+        except KeyboardInterrupt:
+            close_run(run_dir, "KILLED")
+            raise
         except ray.train.TrainingFailedError as error:
+            close_run(run_dir, "FAILED")
             _raise_noted_failure(run_dir, job.token)
             raise RunError(f"{run_dir.name}: {_reason(error)}") from error
         _raise_noted_failure(run_dir, job.token)
