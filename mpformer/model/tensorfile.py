@@ -49,9 +49,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise InputError(f"{file}: there is no such file") from None
     except pickle.UnpicklingError as error:
-        raise InputError(f"{file}: refused, it holds more than tensors: {_reason(error)}") from None
+        raise InputError(f"{file}: no file of tensors alone: {_reason(error)}") from None
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, struct.error) as error:
-        raise InputError(f"{file}: no readable tensor file: {_reason(error)}") from None
+        raise InputError(f"{file}: cannot be read: {_reason(error)}") from None
     for key in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

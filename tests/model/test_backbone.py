@@ -1,0 +1,172 @@
+"""Backbones: the four maps at any size, norms, frozen stages, and weights by file."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mpformer.config_model import Backbone as Settings
+from mpformer.model.backbone import Backbone, timm
+from mpformer.types import InputError
+
+SWIN = "swin_tiny_patch4_window7_224"
+
+
+def build(name, **settings):
+    torch.manual_seed(0)
+    return Backbone(Settings(**{"name": name, "pretrained": None, **settings}))
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("resnet18", (64, 128, 256, 512)),
+        ("resnet101c", (256, 512, 1024, 2048)),
+        (SWIN, (96, 192, 384, 768)),
+        ("convnext_atto", (40, 80, 160, 320)),
+        ("vit_tiny_patch16_224", (256, 256, 256, 256)),
+    ],
+)
+@pytest.mark.parametrize("size", [(64, 96), (160, 32)])
+def test_four_maps_at_their_strides(name, channels, size):
+    backbone = build(name).eval()
+    with torch.no_grad():
+        maps = backbone(torch.rand(2, 3, *size))
+    assert backbone.channels == channels
+    assert [tuple(m.shape) for m in maps] == [
+        (2, c, size[0] // s, size[1] // s) for c, s in zip(channels, (4, 8, 16, 32))
+    ]
+
+
+def test_swin_maps_are_channels_first_where_height_equals_channels():
+    """At 384 x 384 the first map of Swin-T is 96 x 96 x 96: its shape says nothing about its layout."""
+    backbone = build(SWIN, output_norms=False).eval()
+    images = torch.rand(1, 3, 384, 384)
+    with torch.no_grad():
+        first = backbone(images)[0]
+        wanted = backbone.body(images)[0]
+    assert wanted.shape == first.shape == (1, 96, 96, 96)
+    assert torch.equal(first, wanted.permute(0, 3, 1, 2))
+    assert not torch.equal(first, wanted)
+
+
+def test_output_norms_are_where_the_official_models_have_them():
+    assert [n.normalized_shape[0] for n in build(SWIN).norms] == [96, 192, 384, 768]
+    assert build("resnet18").norms is None
+    assert build(SWIN, output_norms=False).norms is None
+    with_norms = build("resnet18", output_norms=True).eval()
+    with torch.no_grad():
+        last = with_norms(torch.rand(1, 3, 64, 64))[-1]
+    assert last.mean(1).abs().max() < 1e-5  # normalised over channels
+
+
+@pytest.mark.parametrize("norm", ["frozen_bn", "bn", "group_norm"])
+def test_norms(norm):
+    kinds = {"frozen_bn": "FrozenBatchNorm2d", "bn": "BatchNorm2d", "group_norm": "GroupNorm"}
+    body = build("resnet18", norm=norm).body
+    assert type(body.bn1).__name__ == kinds[norm]
+    # frozen statistics come with a frozen affine part
+    assert any("bn1" in name for name, _ in body.named_parameters()) == (norm != "frozen_bn")
+
+
+def test_frozen_statistics_do_not_follow_the_batch():
+    backbone = build("resnet18").train()
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    backbone(torch.rand(2, 3, 64, 64) * 5)
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "frozen"),
+    [
+        ("resnet18", 0, set()),
+        ("resnet18", 1, {"conv1"}),
+        ("resnet18", 3, {"conv1", "layer1", "layer2"}),
+        (SWIN, 1, {"patch_embed", "layers_0"}),
+    ],
+)
+def test_frozen_stages(name, stages, frozen):
+    body = build(name, frozen_stages=stages).body
+    assert {n.split(".")[0] for n, p in body.named_parameters() if not p.requires_grad} == frozen
+
+
+def test_drop_path_is_off_unless_asked_for():
+    def rates(body):
+        return [m.drop_prob for m in body.modules() if type(m).__name__ == "DropPath" and m.drop_prob]
+
+    assert rates(build(SWIN).body) == []
+    assert max(rates(build(SWIN, drop_path=0.3).body)) == pytest.approx(0.3)
+
+
+# --- weights by file ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("name", ["resnet18", SWIN])
+def test_weights_from_a_file(name, suffix, tmp_path):
+    torch.manual_seed(1)
+    source = timm.create_model(name)
+    file = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save({"model": source.state_dict()}, file)
+    else:
+        save_file(source.state_dict(), file)
+    body = build(name, pretrained=str(file)).body
+    own = {k.replace("layers_", "layers."): v for k, v in body.state_dict().items()}
+    stored = source.state_dict()
+    assert all(torch.equal(v, stored[k]) for k, v in own.items())
+
+
+class _Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_a_file_with_code_is_refused(suffix, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / f"evil{suffix}"
+    if suffix == ".pkl":
+        file.write_bytes(pickle.dumps({"model": {"conv1.weight": _Evil()}}))
+    else:
+        torch.save({"model": {"conv1.weight": _Evil()}}, file)
+    with pytest.raises(InputError, match="no file of tensors alone"):
+        build("resnet18", pretrained=str(file))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_wrong_weights_are_named(tmp_path):
+    other = tmp_path / "other.pth"
+    torch.save({"encoder.0.weight": torch.zeros(2)}, other)
+    with pytest.raises(InputError, match=r"holds no weights of resnet18: encoder\.0\.weight"):
+        build("resnet18", pretrained=str(other))
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(b"not a file of weights")
+    with pytest.raises(InputError, match="no file of tensors alone"):
+        build("resnet18", pretrained=str(broken))
+    with pytest.raises(InputError, match=r"neither a file nor a tag of resnet18, which has: .*tv_in1k"):
+        build("resnet18", pretrained="tv_in1")
+
+
+def test_the_papers_tags_exist():
+    for name, tag in {
+        "resnet50": "tv_in1k",
+        "resnet101": "tv_in1k",
+        "resnet101c": "gluon_in1k",
+        SWIN: "ms_in1k",
+        "swin_small_patch4_window7_224": "ms_in1k",
+        "swin_base_patch4_window12_384": "ms_in22k",
+        "swin_large_patch4_window12_384": "ms_in22k",
+    }.items():
+        assert f"{name}.{tag}" in timm.list_pretrained(f"{name}.*")
+
+
+def test_unknown_and_unfit_models_are_named():
+    with pytest.raises(InputError, match="no model 'resnet5'; nearest: resnet50"):
+        build("resnet5")
+    with pytest.raises(InputError, match="features at strides"):
+        build("vit_base_patch32_224")
+    with pytest.raises(InputError, match="has no stages"):
+        build("vit_tiny_patch16_224", frozen_stages=1)
