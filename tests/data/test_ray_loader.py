@@ -26,7 +26,8 @@ def test_the_same_batches_over_several_executions(tmp_path, monkeypatch):
     catalog = open_split(data, "train")
     expected = stream(data, catalog, stop=7)
     monkeypatch.setattr(pipeline, "_BLOCK_BYTES", 5 * 3 * 64 * 96)
-    monkeypatch.setattr(pipeline, "_BLOCKS_PER_EXECUTION", 3)
+    monkeypatch.setattr(pipeline, "_FIRST_BLOCKS", 1)
+    monkeypatch.setattr(pipeline, "_EXECUTION_BYTES", 3 * 5 * 3 * 64 * 96)
     assert stream(with_ray(data), catalog, stop=7) == expected
     assert stream(with_ray(data), catalog, start=5, stop=7) == expected[5:]
 
