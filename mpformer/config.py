@@ -24,6 +24,8 @@ from mpformer.config_data import (  # noqa: F401
     LargeScaleJitter,
     MaskFiles,
     MaskSplit,
+    ShortEdgeJitter,
+    ShortestEdge,
     Split,
     TestResize,
 )
@@ -213,7 +215,7 @@ def build_config(source: Source) -> Config:
 
 def _explain(error: ValidationError, source: Source) -> str:
     first = error.errors()[0]
-    keys = _written_keys(first["loc"], source.tree)
+    keys = _written_keys(first["loc"], source.tree, first["type"] == "missing")
     key = ".".join(keys)
     place = source.place(keys)
     if first["type"] == "extra_forbidden":
@@ -225,12 +227,15 @@ def _explain(error: ValidationError, source: Source) -> str:
     return f"{place}: {key + ': ' if key else ''}{message}{shown}"
 
 
-def _written_keys(location: Sequence[int | str], tree: Any) -> list[str]:
-    """The keys of a pydantic location as they stand in the file, without the tags of its unions."""
+def _written_keys(location: Sequence[int | str], tree: Any, missing: bool) -> list[str]:
+    """The keys of a pydantic location as they stand in the file, without the tags of its unions.
+
+    Only the last key may be absent from the file, and only if that is the error.
+    """
     keys = []
     for i, part in enumerate(location):
         inside = isinstance(tree, Mapping)
-        if inside and part not in tree and (isinstance(part, int) or i + 1 < len(location)):
+        if inside and part not in tree and not (missing and i + 1 == len(location)):
             continue
         keys.append(str(part))
         if inside or (isinstance(tree, Sequence) and isinstance(part, int) and part < len(tree)):

@@ -126,6 +126,13 @@ AnyDataSet = Annotated[
 # --- augmentation ---------------------------------------------------------------------------------
 
 
+def _check_crop(size: Size, scale: tuple[float, float]) -> None:
+    if size[0] % 32 or size[1] % 32:
+        raise ValueError(f"size: multiples of 32 expected, not {list(size)}")
+    if scale[0] > scale[1]:
+        raise ValueError("scale: the smaller factor first")
+
+
 class LargeScaleJitter(Section):
     """Resize by a uniform factor of the target size, then a fixed crop or padding (Copy-Paste's LSJ)."""
 
@@ -137,11 +144,58 @@ class LargeScaleJitter(Section):
 
     @model_validator(mode="after")
     def _check(self) -> LargeScaleJitter:
-        if self.size[0] % 32 or self.size[1] % 32:
-            raise ValueError(f"size: multiples of 32 expected, not {list(self.size)}")
-        if self.scale[0] > self.scale[1]:
-            raise ValueError("scale: the smaller factor first")
+        _check_crop(self.size, self.scale)
         return self
+
+
+class ShortEdgeJitter(Section):
+    """The semantic recipes' augmentation: jitter of the short side, fixed crop or padding, colours, flip."""
+
+    kind: Literal["short_edge_jitter"] = "short_edge_jitter"
+    size: Size = (512, 512)
+    """(height, width) of the crop; multiples of 32."""
+    short: Count = 512
+    """The short side is brought to this times the factor that is drawn."""
+    scale: tuple[Positive, Positive] = (0.5, 2.0)
+    steps: Annotated[int, Field(ge=2)] | None = 16
+    """How many evenly spaced factors there are; null: any in the range."""
+    long: Count = 2048
+    """The long side is never brought beyond this."""
+    colors: bool = True
+    """Jitter brightness, contrast, saturation and hue as SSD does."""
+    max_category_area: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Crops in which one class has a larger share are drawn anew, up to ten times; 1: not at all."""
+    flip: Fraction = 0.5
+
+    @model_validator(mode="after")
+    def _check(self) -> ShortEdgeJitter:
+        _check_crop(self.size, self.scale)
+        return self
+
+
+class ShortestEdge(Section):
+    """Standard scale augmentation, or DETR's: the whole image or a crop of it, its short side one of several.
+
+    Sizes differ, so the samples of a global batch are padded to the largest among them.
+    """
+
+    kind: Literal["shortest_edge"] = "shortest_edge"
+    shorts: Annotated[tuple[Count, ...], Field(min_length=1)] = (640, 672, 704, 736, 768, 800)
+    long: Count = 1333
+    """The long side is never brought beyond this."""
+    crop: Fraction = 0.0
+    """Probability of a crop first: short side to one of `crop_shorts`, then a crop within `crop_size`."""
+    crop_shorts: Annotated[tuple[Count, ...], Field(min_length=1)] = (400, 500, 600)
+    crop_size: tuple[Count, Count] = (384, 600)
+    """Smallest and largest side of that crop."""
+    flip: Fraction = 0.5
+
+
+AnyAugment = Annotated[
+    LargeScaleJitter | ShortEdgeJitter | ShortestEdge,
+    Field(discriminator="kind"),
+    _tag("kind", "large_scale_jitter"),
+]
 
 
 class TestResize(Section):
@@ -160,7 +214,7 @@ class Data(Section):
     dataset: AnyDataSet = DataSet()
     """In a recipe: the path of a data-set file, relative to the recipe, or its settings in place."""
     task: Literal["instance", "panoptic", "semantic"] = "instance"
-    augment: LargeScaleJitter = LargeScaleJitter()
+    augment: AnyAugment = LargeScaleJitter()
     test_resize: TestResize = TestResize()
     on_bad_sample: Literal["error", "skip"] = "error"
     loader: Literal["ray", "torch", "inline"] = setting("ray")

@@ -6,7 +6,7 @@ import pytest
 
 from mpformer.ablation.plan import changes, plan_text
 from mpformer.ablation.spec import load_study
-from mpformer.config import DataSet, load_config, read_dataset, run_name
+from mpformer.config import Data, load_config, read_dataset, run_name
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 RECIPES = sorted(EXPERIMENTS.glob("recipes/*.yaml"))
@@ -26,7 +26,7 @@ def test_every_recipe_loads(path):
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("data/*.yaml")), ids=name)
 def test_every_data_set_file_loads(path):
-    assert DataSet.model_validate(read_dataset(path).tree).name
+    assert Data.model_validate({"dataset": read_dataset(path).tree}).dataset.name
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=name)

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 
-from mpformer.config import LargeScaleJitter, TestResize
+from mpformer.config import LargeScaleJitter, ShortestEdge, TestResize
+from mpformer.config_data import AnyAugment
 from mpformer.data.catalog import Record
+from mpformer.data.colors import ColorJitter, draw_colors, jitter_colors
 from mpformer.data.masks import BoxMask, Window, crop_masks
+
+_BLOCK = 8
+"""Pixels along a side of a JPEG block."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,9 @@ class Placement:
 
     window: Window
     flip: bool
-    canvas: tuple[int, int]
-    """(height, width) of the padded sample."""
+    canvas: tuple[int, int] | None
+    """(height, width) of the padded sample; None where the global batch decides."""
+    colors: ColorJitter | None = None
 
 
 def generator(seed: int, epoch: int, image_id: str, purpose: str = "augment") -> np.random.Generator:
@@ -34,31 +40,95 @@ def generator(seed: int, epoch: int, image_id: str, purpose: str = "augment") ->
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
 
-def place(height: int, width: int, config: LargeScaleJitter, random: np.random.Generator) -> Placement:
-    """Draw large-scale jitter for an image of this size (Ghiasi et al., Copy-Paste, section 3).
+def place(height: int, width: int, config: AnyAugment, random: np.random.Generator) -> Placement:
+    """Draw the augmentation of an image of this size.
 
-    The image, keeping its aspect, is fitted into the target size times a uniform factor; what is then larger
-    than the target is cropped at a uniform place, what is smaller is padded at the right and below. The crop
-    is laid on whole pixels of the source, so that cropping before resizing is exact.
+    Crops are laid on whole pixels of the source, so cropping before resizing is exact, and masks are those of
+    the very same pixels.
     """
+    if isinstance(config, ShortestEdge):
+        return _place_shortest_edge(height, width, config, random)
     flip = random.random() < config.flip
     low, high = config.scale
-    factor = low + (high - low) * random.random()
-    target_height, target_width = config.size
-    scale = factor * min(target_height / height, target_width / width)
-    x, part_width, out_width = _crop(width, scale, target_width, random)
-    y, part_height, out_height = _crop(height, scale, target_height, random)
-    return Placement(Window(x, y, part_width, part_height, out_width, out_height), flip, config.size)
+    share = random.random()
+    colors = None
+    if isinstance(config, LargeScaleJitter):
+        # Ghiasi et al., Copy-Paste, section 3: the image is fitted into the target size times a factor
+        factor = low + (high - low) * share
+        scale = factor * min(config.size[0] / height, config.size[1] / width)
+    else:
+        if config.steps is not None:
+            share = int(share * config.steps) / (config.steps - 1)
+        short = int(config.short * (low + (high - low) * share))
+        scale = min(short / min(height, width), config.long / max(height, width))
+        if config.colors:
+            colors = draw_colors(random)
+    x, part_width, out_width = _crop(width, scale, config.size[1], random)
+    y, part_height, out_height = _crop(height, scale, config.size[0], random)
+    return Placement(Window(x, y, part_width, part_height, out_width, out_height), flip, config.size, colors)
 
 
 def _crop(size: int, scale: float, target: int, random: np.random.Generator) -> tuple[int, int, int]:
     """(start, length, length when resized) of the kept part along one axis. Draws one number in any case."""
     share = random.random()
+    if scale <= 0.5:  # whole blocks of the JPEG, so that it can be decoded smaller: the last 7 pixels may go
+        size = max(_BLOCK, size - size % _BLOCK) if size > _BLOCK else size
     resized = max(1, round(size * scale))
     if resized <= target:
         return 0, size, resized
     part = min(size, max(1, round(target / scale)))
-    return min(int(share * (size - part + 1)), size - part), part, target
+    if scale <= 0.5 and part > _BLOCK:
+        part = min(size, round(part / _BLOCK) * _BLOCK)
+    return _start(share, size - part, scale), part, target
+
+
+def _start(share: float, room: int, scale: float) -> int:
+    start = min(int(share * (room + 1)), room)
+    return start - start % _BLOCK if scale <= 0.5 else start
+
+
+def moved(placement: Placement, height: int, width: int, random: np.random.Generator) -> Placement:
+    """The same placement with its crop elsewhere in the image."""
+    w = placement.window
+    x = _start(random.random(), width - w.width, w.scale[0])
+    y = _start(random.random(), height - w.height, w.scale[1])
+    return replace(placement, window=replace(w, x=x, y=y))
+
+
+def cut(placement: Placement, height: int, width: int) -> Placement:
+    """The placement without what would lie beyond a canvas of that size."""
+    w = placement.window
+    out_height, out_width = min(w.out_height, height), min(w.out_width, width)
+    part_height = max(1, round(w.height * out_height / w.out_height))
+    part_width = max(1, round(w.width * out_width / w.out_width))
+    return replace(placement, window=Window(w.x, w.y, part_width, part_height, out_width, out_height))
+
+
+def _place_shortest_edge(
+    height: int, width: int, config: ShortestEdge, random: np.random.Generator
+) -> Placement:
+    """Carion et al., DETR, appendix A.4, where `crop` is 0.5; plain scale augmentation where it is 0."""
+    flip, crops = random.random() < config.flip, random.random() < config.crop
+    short = config.shorts[int(random.random() * len(config.shorts))]
+    x, y, part_width, part_height = 0, 0, width, height
+    if crops:
+        first = config.crop_shorts[int(random.random() * len(config.crop_shorts))]
+        scale = first / min(height, width)
+        x, part_width = _crop_between(width, scale, config.crop_size, random)
+        y, part_height = _crop_between(height, scale, config.crop_size, random)
+    out_height, out_width = _fitted(part_height, part_width, short, config.long)
+    return Placement(Window(x, y, part_width, part_height, out_width, out_height), flip, None)
+
+
+def _crop_between(
+    size: int, scale: float, limits: tuple[int, int], random: np.random.Generator
+) -> tuple[int, int]:
+    """(start, length) in the source of a crop whose length is uniform between the limits when resized."""
+    resized = max(1, round(size * scale))
+    low, high = (min(resized, limit) for limit in limits)
+    length = low + min(int(random.random() * (high - low + 1)), high - low)
+    part = min(size, max(1, round(length / scale)))
+    return _start(random.random(), size - part, 1.0), part
 
 
 def resize_image(image: np.ndarray, window: Window) -> np.ndarray:
@@ -71,9 +141,27 @@ def resize_image(image: np.ndarray, window: Window) -> np.ndarray:
     return cv2.resize(part, (window.out_width, window.out_height), interpolation=how)
 
 
-def place_image(image: np.ndarray, placement: Placement) -> np.ndarray:
-    """The pixels [h,w,3] uint8 of an image that a placement shows, without padding."""
-    pixels = resize_image(image, placement.window)
+def reduction(window: Window) -> int:
+    """By which factor (1, 2 or 4) an image may be decoded smaller and still be shrunk to the window."""
+    for factor in (4, 2):
+        large = window.width >= factor * window.out_width and window.height >= factor * window.out_height
+        if large and not any(n % factor for n in (window.x, window.y, window.width, window.height)):
+            return factor
+    return 1
+
+
+def place_image(image: np.ndarray, placement: Placement, reduced: int = 1) -> np.ndarray:
+    """The pixels [h,w,3] uint8 of an image that a placement shows, without padding.
+
+    `reduced`: the factor by which the image was decoded smaller.
+    """
+    window = placement.window
+    if reduced > 1:
+        x, y, width, height = (n // reduced for n in (window.x, window.y, window.width, window.height))
+        window = Window(x, y, width, height, window.out_width, window.out_height)
+    pixels = resize_image(image, window)
+    if placement.colors is not None:
+        pixels = jitter_colors(pixels, placement.colors)
     return cv2.flip(pixels, 1) if placement.flip else pixels
 
 
@@ -112,13 +200,23 @@ def _by_class(record: Record, window: Window) -> Iterator[tuple[int, BoxMask]]:
 
 
 def test_size(height: int, width: int, config: TestResize) -> tuple[int, int]:
-    """(height, width) for evaluation: the short side `short`, unless the long one would exceed `long`."""
-    scale = min(config.short / min(height, width), config.long / max(height, width))
+    """(height, width) for evaluation, see `TestResize`."""
+    if config.short is None:
+        scale = 1.0 if config.long is None else config.long / max(height, width)
+        return max(1, round(height * scale)), max(1, round(width * scale))
+    return _fitted(height, width, config.short, config.long)
+
+
+def _fitted(height: int, width: int, short: int, long: int | None) -> tuple[int, int]:
+    """(height, width) with the short side `short`, unless the long one would exceed `long`."""
+    scale = short / min(height, width)
+    if long is not None:
+        scale = min(scale, long / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def test_resize(image: np.ndarray, config: TestResize) -> np.ndarray:
-    """An image [h,w,3] uint8 resized for evaluation; see `test_size`."""
+    """An image [h,w,3] uint8 resized for evaluation; see `TestResize`."""
     height, width = image.shape[:2]
     out_height, out_width = test_size(height, width, config)
     return resize_image(image, Window(0, 0, width, height, out_width, out_height))

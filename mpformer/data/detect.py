@@ -42,8 +42,8 @@ def detect(root: Path) -> DataSet:
     return DataSet(
         name=root.resolve().name,
         format="coco_panoptic" if panoptic else "coco_instance",
-        train=_split(root, train, found[train]),
-        val=_split(root, val, found[val]),
+        train=_split(root, train, found[train], _WORDS["train"]),
+        val=_split(root, val, found[val], _WORDS["val"]),
     )
 
 
@@ -71,19 +71,24 @@ def _is_panoptic(content: dict[str, Any]) -> bool:
     return "segments_info" in content["annotations"][0]
 
 
-def _split(root: Path, path: Path, content: dict[str, Any]) -> Split:
-    images = _folder_of(root, path, content["images"][0].get("file_name"))
+def _split(root: Path, path: Path, content: dict[str, Any], word: str) -> Split:
+    images = _folder_of(root, path, content["images"][0].get("file_name"), word)
     masks = None
     if _is_panoptic(content):
-        masks = _folder_of(root, path, content["annotations"][0].get("file_name"))
+        masks = _folder_of(root, path, content["annotations"][0].get("file_name"), word)
     return Split(images=images, annotations=str(path.relative_to(root)), panoptic_masks=masks)
 
 
-def _folder_of(root: Path, near: Path, name: object) -> str:
-    """The folder, relative to the root, that holds a file of that name; the nearest to the JSON first."""
+def _folder_of(root: Path, near: Path, name: object, word: str) -> str:
+    """The folder, relative to the root, that holds a file of that name.
+
+    Splits often use the same names, so folders with the split's word in their path come first, then the
+    nearest to the JSON.
+    """
     folders = [near.parent, near.with_suffix(""), root]
     for depth in range(1, _DEPTH + 1):
         folders += sorted(p for p in root.glob("/".join(["*"] * depth)) if p.is_dir())
+    folders.sort(key=lambda p: not re.search(word, str(p.relative_to(root)), re.IGNORECASE))
     for folder in folders:
         if isinstance(name, str) and (folder / name).is_file():
             return str(folder.relative_to(root))

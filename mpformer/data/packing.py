@@ -21,8 +21,6 @@ _SCHEMA = pa.schema(
         ("image", pa.large_binary()),
         ("height", pa.int32()),
         ("width", pa.int32()),
-        ("canvas_height", pa.int32()),
-        ("canvas_width", pa.int32()),
         ("labels", pa.binary()),
         ("boxes", pa.binary()),
         ("bits", pa.large_binary()),
@@ -51,8 +49,6 @@ def _row(sample: Sample) -> dict[str, Any]:
         "image": np.ascontiguousarray(sample.image).data,
         "height": height,
         "width": width,
-        "canvas_height": sample.canvas[0],
-        "canvas_width": sample.canvas[1],
         "labels": sample.labels.astype("<i4").tobytes(),
         "boxes": sample.boxes.astype("<i4").tobytes(),
         "bits": sample.bits,
@@ -89,7 +85,6 @@ def from_table(table: pa.Table) -> list[Sample]:
                 labels=np.frombuffer(row["labels"].as_py(), "<i4"),
                 boxes=np.frombuffer(row["boxes"].as_py(), "<i4").reshape(-1, 4),
                 bits=row["bits"].as_py(),
-                canvas=(row["canvas_height"].as_py(), row["canvas_width"].as_py()),
                 skipped=row["skipped"].as_py(),
             )
         )

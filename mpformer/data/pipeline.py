@@ -9,7 +9,7 @@ positions.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +22,7 @@ from ray.data.collate_fn import ArrowBatchCollateFn
 from mpformer.config import Data
 from mpformer.data.catalog import Catalog
 from mpformer.data.packing import from_table, to_table
-from mpformer.data.samples import Sample, make_sample
+from mpformer.data.samples import Sample, batch_canvas, make_sample
 from mpformer.types import Batch, InputError, RunError
 
 _BLOCK_BYTES = 64 << 20
@@ -59,28 +59,36 @@ def train_batches(
     """
     steps = [rank_positions(step, batch_size, rank, world) for step in range(start_step, stop_step)]
     if data.loader == "ray" and any(steps):
-        return _ray(data, catalog, seed, steps, world)
+        return _ray(data, catalog, seed, batch_size, steps, world)
     if not isinstance(catalog, Catalog):
         catalog = ray.get(catalog)
     if data.loader == "torch":
         from mpformer.data.torch_loader import loader_batches
 
-        return loader_batches(data, catalog, seed, steps)
-    return _inline(data, catalog, seed, steps)
+        return loader_batches(data, catalog, seed, batch_size, steps)
+    return _inline(data, catalog, seed, batch_size, steps)
 
 
-def _inline(data: Data, catalog: Catalog, seed: int, steps: Sequence[range]) -> Iterator[Batch]:
+def _inline(
+    data: Data, catalog: Catalog, seed: int, batch_size: int, steps: Sequence[range]
+) -> Iterator[Batch]:
     from mpformer.data.collate import collate
 
     for positions in steps:
-        yield collate([make_sample(catalog, data, seed, p) for p in positions], data.augment.size)
+        canvas = batch_canvas(catalog, data, seed, batch_size, positions.start)
+        yield collate([make_sample(catalog, data, seed, p) for p in positions], canvas)
 
 
 # --- Ray Data -------------------------------------------------------------------------------------
 
 
 def _ray(
-    data: Data, catalog: Catalog | ray.ObjectRef, seed: int, steps: Sequence[range], world: int
+    data: Data,
+    catalog: Catalog | ray.ObjectRef,
+    seed: int,
+    batch_size: int,
+    steps: Sequence[range],
+    world: int,
 ) -> Iterator[Batch]:
     """Batches from Ray Data executions over this rank's positions, decoded and augmented by tasks anywhere.
 
@@ -90,8 +98,10 @@ def _ray(
     that the training step needs), and memory is bounded by the size of an execution instead.
     """
     shared = ray.put(catalog) if isinstance(catalog, Catalog) else catalog
+    here = catalog if isinstance(catalog, Catalog) else ray.get(catalog)
+    canvas = functools.partial(batch_canvas, here, data, seed, batch_size)
     local = len(steps[0])  # the same for every step
-    height, width = data.augment.size
+    height, width = canvas(steps[0].start)
     block_rows = min(64, max(4, _BLOCK_BYTES // (3 * height * width)))
     most_blocks = max(_FIRST_BLOCKS, _EXECUTION_BYTES // (3 * height * width * block_rows))
 
@@ -106,7 +116,7 @@ def _ray(
             if index + 1 < len(chunks):
                 upcoming.append(ahead.submit(execute, chunks[index + 1]))
             batches = samples.iter_torch_batches(
-                batch_size=local, collate_fn=_Collate(data.augment.size), prefetch_batches=data.prefetch
+                batch_size=local, collate_fn=_Collate(canvas), prefetch_batches=data.prefetch
             )
             for positions, batch in zip(wanted, batches, strict=True):
                 if isinstance(batch, InputError):
@@ -190,7 +200,7 @@ def _resolved(catalog: ray.ObjectRef) -> Catalog:
 
 
 class _Collate(ArrowBatchCollateFn):
-    def __init__(self, canvas: tuple[int, int]) -> None:
+    def __init__(self, canvas: Callable[[int], tuple[int, int]]) -> None:
         from mpformer.data.collate import collate
 
         self.canvas = canvas
@@ -198,6 +208,7 @@ class _Collate(ArrowBatchCollateFn):
 
     def __call__(self, batch: pa.Table) -> Batch | InputError:
         try:
-            return self.collate(from_table(batch), self.canvas)
+            samples = from_table(batch)
+            return self.collate(samples, self.canvas(samples[0].position))
         except InputError as error:  # prefetching runs ahead: the consumer raises it when its step has come
             return error

@@ -7,20 +7,24 @@ is keyed by (seed, epoch, image). Who makes the sample, where, and what came bef
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-from mpformer.config import Data
+from mpformer.config import Data, ShortestEdge
 from mpformer.data import augment
+from mpformer.data.augment import Placement
 from mpformer.data.catalog import Catalog, Record
-from mpformer.data.images import load_image
+from mpformer.data.images import load_reduced_image
 from mpformer.data.masks import BoxMask
 from mpformer.types import InputError
 
 _REPLACEMENTS = 100
 """Bad samples in a row after which the data set as a whole is called bad."""
+_CROPS = 10
+"""Crops tried for one in which no class has more than its share (detectron2's count)."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,6 @@ class Sample:
     """[N,4] int32: x, y, width, height of each mask's box on the canvas; x and width are multiples of 8."""
     bits: bytes
     """The masks within their boxes, row by row, eight pixels to a byte, the leftmost in the highest bit."""
-    canvas: tuple[int, int]
-    """(height, width) of the padded sample."""
     skipped: str = ""
     """Why bad samples were replaced by this one; empty as a rule."""
 
@@ -52,42 +54,81 @@ def sample_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return order
 
 
+def batch_canvas(catalog: Catalog, data: Data, seed: int, batch_size: int, position: int) -> tuple[int, int]:
+    """(height, width) of the padded images in the global batch that a position belongs to.
+
+    The augmentation's fixed size; where it has none, the batch's largest sample, up to multiples of 32.
+    Placements follow from the sizes of images, so no pixel is read for it.
+    """
+    if not isinstance(data.augment, ShortestEdge):
+        return data.augment.size
+    start = position - position % batch_size
+    sizes = [_planned_size(catalog, data, seed, p) for p in range(start, start + batch_size)]
+    height, width = (max(side) for side in zip(*sizes))
+    return -(-height // 32) * 32, -(-width // 32) * 32
+
+
+def _planned_size(catalog: Catalog, data: Data, seed: int, position: int) -> tuple[int, int]:
+    """(height, width) of the sample at a position, if nothing is wrong with it."""
+    epoch, place = divmod(position, len(catalog))
+    record = catalog.records[int(sample_order(seed, epoch, len(catalog))[place])]
+    if not record.width:  # not even its size could be read
+        return data.augment.shorts[0], data.augment.shorts[0]
+    random = augment.generator(seed, epoch, record.image_id)
+    window = augment.place(record.height, record.width, data.augment, random).window
+    return window.out_height, window.out_width
+
+
 def make_sample(catalog: Catalog, data: Data, seed: int, position: int) -> Sample:
     """The sample at a position.
 
     A bad one raises `InputError` that names file and annotation; under `on_bad_sample: skip` another image,
-    drawn by (seed, epoch, position) alone, takes its place and the reason is noted, so no other position
-    changes.
+    drawn by (seed, epoch, position) alone, takes its place, the reason is noted: no other position changes.
     """
     n = len(catalog)
     epoch, place = divmod(position, n)
-    index = int(sample_order(seed, epoch, n)[place])
-    reasons: list[str] = []
-    while True:
-        record = catalog.records[index]
-        key = record.image_id if not reasons else f"{record.image_id}@{position}"
-        try:
-            return _sample(record, data, augment.generator(seed, epoch, key), position, reasons)
-        except InputError as error:
-            if data.on_bad_sample == "error":
-                raise
-            reasons.append(str(error))
-        if len(reasons) == _REPLACEMENTS:
-            raise InputError(
-                f"{catalog.name}: {_REPLACEMENTS} bad samples in a row at position {position}; "
-                f"the last: {reasons[-1]}"
-            )
+    record = catalog.records[int(sample_order(seed, epoch, n)[place])]
+    random = augment.generator(seed, epoch, record.image_id)
+    try:
+        return _sample(record, data, random, position)
+    except InputError as error:
+        if data.on_bad_sample == "error":
+            raise
+        reasons = [str(error)]
+    # where the batch decides on the canvas, it was decided without the replacement
+    room = _planned_size(catalog, data, seed, position) if isinstance(data.augment, ShortestEdge) else None
+    while len(reasons) < _REPLACEMENTS:
         random = augment.generator(seed, epoch, f"{position}/{len(reasons)}", "replace")
-        index = int(random.random() * n)
+        record = catalog.records[int(random.random() * n)]
+        try:
+            return _sample(record, data, random, position, reasons, room)
+        except InputError as error:
+            reasons.append(str(error))
+    raise InputError(
+        f"{catalog.name}: {_REPLACEMENTS} bad samples in a row at position {position}; "
+        f"the last: {reasons[-1]}"
+    )
 
 
 def _sample(
-    record: Record, data: Data, random: np.random.Generator, position: int, reasons: list[str]
+    record: Record,
+    data: Data,
+    random: np.random.Generator,
+    position: int,
+    reasons: Sequence[str] = (),
+    room: tuple[int, int] | None = None,
 ) -> Sample:
     if record.problem:
         raise InputError(record.problem)
     placement = augment.place(record.height, record.width, data.augment, random)
-    pixels = augment.place_image(load_image(record), placement)
+    if room is not None:
+        placement = augment.cut(placement, *room)
+    limit = getattr(data.augment, "max_category_area", 1.0)
+    if limit < 1.0:
+        placement = _mixed(record, placement, limit, random)
+    reduced = augment.reduction(placement.window)
+    image, reduced = load_reduced_image(record, reduced)
+    pixels = augment.place_image(image, placement, reduced)
     planes = np.empty((3, *pixels.shape[:2]), np.uint8)
     cv2.split(pixels, list(planes))
     labels, boxes, bits = [], [], []
@@ -103,9 +144,18 @@ def _sample(
         labels=np.array(labels, np.int32),
         boxes=np.array(boxes, np.int32).reshape(-1, 4),
         bits=b"".join(bits),
-        canvas=placement.canvas,
         skipped="; ".join(reasons),
     )
+
+
+def _mixed(record: Record, placement: Placement, limit: float, random: np.random.Generator) -> Placement:
+    """The placement with its crop, or the first of ten others, in which no class exceeds its share."""
+    for _ in range(_CROPS):
+        areas = [int(m.pixels.sum()) for _, m in augment.place_masks(record, "semantic", placement)]
+        if len(areas) > 1 and max(areas) < limit * sum(areas):
+            break
+        placement = augment.moved(placement, record.height, record.width, random)
+    return placement
 
 
 def _pack(mask: BoxMask) -> tuple[tuple[int, int, int, int], bytes]:

@@ -153,11 +153,27 @@ def _thing(random: Generator, size: int) -> _Thing:
     label = int(random.random() * len(_THINGS))
     radius = size * (0.07 + 0.2 * random.random() ** 1.5)
     center = size * (0.05 + 0.9 * _uniform(random, 2))
-    outline = center + radius * _shape(random, label)
+    outline = _clipped(center + radius * _shape(random, label), size)
     whole = _rasterised(outline, size)
-    if whole.sum() < 12:
+    if whole.sum() < 12:  # nearly all of it lies outside
         return _thing(random, size)
     return _Thing(label, outline, whole, whole, _thing_color(random, label))
+
+
+def _clipped(outline: np.ndarray, size: int) -> np.ndarray:
+    """The part of a polygon inside the image, cut side by side of the image (Sutherland and Hodgman)."""
+    for axis in (0, 1):
+        for sign, limit in ((1.0, 0.0), (-1.0, -float(size))):
+            kept: list[np.ndarray] = []
+            for a, b in zip(outline, np.roll(outline, -1, 0)):
+                inside_a, inside_b = sign * a[axis] >= limit, sign * b[axis] >= limit
+                if inside_a:
+                    kept.append(a)
+                if inside_a != inside_b:
+                    share = (limit * sign - a[axis]) / (b[axis] - a[axis])
+                    kept.append(a + share * (b - a))
+            outline = np.array(kept).reshape(-1, 2)
+    return outline
 
 
 def _swarm(random: Generator, size: int) -> _Thing:
@@ -223,6 +239,8 @@ def _blurred(random: Generator, size: int, sigma: float) -> np.ndarray:
 
 
 def _rasterised(outline: np.ndarray, size: int) -> np.ndarray:
+    if len(outline) < 3:
+        return np.zeros((size, size), bool)
     record = Record("", "", size, size, ())
     return segment_mask(Segment(0, False, Polygons((outline,)), 0.0, 0), record)
 

@@ -9,14 +9,16 @@ from torch.utils.data import DataLoader
 from mpformer.config import Data
 from mpformer.data.catalog import Catalog
 from mpformer.data.collate import collate
-from mpformer.data.samples import make_sample
+from mpformer.data.samples import batch_canvas, make_sample
 from mpformer.types import Batch, InputError
 
 
-def loader_batches(data: Data, catalog: Catalog, seed: int, steps: Sequence[range]) -> Iterator[Batch]:
+def loader_batches(
+    data: Data, catalog: Catalog, seed: int, batch_size: int, steps: Sequence[range]
+) -> Iterator[Batch]:
     """One batch for each range of positions, in their order; `InputError` at a bad sample's step."""
     loader = DataLoader(
-        _Steps(data, catalog, seed),
+        _Steps(data, catalog, seed, batch_size),
         sampler=steps,
         batch_size=None,  # an item is a whole batch already
         num_workers=data.loader_processes,
@@ -33,12 +35,13 @@ def loader_batches(data: Data, catalog: Catalog, seed: int, steps: Sequence[rang
 class _Steps:
     """Batches by their positions, as torch's map-style data sets are asked for items."""
 
-    def __init__(self, data: Data, catalog: Catalog, seed: int) -> None:
-        self.data, self.catalog, self.seed = data, catalog, seed
+    def __init__(self, data: Data, catalog: Catalog, seed: int, batch_size: int) -> None:
+        self.data, self.catalog, self.seed, self.batch_size = data, catalog, seed, batch_size
 
     def __getitem__(self, positions: range) -> Batch | InputError:
         try:
             samples = [make_sample(self.catalog, self.data, self.seed, p) for p in positions]
         except InputError as error:  # raised across processes it would lose its type
             return error
-        return collate(samples, self.data.augment.size)
+        canvas = batch_canvas(self.catalog, self.data, self.seed, self.batch_size, positions.start)
+        return collate(samples, canvas)

@@ -9,6 +9,7 @@ from mpformer.config import LargeScaleJitter
 from mpformer.data import augment
 from mpformer.data.augment import Placement
 from mpformer.data.catalog import Polygons, Record, Rle, Segment
+from mpformer.data.images import image_size, load_image, load_reduced_image
 from mpformer.data.masks import Window
 from tests.data.folders import photograph
 
@@ -38,13 +39,15 @@ def test_large_scale_jitter_follows_its_definition(height, width):
         assert 1 <= w.out_width <= 320
         assert 1 <= w.out_height <= 256
         sx, sy = w.scale
-        # aspect is kept up to rounding: half a pixel along each axis, in the source where it is cropped
-        rounding = 0.5 * sum(1 / n for n in (w.width, w.height, w.out_width, w.out_height))
+        # aspect is kept up to rounding: half a pixel along each axis, in the source where it is cropped;
+        # what is shrunk below half is cropped to whole blocks of 8 pixels
+        block = 4 if max(sx, sy) < 0.51 else 0.5
+        rounding = block / w.width + block / w.height + 0.5 / w.out_width + 0.5 / w.out_height
         assert sx == pytest.approx(sy, rel=rounding)
         factors.append(max(sx, sy) / fit)
-        if w.width < width:
+        if w.width < width - 7:
             assert w.out_width == 320
-        if w.height < height:
+        if w.height < height - 7:
             assert w.out_height == 256
     factors = np.array(factors)
     assert 0.25 - 0.04 < np.mean([p.flip for p in placements]) < 0.25 + 0.04
@@ -62,6 +65,91 @@ def test_crops_are_uniform_over_their_places():
     assert counts.min() > 0.5 * 4000 / 49
     assert counts.max() < 1.6 * 4000 / 49
     assert abs(np.corrcoef([w.x for w in windows], [w.y for w in windows])[0, 1]) < 0.06
+
+
+def test_semantic_recipes_follow_their_definition():
+    """ADE20K: short side 512 x (0.5, 0.6, ... 2.0), long side at most 2048, crop 512, colours."""
+    config = settings.ShortEdgeJitter()
+    placements = draws(300, 1200, config)
+    scales = np.array([p.window.scale[0] for p in placements])
+    shorts = {min(int(512 * (0.5 + 0.1 * k)), 512) for k in range(16)}
+    assert {p.window.out_height for p in placements} == shorts
+    assert {p.canvas for p in placements} == {(512, 512)}
+    # 512 x 2.0 / 300 would make the long side 4096: it stops at 2048
+    assert scales.max() == pytest.approx(2048 / 1200, rel=0.01)
+    assert all(p.colors is not None for p in placements)
+    plain = settings.ShortEdgeJitter(colors=False, steps=None, size=(512, 1024), short=1024, long=4096)
+    placements = draws(1024, 2048, plain)
+    assert all(p.colors is None for p in placements)
+    assert len({p.window.width for p in placements}) > 300
+    large = [p.window for p in placements if p.window.scale[0] > 0.52]
+    assert {(w.out_height, w.out_width) for w in large} == {(512, 1024)}
+
+
+def test_standard_scales_show_the_whole_image():
+    config = settings.ShortestEdge()
+    placements = draws(480, 640, config, 600)
+    windows = [p.window for p in placements]
+    assert {(w.x, w.y, w.width, w.height) for w in windows} == {(0, 0, 640, 480)}
+    assert {p.window.out_height for p in placements} == set(config.shorts)
+    assert {p.canvas for p in placements} == {None}
+    # 300x1000: short side 640 makes the long one 2133, so it stops at 1333
+    assert {p.window.out_width for p in draws(300, 1000, config, 50)} == {1333}
+
+
+def test_crops_as_in_detr():
+    config = settings.ShortestEdge(crop=0.5, shorts=(480, 800))
+    placements = draws(480, 640, config, 3000)
+    cropped = [p.window for p in placements if (p.window.width, p.window.height) != (640, 480)]
+    # with the short side brought to 400, crops of 400 to 600 keep its whole height, some its whole width, too
+    assert 0.38 * 3000 < len(cropped) < 0.53 * 3000
+    for w in cropped:
+        assert 0 <= w.x <= 640 - w.width
+        assert 0 <= w.y <= 480 - w.height
+        assert w.width >= 384 * 480 / 600 - 1
+        assert w.height >= 384 * 480 / 600 - 1
+        assert min(w.out_width, w.out_height) in (480, 800) or max(w.out_width, w.out_height) == 1333
+        assert w.scale[0] == pytest.approx(w.scale[1], rel=2 / min(w.width, w.height))
+
+
+def test_a_crop_moves_within_the_image():
+    first = Placement(Window(0, 0, 30, 20, 60, 40), False, (64, 64))
+    random = augment.generator(0, 0, "a")
+    windows = [augment.moved(first, 40, 50, random).window for _ in range(300)]
+    assert {w.x for w in windows} == set(range(21))
+    assert {w.y for w in windows} == set(range(21))
+    assert {(w.width, w.height, w.out_width, w.out_height) for w in windows} == {(30, 20, 60, 40)}
+
+
+def test_cutting_keeps_scale_and_corner():
+    placement = Placement(Window(5, 6, 100, 80, 200, 160), True, None)
+    w = augment.cut(placement, 80, 400).window
+    assert w == Window(5, 6, 100, 40, 200, 80)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_decoding_smaller_stays_within_its_tolerance(tmp_path, factor, sample_data):
+    """Mean difference to decoding at full size below 5 of 255, on real photographs."""
+    paths = sorted((sample_data / "coco_mini" / "val2017").glob("*.jpg"))[:6]
+    for path in paths:
+        height, width = image_size(str(path))
+        record = Record("1", str(path), width, height, ())
+        part_width, part_height = width - width % 8, height - height % 8
+        window = Window(0, 0, part_width, part_height, part_width // factor - 3, part_height // factor - 2)
+        placement = Placement(window, False, (1024, 1024))
+        assert augment.reduction(window) == factor
+        small, used = load_reduced_image(record, factor)
+        assert used == factor
+        exact = augment.place_image(load_image(record), placement).astype(float)
+        found = augment.place_image(small, placement, factor).astype(float)
+        assert np.abs(found - exact).mean() < 5
+
+
+def test_windows_that_cannot_be_decoded_smaller():
+    assert augment.reduction(Window(0, 0, 640, 480, 320, 240)) == 2
+    assert augment.reduction(Window(0, 0, 640, 480, 321, 240)) == 1
+    assert augment.reduction(Window(4, 0, 640, 480, 80, 60)) == 4
+    assert augment.reduction(Window(0, 0, 640, 481, 80, 60)) == 1
 
 
 def bilinear(image, window):
@@ -184,3 +272,17 @@ def test_size_for_evaluation(size, expected):
     assert augment.test_size(*size, config) == expected
     image = np.zeros((*size, 3), np.uint8)
     assert augment.test_resize(image, config).shape == (*expected, 3)
+
+
+@pytest.mark.parametrize(
+    ("rule", "size", "expected"),
+    [
+        ({"short": 512, "long": 2048}, (300, 400), (512, 683)),  # ADE20K
+        ({"short": 512, "long": None}, (100, 900), (512, 4608)),
+        ({"short": None, "long": None}, (1024, 2048), (1024, 2048)),  # Cityscapes
+        ({"short": None, "long": 2048}, (3000, 4000), (1536, 2048)),  # Mapillary
+        ({"short": None, "long": 2048}, (800, 600), (2048, 1536)),
+    ],
+)
+def test_sizes_of_the_other_data_sets(rule, size, expected):
+    assert augment.test_size(*size, settings.TestResize(**rule)) == expected

@@ -147,7 +147,7 @@ def moved(tmp_path, **places):
                 "images2": "val2017",
             },
             ("train2017", "annotations/instances_train2017.json"),
-            ("train2017", "annotations/instances_val2017.json"),
+            ("val2017", "annotations/instances_val2017.json"),
         ),
         (
             {
@@ -157,7 +157,7 @@ def moved(tmp_path, **places):
                 "images2": "valid/pictures",
             },
             ("train/pictures", "train/_annotations.coco.json"),
-            ("train/pictures", "valid/_annotations.coco.json"),
+            ("valid/pictures", "valid/_annotations.coco.json"),
         ),
         (
             {"a": "labels.json", "images": "data/images"},
@@ -171,7 +171,7 @@ def test_folders_are_understood(tmp_path, places, train, val):
     found = detect(root)
     assert found.format == "coco_instance"
     assert (found.train.images, found.train.annotations) == train
-    assert found.val.annotations == val[1]
+    assert (found.val.images, found.val.annotations) == val
     assert len(open_split(Data(root=str(root), dataset=found), "val")) == 2
 
 

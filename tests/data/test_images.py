@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mpformer.data.catalog import Record
-from mpformer.data.images import load_ids, load_image
+from mpformer.data.images import load_ids, load_image, load_reduced_image
 from mpformer.types import InputError
 from tests.data.folders import photograph
 
@@ -123,6 +123,19 @@ def test_trailing_bytes_after_a_whole_jpeg_do_no_harm(tmp_path):
     path = tmp_path / "a.jpg"
     path.write_bytes(jpeg() + b"\x00" * 16)
     assert load_image(record(path, 300, 200)).shape == (200, 300, 3)
+
+
+def test_a_jpeg_decoded_smaller_is_still_checked(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(jpeg())
+    for factor, size in ((2, (100, 150)), (4, (50, 75))):
+        image, used = load_reduced_image(record(path, 300, 200), factor)
+        assert (image.shape[:2], used) == (size, factor)
+    with pytest.raises(InputError, match="the image is 300x200, but its annotations say 320x200 "):
+        load_reduced_image(record(path, 320, 200), 4)
+    path.write_bytes(png())
+    image, used = load_reduced_image(record(path, 300, 200), 4)
+    assert (image.shape, used) == ((200, 300, 3), 1)
 
 
 def test_missing_file_and_folder_instead_of_file(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpformer.config import Data, LargeScaleJitter
+from mpformer.config import Data, LargeScaleJitter, ShortEdgeJitter, ShortestEdge
 from mpformer.data.catalog import open_split
 from mpformer.data.collate import collate
 from mpformer.data.images import PIXEL_MEAN
@@ -16,6 +16,7 @@ from mpformer.data.pipeline import rank_positions, train_batches
 from mpformer.data.samples import make_sample, sample_order
 from mpformer.types import InputError
 from tests.data.folders import annotation, coco_folder
+from tests.data.test_coco import panoptic_folder
 
 
 def digests(batch):
@@ -144,6 +145,61 @@ def test_samples_survive_their_arrow_form(real):
     error = InputError("a.jpg: broken")
     with pytest.raises(InputError, match=r"a\.jpg: broken"):
         from_table(to_table([samples[0], (9, error)]))
+
+
+def shortest_edge(data):
+    config = ShortestEdge(shorts=(32, 48, 70), long=100, crop=0.5, crop_shorts=(40, 60), crop_size=(30, 50))
+    return data.model_copy(update={"augment": config})
+
+
+def test_a_global_batch_has_one_size_for_all_ranks(real):
+    """Without a fixed size the samples of all ranks decide, and no padding is left over."""
+    data = shortest_edge(real)
+    catalog = open_split(data, "train")
+    whole = stream(data, catalog, stop=7, batch_size=6)
+    shares = [stream(data, catalog, stop=7, batch_size=6, rank=r, world=4) for r in range(4)]
+    assert joined(shares) == whole
+    shapes = set()
+    for batch in train_batches(
+        data, catalog, seed=5, batch_size=6, start_step=0, stop_step=7, rank=0, world=1
+    ):
+        height, width = batch.images.shape[2:]
+        shapes.add((height, width))
+        largest = [max(side) for side in zip(*batch.valid_sizes)]
+        assert [height % 32, width % 32] == [0, 0]
+        assert height - largest[0] < 32
+        assert width - largest[1] < 32
+    assert len(shapes) > 1
+
+
+def test_a_replacement_fits_into_the_batch_that_was_planned(tmp_path):
+    data = shortest_edge(coco_folder(tmp_path, images=8)).model_copy(update={"on_bad_sample": "skip"})
+    catalog = open_split(data, "train")
+    whole = stream(data, catalog, stop=40, batch_size=2)
+    break_image(tmp_path, 3)
+    broken = stream(data, catalog, stop=40, batch_size=2)
+    orders = [sample_order(5, epoch, 8).tolist().index(2) + 8 * epoch for epoch in range(10)]
+    flat, other = [s for b in whole for s in b], [s for b in broken for s in b]
+    assert [i for i, (a, b) in enumerate(zip(flat, other)) if a != b] == orders
+
+
+def test_crops_of_one_class_alone_are_drawn_anew(tmp_path):
+    """The left half is one class, the right another: with the rule, most crops hold both."""
+    half = np.zeros((40, 60, 3), np.uint8)
+    half[:, :30, 2], half[:, 30:, 2] = 5, 6
+    segments = [{"id": 5, "category_id": 3}, {"id": 6, "category_id": 7}]
+    data = panoptic_folder(tmp_path, segments, half, task="semantic")
+    shares = {}
+    for limit in (1.0, 0.75):
+        config = ShortEdgeJitter(
+            size=(32, 32), short=80, scale=(1.0, 1.0), max_category_area=limit, colors=False
+        )
+        changed = data.model_copy(update={"augment": config})
+        catalog = open_split(changed, "train")
+        samples = [make_sample(catalog, changed, 0, p) for p in range(150)]
+        shares[limit] = np.mean([len(s.labels) == 2 for s in samples])
+    assert shares[1.0] < 0.6
+    assert shares[0.75] > 0.75
 
 
 def break_image(root, number):

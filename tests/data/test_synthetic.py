@@ -75,6 +75,11 @@ def test_what_the_quickstart_needs_is_there(folder):
     per_image = np.bincount([a["image_id"] for a in coco["annotations"]])[1:]
     assert per_image.min() >= 2
     assert per_image.max() <= 6
+    flat = [
+        np.array(a["segmentation"][0]) for a in coco["annotations"] if isinstance(a["segmentation"], list)
+    ]
+    assert min(f.min() for f in flat) >= 0
+    assert max(f.max() for f in flat) <= 96
     areas = np.array([a["area"] for a in coco["annotations"]])
     assert areas.max() > 20 * areas.min()
     assert len({a["category_id"] for a in coco["annotations"]}) == len(coco["categories"]) == 4
