@@ -78,6 +78,12 @@ def load_reduced_image(record: Record, factor: int) -> tuple[np.ndarray, int]:
     return image, factor
 
 
+def read_image(source: str | bytes) -> np.ndarray:
+    """An image without annotations, [h,w,3] uint8 RGB, EXIF rotation applied. `InputError` if it is none."""
+    name = source if isinstance(source, str) else "image"
+    return decode(read_bytes(source), name, cv2.IMREAD_COLOR_RGB)
+
+
 def image_size(path: str) -> tuple[int, int]:
     """(height, width) of an image file as `load_image` gives it, from its head. `InputError` if damaged."""
     try:
