@@ -18,6 +18,8 @@ from mpformer.types import InputError, RunError
 SETTINGS = "settings to change, for instance train.lr=2e-4"
 CHECK = "what a data set holds and what is wrong with it, in words"
 SAMPLES = "pictures of images with their masks, and of training samples as the model gets them"
+IMPORT = "an official Mask2Former or MP-Former file, or a Hugging Face folder, as a checkpoint of ours"
+EXPORT = "a checkpoint as a Hugging Face folder"
 SYNTH = "generate a data set in COCO's layout: train=400 val=60 seed=0 size=128 things=5"
 
 
@@ -66,6 +68,14 @@ def build_parser() -> argparse.ArgumentParser:
     samples = data.add_parser("show", help=SAMPLES, description=SAMPLES)
     samples.add_argument("data", metavar="D", help="a data folder, or a recipe")
     samples.add_argument("--out", metavar="DIR", required=True)
+    weights = command("weights", "other programs' models")
+    forms = weights.add_subparsers(dest="weights_command", required=True, metavar="COMMAND")
+    take = forms.add_parser("import", help=IMPORT, description=IMPORT)
+    take.add_argument("source", metavar="SRC")
+    take.add_argument("out", metavar="OUT.safetensors")
+    give = forms.add_parser("export", help=EXPORT, description=EXPORT)
+    give.add_argument("checkpoint", metavar="CHECKPOINT")
+    give.add_argument("folder", metavar="DIR")
     command("doctor", "what is installed, which deformable-attention kernel runs here and why")
     show = command("show", "the resolved settings of a recipe, or the difference of two", "RECIPE")
     show.add_argument("recipe2", metavar="RECIPE2", nargs="?")
@@ -118,6 +128,8 @@ def _run(arguments: argparse.Namespace) -> None:
             commands.predict(arguments.checkpoint, arguments.images, arguments.out, arguments.settings)
         case "data":
             _run_data(arguments)
+        case "weights":
+            _run_weights(arguments)
         case "doctor":
             commands.doctor()
         case "show":
@@ -132,6 +144,14 @@ def _run_data(arguments: argparse.Namespace) -> None:
             commands.data_check(arguments.data, arguments.settings)
         case "show":
             commands.data_show(arguments.data, arguments.out, arguments.settings)
+
+
+def _run_weights(arguments: argparse.Namespace) -> None:
+    match arguments.weights_command:
+        case "import":
+            commands.weights_import(arguments.source, arguments.out)
+        case "export":
+            commands.weights_export(arguments.checkpoint, arguments.folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -272,6 +272,22 @@ def _for_evaluation(trained: Config, checkpoint: str, data: str | None, settings
     return build_config(inline_dataset(source.overridden(settings), Path()))
 
 
+def weights_import(source: str, out: str) -> None:
+    """Another program's model as a checkpoint of ours; what was loaded, renamed, re-initialised, left over."""
+    from mpformer.model.weights import import_weights
+
+    say(str(import_weights(source, out)))
+    say(out)
+
+
+def weights_export(checkpoint: str, folder: str) -> None:
+    """A checkpoint as a Hugging Face folder."""
+    from mpformer.model.weights import export_huggingface
+
+    export_huggingface(checkpoint, folder)
+    say(folder)
+
+
 # --- data and settings ----------------------------------------------------------------------------
 
 

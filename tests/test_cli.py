@@ -29,6 +29,8 @@ SURFACE = {
     "data synth": ["OUT", "key=value"],
     "data check": ["D", "key=value"],
     "data show": ["D", "--out DIR", "key=value"],
+    "weights import": ["SRC", "OUT.safetensors"],
+    "weights export": ["CHECKPOINT", "DIR"],
     "doctor": [],
     "show": ["RECIPE", "RECIPE2", "key=value"],
 }
@@ -80,6 +82,8 @@ def test_settings_may_stand_anywhere_after_the_command():
         (["sync", "runs", "a=b"], "`mpformer sync` takes no settings"),
         (["evaluate", "nowhere"], "nowhere: no checkpoint"),
         (["predict", "nowhere", "image.jpg", "--out", "out"], "nowhere: no checkpoint"),
+        (["weights", "import", "nowhere.pkl", "out.safetensors"], "nowhere.pkl"),
+        (["weights", "export", "nowhere", "out"], "nowhere: no checkpoint"),
         (["data", "check", "."], "no COCO annotations in it"),
         (["data", "show", "nowhere.yaml", "--out", "out"], "no file nowhere.yaml"),
         (["data", "synth", "out", "sise=3"], "no such setting here; nearest: size"),
