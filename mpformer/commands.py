@@ -273,7 +273,7 @@ def _for_evaluation(trained: Config, checkpoint: str, data: str | None, settings
 
 
 def weights_import(source: str, out: str) -> None:
-    """Another program's model as a checkpoint of ours; what was loaded, renamed, re-initialised, left over."""
+    """Another program's model as a checkpoint of ours, and what became of each tensor."""
     from mpformer.model.weights import import_weights
 
     say(str(import_weights(source, out)))

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,6 +34,9 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: E402
 from ray.train.torch import TorchTrainer  # noqa: E402
 
 from mpformer.train.loop import FAILURE_FILE, Job, run_worker  # noqa: E402
+
+
+SECONDS_OF_AN_ORPHAN = 20.0
 
 
 def start_ray() -> None:
@@ -147,12 +151,20 @@ def _scaling(config: Config) -> ScalingConfig:
 
 @contextlib.contextmanager
 def _only_driver(run_dir: Path) -> Iterator[None]:
-    """Hold the run's lock; the system frees it when the process ends, however it ends."""
+    """Hold the run's lock; the system frees it when the process ends, however it ends.
+
+    The trial of a study whose driver was killed outlives it by some seconds: so long its successor waits.
+    """
+    deadline = time.monotonic() + SECONDS_OF_AN_ORPHAN
     with (run_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{run_dir}: another process is at work on this run") from None
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RunError(f"{run_dir}: another process is at work on this run") from None
+                time.sleep(0.2)
         yield
 
 
