@@ -35,7 +35,6 @@ from ray.train.torch import TorchTrainer  # noqa: E402
 
 from mpformer.train.loop import FAILURE_FILE, Job, run_worker  # noqa: E402
 
-
 SECONDS_OF_AN_ORPHAN = 20.0
 
 
