@@ -24,6 +24,7 @@ from mpformer.config_data import (  # noqa: F401
     LargeScaleJitter,
     MaskFiles,
     MaskSplit,
+    Packed,
     ShortEdgeJitter,
     ShortestEdge,
     Split,

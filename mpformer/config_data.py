@@ -118,8 +118,18 @@ class MaskFiles(Section):
     classes: Annotated[tuple[ClassEntry, ...], Field(min_length=1, max_length=1)]
 
 
+class Packed(Section):
+    """Parquet shards that `mpformer data pack` wrote; `data.root` may be `s3://...` or `gs://...`."""
+
+    name: str = "packed"
+    format: Literal["packed"] = "packed"
+    train: str = "train"
+    """Folder of the split, relative to `data.root`."""
+    val: str = "val"
+
+
 AnyDataSet = Annotated[
-    DataSet | LabelMaps | MaskFiles, Field(discriminator="format"), _tag("format", "coco_instance")
+    DataSet | LabelMaps | MaskFiles | Packed, Field(discriminator="format"), _tag("format", "coco_instance")
 ]
 
 

@@ -15,7 +15,7 @@ from typing import overload
 
 import numpy as np
 
-from mpformer.config import Data, LabelMaps, MaskFiles
+from mpformer.config import Data, LabelMaps, MaskFiles, Packed
 from mpformer.types import ClassTable, InputError
 from mpformer.yamlfile import nearest
 
@@ -86,6 +86,8 @@ class Catalog:
     records: Sequence[Record]
     root: str
     """Folder of the data set."""
+    group: int = 1
+    """Neighbouring records that are read together: an epoch's order keeps them close to each other."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -147,7 +149,7 @@ class RecordTable(Sequence[Record]):
         return Segment(
             label=int(column["label"][index]),
             crowd=bool(column["crowd"][index]),
-            mask=_unpack_mask(self._bytes("mask", index)),
+            mask=unpack_mask(self._bytes("mask", index)),
             area=float(column["area"][index]),
             id=int(column["id"][index]),
         )
@@ -178,7 +180,7 @@ def build_table(records: Iterable[Record], root: str) -> RecordTable:
         for segment in record.segments:
             for name in ("label", "crowd", "area", "id"):
                 scalars[name].append(getattr(segment, name))
-            blobs["mask"] += _pack_mask(segment.mask)
+            blobs["mask"] += pack_mask(segment.mask)
             starts["mask"].append(len(blobs["mask"]))
         starts["segment"].append(len(scalars["label"]))
     columns = {name: np.frombuffer(bytes(blob), np.uint8) for name, blob in blobs.items()}
@@ -191,7 +193,8 @@ def build_table(records: Iterable[Record], root: str) -> RecordTable:
 # R the compressed run lengths; M the value (int64).
 
 
-def _pack_mask(mask: Mask) -> bytes:
+def pack_mask(mask: Mask) -> bytes:
+    """A mask in flat bytes, as the columns and packed data sets keep it."""
     if isinstance(mask, Polygons):
         head = struct.pack(f"<{len(mask.parts) + 1}i", len(mask.parts), *(len(p) for p in mask.parts))
         return b"P" + head + b"".join(np.ascontiguousarray(p, "<f8").tobytes() for p in mask.parts)
@@ -200,7 +203,8 @@ def _pack_mask(mask: Mask) -> bytes:
     return b"M" + struct.pack("<q", mask.value)
 
 
-def _unpack_mask(packed: memoryview) -> Mask:
+def unpack_mask(packed: memoryview) -> Mask:
+    """The mask of `pack_mask`."""
     kind, body = packed[0], packed[1:]
     if kind == ord("R"):
         return Rle(bytes(body))
@@ -229,12 +233,22 @@ def open_split(data: Data, split: str) -> Catalog:
     # here, because the readers build on the records of this module
     from mpformer.data import coco, labelmaps
 
+    dataset = data.dataset
+    records: Sequence[Record]
+    if isinstance(dataset, Packed):
+        from mpformer.data.pack import open_packed
+
+        folder = dataset.train if split == "train" else dataset.val
+        classes, packed = open_packed(data.root, folder, data.task)
+        if data.task == "instance":
+            classes, records = _things_only(classes, packed)
+        else:
+            records = packed
+        return Catalog(f"{dataset.name} {split}", classes, records, data.root, packed.group)
     root = Path(data.root).expanduser()
     if not root.is_dir():
         raise InputError(f"data.root: there is no folder {root}{_near_folder(root)}")
     root = root.resolve()
-    dataset = data.dataset
-    records: Sequence[Record]
     if isinstance(dataset, LabelMaps):
         classes, records = labelmaps.read_label_maps(root, dataset, split, data.task, data.on_bad_sample)
     elif isinstance(dataset, MaskFiles):

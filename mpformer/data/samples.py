@@ -23,6 +23,8 @@ from mpformer.types import InputError
 
 _REPLACEMENTS = 100
 """Bad samples in a row after which the data set as a whole is called bad."""
+_GROUPS_MIXED = 4
+"""Groups of packed images that are mixed with each other."""
 _CROPS = 10
 """Crops tried for one in which no class has more than its share (detectron2's count)."""
 
@@ -46,10 +48,21 @@ class Sample:
 
 
 @functools.lru_cache(maxsize=4)
-def sample_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order [n] int64 in which an epoch visits the n images: a permutation, drawn anew for each epoch."""
+def sample_order(seed: int, epoch: int, n: int, group: int = 1) -> np.ndarray:
+    """The order [n] int64 in which an epoch visits the n images: a permutation, drawn anew for each epoch.
+
+    Where neighbours are read together in groups of `group`, the groups are permuted, then the images of each
+    run of four groups: so few groups are in use at a time.
+    """
     random = augment.generator(seed, epoch, "", "order")
-    order = np.argsort(random.random(n), kind="stable")
+    if group == 1:
+        order = np.argsort(random.random(n), kind="stable")
+    else:
+        groups = np.argsort(random.random(-(-n // group)), kind="stable")
+        order = (groups[:, None] * group + np.arange(group)).ravel()
+        order = order[order < n]
+        window = np.arange(n) // (_GROUPS_MIXED * group)
+        order = order[np.lexsort((random.random(n), window))]
     order.flags.writeable = False
     return order
 
@@ -71,7 +84,7 @@ def batch_canvas(catalog: Catalog, data: Data, seed: int, batch_size: int, posit
 def _planned_size(catalog: Catalog, data: Data, seed: int, position: int) -> tuple[int, int]:
     """(height, width) of the sample at a position, if nothing is wrong with it."""
     epoch, place = divmod(position, len(catalog))
-    record = catalog.records[int(sample_order(seed, epoch, len(catalog))[place])]
+    record = catalog.records[int(sample_order(seed, epoch, len(catalog), catalog.group)[place])]
     if not record.width:  # not even its size could be read
         return data.augment.shorts[0], data.augment.shorts[0]
     random = augment.generator(seed, epoch, record.image_id)
@@ -87,7 +100,7 @@ def make_sample(catalog: Catalog, data: Data, seed: int, position: int) -> Sampl
     """
     n = len(catalog)
     epoch, place = divmod(position, n)
-    record = catalog.records[int(sample_order(seed, epoch, n)[place])]
+    record = catalog.records[int(sample_order(seed, epoch, n, catalog.group)[place])]
     random = augment.generator(seed, epoch, record.image_id)
     try:
         return _sample(record, data, random, position)
