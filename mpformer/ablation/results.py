@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mpformer.ablation.spec import Study, Trial
 from mpformer.record import read_metrics
-from mpformer.types import RunError
+from mpformer.train.summary import read_summary
 
 
 @dataclass(frozen=True)
@@ -52,19 +50,11 @@ def collect(study: Study) -> Results:
 
 
 def read_run(trial: Trial) -> RunResult:
-    """The result of one run. Raises `RunError` where its files are damaged."""
-    path = trial.run_dir / "summary.json"
-    return RunResult(trial, read_metrics(trial.run_dir), _read_json(path) if path.exists() else None)
+    """The result of one run. Raises `RunError` where its record is damaged."""
+    return RunResult(trial, read_metrics(trial.run_dir), read_summary(trial.run_dir))
 
 
 def values_by_seed(results: Results, row: str, metric: str) -> dict[int, float]:
     """A metric of the finished runs of a row; a run that did not measure it is absent."""
     found = {seed: run.metrics.get(metric) for seed, run in results.get(row, {}).items()}
     return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise RunError(f"{path}: cannot be read: {error}") from None
