@@ -7,15 +7,18 @@
 "The usual way" upsamples every mask to the input and to the original size, scores and encodes whole masks;
 both ways run in turn on the same heads; their scores and masks are compared. Masks are blobs of all sizes.
 `stages`: a model with random weights on the images of a recipe's validation split: seconds of each stage,
-share of the forward pass, peak memory. `results` counts CPU time of the process, `stages` wall-clock time.
+share of the forward pass, peak memory. Times are CPU time of the process, which other programs disturb less.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -26,8 +29,13 @@ from torch.nn import functional as F
 
 from mpformer.config import Evaluate, load_config
 from mpformer.data.catalog import open_split
-from mpformer.evaluate.evaluation import evaluate
+from mpformer.data.images import load_image
+from mpformer.evaluate import inference
 from mpformer.evaluate.inference import find_instances
+from mpformer.evaluate.layers import layer_figures
+from mpformer.evaluate.metrics import score
+from mpformer.evaluate.truth import target_of
+from mpformer.evaluate.views import look
 from mpformer.model.postprocess import Sizes, View
 from mpformer.model.segmenter import build_model
 
@@ -91,21 +99,49 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def stages(recipe: str, settings: list[str], images: int) -> None:
-    """Stage times of a whole evaluation."""
+    """CPU seconds of each stage of a whole evaluation."""
     config = load_config(recipe, ["model.backbone.pretrained=null", f"evaluate.limit={images}", *settings])
     split = open_split(config.data, "val")
     torch.manual_seed(0)
     model = build_model(config.model, split.classes).eval()
-    found = evaluate(model, split, config)
-    forward = found.seconds["forward"]
-    count = len(found.predictions)
+    spent: dict[str, float] = defaultdict(float)
+
+    def timed(stage: str, work: Callable[[], Any]) -> Any:
+        start = time.process_time()
+        with torch.inference_mode():
+            result = work()
+        spent[stage] += time.process_time() - start
+        return result
+
+    predictions = []
+    resize, options, task = config.data.test_resize, config.evaluate, config.data.task
+    count = min(images, len(split.records))
+    for record in split.records[:count]:
+        image = timed("read", lambda r=record: load_image(r))
+        views, heads = timed(
+            "forward", lambda i=image: look(model, i, resize, options, torch.device("cpu"), all_heads=True)
+        )
+        predictions.append(
+            timed(
+                "results",
+                lambda v=views, r=record: inference.results(v, task, options, model.classes).compact(
+                    r.image_id
+                ),
+            )
+        )
+        sizes = views[0].sizes
+        timed(
+            "layers",
+            lambda r=record, h=heads, s=sizes: layer_figures(h, target_of(r, s, task), s, model.config),
+        )
+    timed("metrics", lambda: score(predictions, split, task))
     print(f"{config.name}: {count} images, {torch.get_num_threads()} threads")
-    for stage, spent in found.seconds.items():
-        print(f"{stage:10} {spent / count:8.3f} s per image {spent / forward:7.1%} of the forward pass")
-    after = found.seconds["results"] + found.seconds["metrics"]
-    print(f"results and metrics together: {after / forward:.1%} of the forward pass")
-    print(f"layers (mIoU-L, Util): {found.seconds.get('layers', 0) / forward:.1%} of the forward pass")
-    print(f"peak memory {found.peak_memory / 2**30:.2f} GiB")
+    for stage, seconds in spent.items():
+        share = seconds / spent["forward"]
+        print(f"{stage:10} {seconds / count:8.3f} s per image {share:7.1%} of the forward pass")
+    share = (spent["results"] + spent["metrics"]) / spent["forward"]
+    print(f"results and metrics together: {share:.1%} of the forward pass")
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
 
 def main() -> None:
@@ -117,12 +153,11 @@ def main() -> None:
     whole = commands.add_parser("stages")
     whole.add_argument("recipe")
     whole.add_argument("--images", type=int, default=10)
-    whole.add_argument("settings", nargs="*")
-    arguments = parser.parse_args()
+    arguments, settings = parser.parse_known_args()
     if arguments.command == "results":
         results(arguments.queries, arguments.classes, arguments.repeat)
     else:
-        stages(arguments.recipe, arguments.settings, arguments.images)
+        stages(arguments.recipe, settings, arguments.images)
 
 
 if __name__ == "__main__":

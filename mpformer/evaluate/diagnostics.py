@@ -25,6 +25,7 @@ from mpformer.evaluate.layers import (
     layer_numbers,
     means,
     query_utilization,
+    without_padding,
 )
 from mpformer.evaluate.metrics import score
 from mpformer.evaluate.prediction import Figures, Prediction
@@ -225,11 +226,8 @@ def draw_layers(
     ]
     if not pairs:
         return None
-    height, width = (-(-edge // 4) for edge in sizes.valid)
-    ious = {
-        pair: layer_iou([h.mask_logits[0, pair[0] : pair[0] + 1, :height, :width] for h in heads])
-        for pair in pairs
-    }
+    cut, _ = without_padding(heads, target, sizes)
+    ious = {pair: layer_iou([h.mask_logits[0, pair[0], None] for h in cut]) for pair in pairs}
     query, thing = min(pairs, key=lambda pair: sum(ious[pair]))
     name = model.classes.names[int(target.labels[thing])]
     full_size = View(None, target.masks[thing][None].float() - 0.5, sizes)

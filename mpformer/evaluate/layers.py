@@ -29,10 +29,11 @@ def layer_iou(mask_logits: Sequence[Tensor]) -> list[float]:
     Each [Q,h,w] logits, foreground from 0 up (probability 0.5). Two empty masks agree: 1.
     """
     masks = [(logits >= 0).flatten(1) for logits in mask_logits]
+    areas = [mask.sum(1, dtype=torch.int32) for mask in masks]  # summing into int64 takes ten times as long
     values = []
-    for before, after in itertools.pairwise(masks):
-        union = (before | after).sum(1)
-        overlap = (before & after).sum(1)
+    for i, (before, after) in enumerate(itertools.pairwise(masks)):
+        overlap = (before & after).sum(1, dtype=torch.int32)
+        union = areas[i] + areas[i + 1] - overlap
         values.append(torch.where(union > 0, overlap / union.clamp(min=1), 1.0).mean())
     return [float(v) for v in values]
 
@@ -65,15 +66,22 @@ def layer_figures(
     heads: Sequence[Head], target: Target, sizes: Sizes, config: ModelConfig, prefix: str = ""
 ) -> tuple[Figures, Match]:
     """mIoU-L and Util of one image's heads (last one last) and the last head's match."""
-    height, width = (-(-edge // 4) for edge in sizes.valid)
+    heads, target = without_padding(heads, target, sizes)
     numbers = layer_numbers(heads, config)
-    ious = layer_iou([head.mask_logits[0, :, :height, :width] for head in heads])
+    ious = layer_iou([head.mask_logits[0] for head in heads])
     figures: Figures = {f"{prefix}layer_iou": dict(zip(numbers[1:], ious))}
-    matches = [_match(head, target, sizes, config) for head in heads]
+    matches = [_match(head, target, config) for head in heads]
     used = query_utilization(matches)
     if used is not None:
         figures[f"{prefix}query_utilization"] = {i: u for i, u in zip(numbers, used) if i > 0}
     return figures, matches[-1]
+
+
+def without_padding(heads: Sequence[Head], target: Target, sizes: Sizes) -> tuple[tuple[Head, ...], Target]:
+    """Heads and target cut to the cells whose centre lies in the image."""
+    height, width = (max(1, (edge + 1) // 4) for edge in sizes.valid)
+    cut = tuple(Head(h.class_logits, h.mask_logits[:, :, :height, :width]) for h in heads)
+    return cut, Target(target.labels, target.masks[:, : 4 * height, : 4 * width])
 
 
 def layer_numbers(heads: Sequence[Head], config: ModelConfig) -> list[int]:
@@ -82,11 +90,11 @@ def layer_numbers(heads: Sequence[Head], config: ModelConfig) -> list[int]:
     return list(range(last + 1 - len(heads), last + 1))
 
 
-def _match(head: Head, target: Target, sizes: Sizes, config: ModelConfig) -> Match:
-    """By full masks without padding: deterministic."""
-    loss = config.loss.model_copy(update={"points": None, "padding": "ignored"})
+def _match(head: Head, target: Target, config: ModelConfig) -> Match:
+    """By full masks: deterministic."""
+    loss = config.loss.model_copy(update={"points": None, "padding": "counted"})
     draws = SampleRandom(0, "diagnostics", [0], head.mask_logits.device)  # none is drawn
-    return match(head, [target], loss, draws, [sizes.valid], [""])[0]
+    return match(head, [target], loss, draws, [target.masks.shape[1:]], [""])[0]
 
 
 def means(figures: Iterable[Figures]) -> Figures:

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpformer.config import Evaluate, TestResize
-from mpformer.data.augment import test_resize
+from mpformer.data.augment import resize_image, test_size
 from mpformer.data.images import PIXEL_MEAN
+from mpformer.data.masks import Window
 from mpformer.model.matcher import most_alike
 from mpformer.model.postprocess import Sizes, View
 from mpformer.types import Head
@@ -32,17 +33,15 @@ STRIDE = 32
 
 def prepare(image: np.ndarray, resize: TestResize, scale: float = 1.0) -> tuple[Tensor, Sizes]:
     """[h,w,3] uint8 -> the network input [1,3,H,W] uint8, padded with the pixel mean, and its sizes."""
-    if scale != 1.0:
-        short, long = (max(1, round(edge * scale)) for edge in (resize.short, resize.long))
-        resize = resize.model_copy(update={"short": short, "long": long})
-    resized = test_resize(image, resize)
-    height, width = resized.shape[:2]
+    h, w = image.shape[:2]
+    height, width = (max(1, round(edge * scale)) for edge in test_size(h, w, resize))
+    resized = resize_image(image, Window(0, 0, w, h, width, height))
     padded = (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE)
     canvas = np.empty((*padded, 3), np.uint8)
     canvas[:] = PIXEL_MEAN
     canvas[:height, :width] = resized
     tensor = torch.from_numpy(canvas).permute(2, 0, 1)[None].contiguous()
-    return tensor, Sizes(padded, (height, width), image.shape[:2])
+    return tensor, Sizes(padded, (height, width), (h, w))
 
 
 def forward(model: Segmenter, images: Tensor, all_heads: bool = False) -> tuple[Head, ...]:

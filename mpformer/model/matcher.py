@@ -102,9 +102,10 @@ def _cost(
     logits = at_least_float32(head.mask_logits[b])
     if config.points is None:
         points = cell_centers(*logits.shape[1:], logits.device)
+        predicted = logits.flatten(1)  # at their own centres
     else:
         points = draws.uniform(b, config.points, 2)
-    predicted = sample(logits, points.expand(len(logits), -1, -1))
+        predicted = sample(logits, points.expand(len(logits), -1, -1))
     wanted = sample(target.masks.to(logits.dtype), points.expand(len(target.masks), -1, -1))
     counted = inside(points, valid_size, size).to(logits.dtype) if config.padding == "ignored" else None
     class_cost = -at_least_float32(head.class_logits[b]).softmax(-1)[:, target.labels]

@@ -100,7 +100,7 @@ def test_figures_of_a_model_equal_a_plain_recomputation(diagnosed):
         target = target_of(record, sizes, "panoptic")
         with torch.no_grad():
             heads = model(tensor, all_heads=True).heads
-        h, w = -(-sizes.valid[0] // 4), -(-sizes.valid[1] // 4)
+        h, w = (len(range(2, edge, 4)) for edge in sizes.valid)  # centres in the image
         masks = [head.mask_logits[0, :, :h, :w] >= 0 for head in heads]
         for before, after in itertools.pairwise(masks):
             either, both = (before | after).sum((1, 2)), (before & after).sum((1, 2))

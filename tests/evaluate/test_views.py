@@ -28,6 +28,7 @@ def test_the_input_is_resized_and_padded_with_the_pixel_mean():
     assert (tensor[0, :, :70, :126] == 200).all()
     assert tensor[0, :, 80, 50].tolist() == tensor[0, :, 5, 127].tolist() == [124, 116, 104]
     assert prepare(image, Resize(short=70, long=200), 0.5)[1].valid == (35, 63)
+    assert prepare(image, Resize(short=None, long=None), 1.5)[1].valid == (75, 135)
 
 
 @pytest.mark.parametrize("scales", [(0.5, 1.0, 1.5), (1.5, 1.0, 0.5), (0.5, 0.9)])
