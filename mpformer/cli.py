@@ -17,6 +17,7 @@ from mpformer.types import InputError, RunError
 
 SETTINGS = "settings to change, for instance train.lr=2e-4"
 CHECK = "what a data set holds and what is wrong with it, in words"
+PACK = "a data set as Parquet shards, for disks and object stores"
 SAMPLES = "pictures of images with their masks, and of training samples as the model gets them"
 IMPORT = "an official Mask2Former or MP-Former file, or a Hugging Face folder, as a checkpoint of ours"
 EXPORT = "a checkpoint as a Hugging Face folder"
@@ -65,6 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     synth.add_argument("out", metavar="OUT")
     check = data.add_parser("check", help=CHECK, description=CHECK)
     check.add_argument("data", metavar="D", help="a data folder, or a recipe")
+    pack = data.add_parser("pack", help=PACK, description=PACK)
+    pack.add_argument("data", metavar="D", help="a data folder, or a recipe")
+    pack.add_argument("out", metavar="OUT", help="a folder, or s3://bucket/folder")
     samples = data.add_parser("show", help=SAMPLES, description=SAMPLES)
     samples.add_argument("data", metavar="D", help="a data folder, or a recipe")
     samples.add_argument("--out", metavar="DIR", required=True)
@@ -88,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         diagnose,
         synth,
         check,
+        pack,
         samples,
         show,
     ):
@@ -142,6 +147,8 @@ def _run_data(arguments: argparse.Namespace) -> None:
             commands.data_synth(arguments.out, arguments.settings)
         case "check":
             commands.data_check(arguments.data, arguments.settings)
+        case "pack":
+            commands.data_pack(arguments.data, arguments.out, arguments.settings)
         case "show":
             commands.data_show(arguments.data, arguments.out, arguments.settings)
 

@@ -321,6 +321,15 @@ def data_check(place: str, settings: Sequence[str]) -> None:
     say(f"\ntrain on it: {training_command(data, recipe)}")
 
 
+def data_pack(place: str, out: str, settings: Sequence[str]) -> None:
+    """Both splits as Parquet shards; the same command again finishes what was interrupted."""
+    from mpformer.data.pack import pack
+
+    counts = pack(_data_at(place, settings), out)
+    say(f"{out}: {counts['train']} training and {counts['val']} validation images")
+    say(f"in a recipe: data: {{root: {out}, dataset: {{format: packed}}}}")
+
+
 def data_show(place: str, out: str, settings: Sequence[str]) -> None:
     """Pictures of both splits with their masks, and of the first training samples as the model gets them."""
     from mpformer.data.catalog import open_split

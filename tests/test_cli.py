@@ -28,6 +28,7 @@ SURFACE = {
     "predict": ["CHECKPOINT", "IMAGE", "--out DIR"],
     "data synth": ["OUT", "key=value"],
     "data check": ["D", "key=value"],
+    "data pack": ["D", "OUT", "key=value"],
     "data show": ["D", "--out DIR", "key=value"],
     "weights import": ["SRC", "OUT.safetensors"],
     "weights export": ["CHECKPOINT", "DIR"],
@@ -153,13 +154,15 @@ def test_data_synth_writes_a_data_set_and_leaves_a_finished_one(capsys, tmp_path
     assert main([*line, "seed=1"]) == 2
 
 
-def test_data_check_and_show_understand_a_folder(capsys, tmp_path):
+def test_data_check_pack_and_show_understand_a_folder(capsys, tmp_path):
     folder = str(tmp_path / "scenes")
     assert main(["data", "synth", folder, "train=8", "val=2", "size=64"]) == 0
     assert main(["data", "check", folder]) == 0
     told = capsys.readouterr().out
     assert "8 images" in told
     assert f"mpformer train experiments/recipes/coco-tiny.yaml data.root={folder}" in told
+    assert main(["data", "pack", folder, str(tmp_path / "packed")]) == 0
+    assert "8 training and 2 validation images" in capsys.readouterr().out
     settings = ["data.augment.size=[64, 64]"]
     assert main(["data", "show", folder, "--out", str(tmp_path / "out"), *settings]) == 0
     pictures = sorted(path.name for path in (tmp_path / "out").iterdir())
