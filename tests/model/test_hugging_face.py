@@ -203,17 +203,22 @@ def test_a_folder_of_another_kind_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["resnet50", "swin_tiny"])
 def test_full_size_models_agree(kind, tmp_path):
-    """In float32 at most one query in a hundred may differ: a mask logit within rounding of the threshold
-    opens or closes a cell of its attention mask. Such differences disappear in float64."""
+    """Everywhere in float64; in float32 for all but a few queries.
+
+    A mask logit within rounding of the threshold opens or closes a cell of its query's attention mask, which
+    moves that query by up to some 1e-3. The reference's own float32 and float64 differ in the same way.
+    """
     reference = random_mask2former(kind, gain=0.3, labels=80)
     ours, _, _ = to_ours(reference, tmp_path)
-    for size in ((384, 384), (512, 512), (480, 640)):
-        images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(5)) * 255
+    sizes = ((384, 384), (512, 512), (480, 640))
+    images = [torch.rand(1, 3, *s, generator=torch.Generator().manual_seed(5)) * 255 for s in sizes]
+    for image in images:
         with torch.no_grad():
-            heads = ours(images, all_heads=True).heads
-        for head, (class_logits, mask_logits) in zip(heads, all_heads(reference, images)):
+            heads = ours(image, all_heads=True).heads
+        for head, (class_logits, mask_logits) in zip(heads, all_heads(reference, image)):
             apart = (head.class_logits - class_logits).abs().amax(2)
             apart = torch.maximum(apart, (head.mask_logits - mask_logits).abs().amax((2, 3)))
-            assert float((apart > 1e-4).double().mean()) <= 0.01
-    images = torch.rand(1, 3, 384, 384, dtype=torch.float64, generator=torch.Generator().manual_seed(6)) * 255
-    assert_same_heads(ours.double(), reference.double(), images, 1e-5)
+            assert float((apart > 1e-4).double().mean()) <= 0.05
+    ours, reference = ours.double(), reference.double()
+    for image in images:
+        assert_same_heads(ours, reference, image.double(), 1e-5)
