@@ -203,10 +203,11 @@ def test_a_folder_of_another_kind_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["resnet50", "swin_tiny"])
 def test_full_size_models_agree(kind, tmp_path):
-    """Everywhere in float64; in float32 for all but a few queries.
+    """All heads in float64, to 1e-5; in float32 the first head, to 1e-4.
 
-    A mask logit within rounding of the threshold opens or closes a cell of its query's attention mask, which
-    moves that query by up to some 1e-3. The reference's own float32 and float64 differ in the same way.
+    From the second head on a mask logit within rounding of the threshold opens or closes a cell of its
+    query's attention mask in float32, and self-attention hands that on to the other queries (seen: up to
+    4e-3). That is no difference of the models: it disappears in float64.
     """
     reference = random_mask2former(kind, gain=0.3, labels=80)
     ours, _, _ = to_ours(reference, tmp_path)
@@ -214,11 +215,10 @@ def test_full_size_models_agree(kind, tmp_path):
     images = [torch.rand(1, 3, *s, generator=torch.Generator().manual_seed(5)) * 255 for s in sizes]
     for image in images:
         with torch.no_grad():
-            heads = ours(image, all_heads=True).heads
-        for head, (class_logits, mask_logits) in zip(heads, all_heads(reference, image)):
-            apart = (head.class_logits - class_logits).abs().amax(2)
-            apart = torch.maximum(apart, (head.mask_logits - mask_logits).abs().amax((2, 3)))
-            assert float((apart > 1e-4).double().mean()) <= 0.05
+            first = ours(image, all_heads=True).heads[0]
+        class_logits, mask_logits = all_heads(reference, image)[0]
+        torch.testing.assert_close(first.class_logits, class_logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(first.mask_logits, mask_logits, atol=1e-4, rtol=0)
     ours, reference = ours.double(), reference.double()
     for image in images:
         assert_same_heads(ours, reference, image.double(), 1e-5)
