@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mpformer.config import Config, Evaluate
 from mpformer.data.catalog import Catalog, Record
@@ -209,24 +210,26 @@ def draw_layers(
 ) -> np.ndarray | None:
     """One query's mask over the layers, as in MP-Former's Figure 1; [h,w,3] uint8.
 
-    The query is the one that wavers most among those that end up on an object of at least 1 % of the image:
-    its mean IoU from layer to layer is the smallest. None where there is no such object.
+    The query is the one that wavers most (its mean IoU from layer to layer is the smallest) among those that
+    end up on an object of at least 1 % of the image: IoU of the last mask at least 0.5. None where there is
+    no such query.
     """
     image = load_image(record)
     tensor, sizes = prepare(image, config.data.test_resize)
     target = target_of(record, sizes, config.data.task).to(device)
     heads = forward(model, tensor.to(device), all_heads=True)
     _, matched = layer_figures(heads, target, sizes, model.config)
-    areas = target.masks.flatten(1).sum(1).tolist()
-    least = 0.01 * sizes.valid[0] * sizes.valid[1]
+    cut, whole = without_padding(heads, target, sizes)
+    things = F.avg_pool2d(whole.masks[:, None].float(), 4)[:, 0] - 0.5  # logits of a kind
+    least = 0.01 * things[0].numel() if len(things) else 0
     pairs = [
-        (int(query), int(thing))
-        for query, thing in zip(matched.queries, matched.objects)
-        if areas[int(thing)] >= least
+        (query, thing)
+        for query, thing in zip(matched.queries.tolist(), matched.objects.tolist())
+        if (things[thing] >= 0).sum() >= least
+        and layer_iou([cut[-1].mask_logits[0, query, None], things[thing, None]])[0] >= 0.5
     ]
     if not pairs:
         return None
-    cut, _ = without_padding(heads, target, sizes)
     ious = {pair: layer_iou([h.mask_logits[0, pair[0], None] for h in cut]) for pair in pairs}
     query, thing = min(pairs, key=lambda pair: sum(ious[pair]))
     name = model.classes.names[int(target.labels[thing])]
