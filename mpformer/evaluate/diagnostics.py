@@ -234,14 +234,15 @@ def draw_layers(
     query, thing = min(pairs, key=lambda pair: sum(ious[pair]))
     name = model.classes.names[int(target.labels[thing])]
     full_size = View(None, target.masks[thing][None].float() - 0.5, sizes)
+    grey = np.repeat(image.mean(2, keepdims=True).astype(np.uint8), 3, axis=2)  # only the mask has colour
     tiles, titles = [], []
     for number, head in zip(layer_numbers(heads, model.config), heads):
         logits = view_of(head, sizes).upsampler(torch.tensor([query], device=device))
         mask = (logits(slice(0, sizes.original[0]))[0] >= 0).cpu().numpy()
-        tiles.append(overlay(image, [mask], [0], _HIGHLIGHT, captions=False))
+        tiles.append(overlay(grey, [mask], [0], _HIGHLIGHT, captions=False))
         iou = f", IoU {ious[query, thing][len(tiles) - 2]:.2f}" if len(tiles) > 1 else ""
         titles.append(f"layer {number}{iou}" if number else "before layer 1")
     truth = (full_size.upsampler()(slice(0, sizes.original[0]))[0] >= 0).cpu().numpy()
-    tiles.append(overlay(image, [truth], [0], _HIGHLIGHT, captions=False))
+    tiles.append(overlay(grey, [truth], [0], _HIGHLIGHT, captions=False))
     titles.append(f"ground truth: {name}")
     return side_by_side(tiles, titles, columns=columns)

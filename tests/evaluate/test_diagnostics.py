@@ -4,7 +4,6 @@ import copy
 import itertools
 from dataclasses import replace
 
-import cv2
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -207,10 +206,8 @@ def test_the_most_wavering_query_is_drawn_over_the_layers():
     factor = -(-480 // min(record.height, record.width))
     height, width = record.height * factor, record.width * factor
     assert sheet.shape[1] == 5 * width + 4 * 8
-    image = cv2.resize(load_image(record), None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
-    marked = [
-        (abs(sheet[-height:, i * (width + 8) :][:, :width] - image).sum(2) > 60).mean() for i in range(5)
-    ]
+    tiles = [sheet[-height:, i * (width + 8) :][:, :width] for i in range(5)]
+    marked = [((tile.max(2) - tile.min(2)) > 20).mean() for tile in tiles]  # only the mask has colour
     grass = (true_segments(record).semantic() == 3).mean()
     assert marked == pytest.approx([0, 0, grass, grass, grass], abs=0.06)
     assert draw_layers(Wavering(), replace(record, segments=()), config, "cpu") is None
