@@ -18,8 +18,7 @@ import resource
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,12 +31,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mpformer.config import Data, DataSet, Split
-from mpformer.data import augment, samples
+from mpformer.data.bench import Throughput, stages, throughput
 from mpformer.data.catalog import Catalog, Record, open_split
 from mpformer.data.collate import collate
 from mpformer.data.images import PIXEL_MEAN, load_image, read_bytes
 from mpformer.data.packing import from_table, to_table
-from mpformer.data.pipeline import train_batches
 from mpformer.data.samples import make_sample
 
 
@@ -126,78 +124,15 @@ def in_turn(ways: dict[str, Callable[[int], object]], seconds: float) -> dict[st
     return {name: count / total for name, total in spent.items()}
 
 
-@contextmanager
-def timed(module: object, name: str, spent: dict[str, float]) -> Iterator[None]:
-    """Add up the CPU time of a function of a module while in the block."""
-    original = getattr(module, name)
-
-    def wrapper(*args: object, **kwargs: object) -> object:
-        start = time.process_time()
-        try:
-            return original(*args, **kwargs)
-        finally:
-            spent[name] += time.process_time() - start
-
-    setattr(module, name, wrapper)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)
-
-
-def stages(data: Data, catalog: Catalog, count: int) -> dict[str, float]:
-    """Milliseconds of CPU time per image of each stage, from the file to the collated batch."""
-    spent: dict[str, float] = defaultdict(float)
-
-    def listed(*args: object) -> Iterator[object]:  # the generator's work is done inside the call
-        return iter(list(original(*args)))
-
-    original, augment.place_masks = augment.place_masks, listed
-    try:
-        with (
-            timed(samples, "load_image", spent),
-            timed(augment, "place_image", spent),
-            timed(augment, "place_masks", spent),
-        ):
-            start = time.process_time()
-            made = [make_sample(catalog, data, 1, p) for p in range(count)]
-            total = time.process_time() - start
-    finally:
-        augment.place_masks = original
-    spent["rest of the sample"] = total - sum(spent.values())
-    start = time.process_time()
-    table = to_table(made)
-    spent["to Arrow"] = time.process_time() - start
-    start = time.process_time()
-    batch = collate(from_table(table), data.augment.size)
-    spent["collate"] = time.process_time() - start
-    start = time.process_time()
-    batch.to("cpu")
-    spent["unpack masks"] = time.process_time() - start
-    return {name: 1000 * seconds / count for name, seconds in spent.items()}
-
-
-def through_ray(data: Data, catalog: Catalog, images: int, cpus: int) -> tuple[float, float, float]:
-    """(images/s, MB/s of decoded batches, seconds until the first batch) through Ray Data, wall clock."""
+def through_ray(data: Data, catalog: Catalog, images: int, cpus: int) -> Throughput:
+    """What Ray Data delivers with that many CPUs, in batches of 16."""
     import ray
 
     ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    for_ray = data.model_copy(update={"loader": "ray"})
-    start = time.monotonic()
-    batches = train_batches(
-        for_ray, catalog, seed=0, batch_size=16, start_step=0, stop_step=images // 16, rank=0, world=1
-    )
-    count = size = 0
-    first = 0.0
-    for batch in batches:
-        if not first:
-            first = time.monotonic()
-            continue  # the clock runs from the first batch to the last
-        count += len(batch)
-        size += batch.images.nbytes + sum(t.bits.nbytes for t in batch.targets)
-    seconds = time.monotonic() - first
-    ray.shutdown()
-    return count / seconds, size / seconds / 1e6, first - start
+    try:
+        return throughput(data.model_copy(update={"loader": "ray"}), catalog, 16, images // 16)
+    finally:
+        ray.shutdown()
 
 
 def memory_of_many_objects() -> tuple[float, int]:
@@ -241,15 +176,17 @@ def main() -> None:
         for name, rate in rates.items():
             print(f"  {name:16} {rate:7.1f}")
         print(f"  ratio            {rates['mpformer'] / rates['the usual way']:7.2f}")
-        parts = stages(data, catalog, 96)
+        parts = [stage for stage in stages(data, catalog, 96) if stage.name != "whole sample"]
+        total = sum(stage.milliseconds for stage in parts)
         print("milliseconds per image and share, file to batch:")
-        for name, ms in parts.items():
-            print(f"  {name:18} {ms:6.2f}  {ms / sum(parts.values()):5.1%}")
+        for stage in parts:
+            print(f"  {stage.name:18} {stage.milliseconds:6.2f}  {stage.milliseconds / total:5.1%}")
         if arguments.ray:
-            rate, megabytes, first = through_ray(data, catalog, arguments.ray, 2)
+            found = through_ray(data, catalog, arguments.ray, 2)
             print(
-                f"Ray Data, 2 CPUs, wall clock: {rate:.1f} images/s, {megabytes:.0f} MB/s, first batch after "
-                f"{first:.1f} s; {rate / (2 * rates['mpformer']):.0%} of twice the rate above"
+                f"Ray Data, 2 CPUs, wall clock: {found.images_per_second:.1f} images/s, "
+                f"{found.megabytes_per_second:.0f} MB/s, first after {found.first_batch_seconds:.1f} s; "
+                f"{found.images_per_second / (2 * rates['mpformer']):.0%} of twice the rate above"
             )
 
 
