@@ -1,4 +1,4 @@
-"""Builds the CPU kernel: at installation where a compiler is there, else on first use into a cache.
+"""Builds the CPU kernels: at installation where a compiler is there, else on first use into a cache.
 
 Standard library only, and no import of the package: setup.py runs this file by its path. The result has a
 plain C interface and needs neither the headers nor the version of any torch.
@@ -18,11 +18,15 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
 _FILES = ("deform_attn_cpu.h", "deform_attn_types.h", "deform_attn_cpu.cpp", "deform_attn_kernel.cpp")
+_FILES += ("mask_points.h", "mask_points_cpu.cpp", "mask_points_kernel.cpp", "threads.h")
 
 # Errno and floating-point traps are not looked at by anyone, and both keep the compiler from vectorising.
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
 _FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+
+# Only when tuning for such a processor does GCC turn a loop of look-ups into gather instructions.
+_OPERATORS = {"deform_attn": [], "mask_points": ["-mtune=icelake-server"]}
 
 # name of the kernel, floats per vector, flags
 _PLAIN = [("kernel_plain", 4, [])]
@@ -35,7 +39,7 @@ class BuildError(Exception):
 
 def source_hash() -> str:
     """Hash of all that decides what the library does: sources and compiler flags."""
-    digest = hashlib.sha256(repr((_FLAGS, _X86)).encode())
+    digest = hashlib.sha256(repr((_FLAGS, _X86, _OPERATORS)).encode())
     for name in _FILES:
         digest.update((SOURCES / name).read_bytes())
     return digest.hexdigest()[:16]
@@ -65,13 +69,16 @@ def compile_library(target: Path, extra_flags: tuple[str, ...] = ()) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         jobs = [
             [
-                str(SOURCES / "deform_attn_kernel.cpp"),
-                f"-DMPFORMER_KERNEL={name}",
+                str(SOURCES / f"{operator}_kernel.cpp"),
+                f"-DMPFORMER_KERNEL={'mask_' if operator == 'mask_points' else ''}{name}",
                 f"-DMPFORMER_LANES={lanes}",
                 *own,
+                *(tuning if lanes == 16 and own else []),
             ]
+            for operator, tuning in _OPERATORS.items()
             for name, lanes, own in (_X86 if x86 else _PLAIN)
         ]
+        jobs.append([str(SOURCES / "mask_points_cpu.cpp")])
         jobs.append([str(SOURCES / "deform_attn_cpu.cpp"), f'-DMPFORMER_SOURCE_HASH="{source_hash()}"'])
         objects = [os.path.join(folder, f"{i}.o") for i in range(len(jobs))]
         _run([[*compiler, *flags, "-c", *job, "-o", o] for job, o in zip(jobs, objects, strict=True)])

@@ -43,16 +43,27 @@ class _Problem(ctypes.Structure):
     ]
 
 
-class Library:
-    """The shared library at `path`, built from csrc/; `name` is the instruction set it uses here."""
+class OtherSourcesError(Exception):
+    """The library was built from other sources than those that lie beside this file."""
 
-    def __init__(self, path: str):
+
+class Library:
+    """The shared library at `path`, built from csrc/; `name` is the instruction set it uses here.
+
+    Raises OSError where it does not load, OtherSourcesError where it was built from sources of another hash.
+    """
+
+    def __init__(self, path: str, source_hash: str):
         self._library = ctypes.CDLL(path)
-        self._forward = self._function("forward", ctypes.c_int, ctypes.POINTER(_Problem))
-        self._backward = self._function("backward", ctypes.c_int, ctypes.POINTER(_Problem))
-        self.source_hash = self._function("source", ctypes.c_char_p)().decode()
-        name = self._function("kernel", ctypes.c_char_p, ctypes.c_int)
-        runs_here = self._function("runs_here", ctypes.c_int, ctypes.c_int)
+        # first of all: a library of other sources may lack the other functions
+        if self._function("deform_attn_source", ctypes.c_char_p)().decode() != source_hash:
+            raise OtherSourcesError
+        self._forward = self._function("deform_attn_forward", ctypes.c_int, ctypes.POINTER(_Problem))
+        self._backward = self._function("deform_attn_backward", ctypes.c_int, ctypes.POINTER(_Problem))
+        self.mask_points_forward = self._function("mask_points_forward", ctypes.c_int, ctypes.c_void_p)
+        self.mask_points_backward = self._function("mask_points_backward", ctypes.c_int, ctypes.c_void_p)
+        name = self._function("deform_attn_kernel", ctypes.c_char_p, ctypes.c_int)
+        runs_here = self._function("deform_attn_runs_here", ctypes.c_int, ctypes.c_int)
         self.kernels: list[str] = []
         while (found := name(len(self.kernels))) is not None:
             self.kernels.append(found.decode())
@@ -60,7 +71,7 @@ class Library:
         self.name = self.usable[-1]
 
     def _function(self, name: str, result: type, *arguments: type) -> ctypes._CFuncPtr:
-        function = getattr(self._library, f"mpformer_deform_attn_{name}")
+        function = getattr(self._library, f"mpformer_{name}")
         function.restype, function.argtypes = result, arguments
         return function
 
@@ -120,7 +131,7 @@ class Library:
             weights=_array(given[2]),
             output=_array(given[3]),
             shapes=(ctypes.c_int64 * len(flat_shapes))(*flat_shapes),
-            launcher=_torch_threads(),
+            launcher=torch_threads(),
             batch=batch,
             queries=queries,
             heads=heads,
@@ -159,7 +170,7 @@ def _array(tensor: Tensor) -> _Array:
 
 
 @lru_cache
-def _torch_threads() -> int | None:
+def torch_threads() -> int | None:
     """Address of `GOMP_parallel` in the OpenMP runtime that torch runs on, None where it is not found.
 
     All three runtimes that torch is built with (GNU, LLVM, Intel) offer this entry point. Where the process

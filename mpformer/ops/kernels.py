@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpformer.ops import build
-from mpformer.ops.cpu import Library
+from mpformer.ops.cpu import Library, OtherSourcesError
 from mpformer.ops.cuda import find_cuda_kernel
 from mpformer.ops.reference import Shapes
 
@@ -42,6 +42,14 @@ def kernel_for(value: Tensor) -> Kernel | None:
     if value.dtype == torch.float64:
         return None  # the reference is the float64 form
     return _chosen(value.device.type, value.device.index or 0)
+
+
+def cpu_library(values: Tensor) -> Library | None:
+    """The compiled library if it can work on this tensor's device and type, else None."""
+    if values.device.type != "cpu" or values.dtype == torch.float64:
+        return None
+    kernel = _chosen("cpu", 0)
+    return kernel if isinstance(kernel, Library) else None
 
 
 @lru_cache
@@ -83,16 +91,14 @@ def _cpu_kernel() -> tuple[Library | None, str]:
     reasons = []
     for path in sorted(Path(__file__).parent.glob("_deform_attn_cpu*.so")):
         try:
-            library = Library(str(path))
+            return Library(str(path), build.source_hash()), f"built at installation: {path}"
         except OSError as error:
             reasons.append(f"the installed library does not load ({error})")
-            continue
-        if library.source_hash == build.source_hash():
-            return library, f"built at installation: {path}"
-        reasons.append("the installed library is of other sources")
+        except OtherSourcesError:
+            reasons.append("the installed library is of other sources")
     try:
         path = build.cached_library()
-        return Library(str(path)), f"built on first use: {path}"
+        return Library(str(path), build.source_hash()), f"built on first use: {path}"
     except build.BuildError as error:
         reasons.append(str(error))
     except OSError as error:

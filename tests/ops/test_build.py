@@ -151,7 +151,13 @@ def test_an_installed_library_is_used_only_if_it_is_of_these_sources(process, ne
     status, err = finish(process(PATH=str(tmp_path)))
     assert status[1] == "False"
     assert "the installed library is of other sources; no C++ compiler" in status[2]
-    (process.package / "ops" / "_deform_attn_cpu.test.so").write_bytes(b"not a library")
+    older = tmp_path / "older.cpp"  # it lacks what was added since
+    older.write_text('extern "C" const char* mpformer_deform_attn_source() { return "older"; }')
+    library = process.package / "ops" / "_deform_attn_cpu.test.so"
+    subprocess.run([*build.find_compiler(), "-shared", "-fPIC", str(older), "-o", str(library)], check=True)
+    status, err = finish(process(PATH=str(tmp_path)))
+    assert "the installed library is of other sources; no C++ compiler" in status[2]
+    library.write_bytes(b"not a library")
     status, err = finish(process(PATH=str(tmp_path)))
     assert "the installed library does not load" in status[2]
 
@@ -160,3 +166,13 @@ def test_importing_needs_torch_alone(process):
     code = "import sys, mpformer.ops; print(*{'ray', 'mlflow', 'pydantic', 'timm'}.intersection(sys.modules))"
     out, err = process(code).communicate(timeout=200)
     assert out.strip() == "", err
+
+
+@pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-g++"), reason="no compiler for arm64 here")
+def test_compiles_for_arm64(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "aarch64-linux-gnu-g++")
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    build.compile_library(tmp_path / "library.so", ("-Wall", "-Wextra", "-Werror"))
+    header = (tmp_path / "library.so").read_bytes()[:20]
+    assert header[:4] == b"\x7fELF"
+    assert int.from_bytes(header[18:20], "little") == 183  # EM_AARCH64

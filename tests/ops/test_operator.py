@@ -115,8 +115,8 @@ def test_same_bits_for_every_number_of_threads(library: Library, threads, monkey
         shapes, batch=2, queries=2 * queries, heads=3, channels=20, points=4, dtype=torch.float32
     )
     if pool == "own":
-        monkeypatch.setattr(cpu, "_torch_threads", lambda: None)
-    elif cpu._torch_threads() is None:
+        monkeypatch.setattr(cpu, "torch_threads", lambda: None)
+    elif cpu.torch_threads() is None:
         pytest.skip("the OpenMP runtime of torch was not found")
     if not fused:
         points, weights = sampling_from_logits(shapes, reference, points, weights)
@@ -147,7 +147,7 @@ def test_vectors_as_long_as_those_of_avx512(tmp_path, monkeypatch, library: Libr
         (sources / name).write_text(text)
     monkeypatch.setattr(build, "SOURCES", sources)
     build.compile_library(tmp_path / "wide.so")
-    wide = Library(str(tmp_path / "wide.so"))
+    wide = Library(str(tmp_path / "wide.so"), build.source_hash())
     assert wide.kernels == ["plain"]
     for channels in (5, 16, 24, 32, 50, 70):
         tensors = problem(SHAPES, batch=2, queries=37, channels=channels, dtype=torch.float32)

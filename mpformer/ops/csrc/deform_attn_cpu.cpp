@@ -7,13 +7,14 @@
 // on the threads.
 #include "deform_attn_cpu.h"
 
-#include <pthread.h>
 #include <sched.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+
+#include "threads.h"
 
 namespace mpformer {
 namespace {
@@ -174,37 +175,6 @@ void backward_thread(Work& w) {
 void forward_entry(void* w) { forward_thread(*static_cast<Work*>(w)); }
 void backward_entry(void* w) { backward_thread(*static_cast<Work*>(w)); }
 
-using Entry = void (*)(void*);
-struct Start {
-  Entry entry;
-  Work* work;
-};
-
-void* start(void* argument) {
-  const Start& s = *static_cast<Start*>(argument);
-  s.entry(s.work);
-  return nullptr;
-}
-
-// Runs on `threads` threads, the caller among them; every entry takes all tasks that nobody else takes, so
-// fewer threads than asked for are no error. Torch's own pool is used where it can be: its threads spin for a
-// while after an operator of torch and would compete with any of ours. Otherwise threads live for one call,
-// which leaves nothing behind to spin, to survive a fork or to be torn down.
-void run(Entry entry, Work& w, int threads) {
-  if (threads > 1 && w.problem->launcher) {
-    using Launcher = void (*)(Entry, void*, unsigned, unsigned);
-    reinterpret_cast<Launcher>(w.problem->launcher)(entry, &w, unsigned(threads), 0);
-    return;
-  }
-  Start s{entry, &w};
-  Memory<pthread_t> others;
-  int started = 0;
-  if (threads > 1 && others.allocate(threads - 1))
-    while (started < threads - 1 && pthread_create(&others[started], nullptr, start, &s) == 0) started++;
-  entry(&w);
-  for (int i = 0; i < started; i++) pthread_join(others[i], nullptr);
-}
-
 int call(const Problem& p, bool is_backward) {
   int chosen = p.instruction_set;
   if (chosen < 0)
@@ -256,7 +226,7 @@ int call(const Problem& p, bool is_backward) {
   w.tile_memory = tiles.get();
   w.cell_memory = tile_cells.get();
   w.done = done.get();
-  run(is_backward ? backward_entry : forward_entry, w, int(threads));
+  run_on_threads(is_backward ? backward_entry : forward_entry, &w, int(threads), p.launcher);
   return 0;
 }
 
