@@ -27,31 +27,62 @@ class Backbone(Section):
 
 
 class PixelDecoder(Section):
-    kind: Literal["deformable"] = "deformable"
-    """Multi-scale deformable attention over strides 32, 16, 8, then one FPN step to stride 4."""
+    kind: Literal["deformable", "fpn", "semantic_fpn", "bifpn", "fapn"] = "deformable"
+    """Multi-scale deformable attention over strides 32, 16, 8, then one FPN step to stride 4; or one of the
+    convolutional pixel decoders of Mask2Former's Table 4e. `fpn` is MaskFormer's."""
     layers: Annotated[int, Field(ge=0)] = 6
+    """Layers of deformable attention; the convolutional decoders have none."""
     channels: Count = 256
     """Channels of the feature levels; also the decoder's memory and the mask features."""
     heads: Count = 8
     points: Count = 4
     """Sampling points per head and level."""
     ffn: Count = 1024
+    last_kernel: Literal[1, 3] | None = None
+    """Kernel of the last convolution, which gives the mask features. MaskFormer prints 1; its released code,
+    whose FLOPs both papers print, has 3. null: 1 for deformable, 3 for the others."""
 
 
 class Decoder(Section):
     queries: Count = 100
-    layers: Count = 9
+    """Queries of the matching part. Where each stands for a class (`model.output: per_pixel`,
+    `loss.assignment: fixed`) there are as many as classes instead."""
+    layers: Annotated[int, Field(ge=0)] = 9
+    """0: predictions of the supervised queries themselves; of a per-pixel model, none but a convolution."""
     heads: Count = 8
     ffn: Count = 2048
     dropout: Fraction = 0.0
-    features: Literal["round_robin", "stride_32", "stride_16", "stride_8"] = "round_robin"
-    """The map that a layer attends to: strides 32, 16, 8 in turn (coarse to fine), or one for all layers;
-    `stride_8` is "all large" of MP-Former's Table 9."""
+    attention: Literal["masked", "cross", "smca", "mask_pooling"] = "masked"
+    """What a query does with the memory (Mask2Former Table 4c): attend within its predicted mask; attend
+    everywhere; attend everywhere under a Gaussian of its own (SMCA); average its mask's features (K-Net)."""
+    features: Literal["round_robin", "all_scales", "stride_32", "stride_16", "stride_8"] = "round_robin"
+    """The map that a layer attends to: strides 32, 16, 8 in turn (coarse to fine), all three at once
+    (Mask2Former's "naive m.s.", Table 4d), or one for all layers; `stride_8` is "all large" of MP-Former's
+    Table 9."""
+    query_features: Literal["supervised", "learned", "zero"] = "supervised"
+    """The queries' start: learned and trained by losses of their own (head 0), learned without, or zero
+    (Mask2Former Table Xb)."""
+    order: Literal["cross_first", "self_first"] = "cross_first"
+    """Attention to the memory before attention among queries, or after it (DETR, MaskFormer)."""
+    self_attention: bool = True
+    """Attention among queries (MaskFormer's Table VIII leaves it out)."""
+    memory: Literal["pixel_decoder", "backbone"] = "pixel_decoder"
+    """Where the attended maps come from. `backbone`: its stride-32 map, projected (MaskFormer); needs
+    `features: stride_32`."""
+    encoder_layers: Annotated[int, Field(ge=0)] = 0
+    """Transformer encoder layers (DETR's) on the backbone's stride-32 map, before pixel decoder and decoder;
+    MaskFormer's panoptic ResNets have 6. Heads, ffn and dropout are the decoder's."""
 
-    def levels(self) -> tuple[int, ...]:
-        """The memory that each layer reads: 0, 1, 2 for strides 32, 16, 8."""
-        fixed = {"stride_32": 0, "stride_16": 1, "stride_8": 2}.get(self.features)
-        return tuple(i % 3 if fixed is None else fixed for i in range(self.layers))
+    def levels(self) -> tuple[tuple[int, ...], ...]:
+        """The memories that each layer reads: 0, 1, 2 for strides 32, 16, 8."""
+        each = {"all_scales": (0, 1, 2), "stride_32": (0,), "stride_16": (1,), "stride_8": (2,)}
+        fixed = each.get(self.features)
+        return tuple((i % 3,) if fixed is None else fixed for i in range(self.layers))
+
+    @property
+    def heads_before_layers(self) -> int:
+        """1 where the queries are predicted from, and trained, before the first layer (head 0), else 0."""
+        return int(self.query_features == "supervised")
 
 
 class NoNoise(Section):
@@ -208,25 +239,66 @@ class Loss(Section):
     mask_weight: NonNegative = 5.0
     dice_weight: NonNegative = 5.0
     no_object_weight: NonNegative = 0.1
+    mask_loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    """What `mask_weight` weighs in loss and matching; focal (alpha 0.25, gamma 2): MaskFormer, DETR."""
     points: Count | None = 12544
-    """Sampled points per mask in matching and loss; null computes both on full masks."""
+    """Sampled points per mask in the loss; null computes it on full masks."""
+    match_points: Count | Literal["as_loss"] | None = "as_loss"
+    """Sampled points per mask in matching; null matches on full masks (Mask2Former Table 5)."""
     oversample: Annotated[float, Field(ge=1.0)] = 3.0
     importance: Fraction = 0.75
     """Share of the loss points taken where the prediction is least certain (PointRend)."""
+    shared_pilot_points: bool = False
+    """One set of loss points for all pilots of an object, importance-sampled by their mean prediction. It is
+    faster; the statistics are not those of points of each pilot's own (the papers)."""
     padding: Literal["counted", "ignored"] = "counted"
     """Whether points in the padding of a crop count, as in the papers' recipes."""
     matching: Literal["each_head", "last_head"] = "each_head"
     """Bipartite matching at every head, or the last head's for all (fixed matching, MP-Former appendix C)."""
+    assignment: Literal["bipartite", "fixed"] = "bipartite"
+    """Objects to queries at least cost, or the object of class k to query k (MaskFormer Table 4). Fixed: as
+    many queries as classes, and one object per class, as semantic data has."""
+    match_by: Literal["masks", "boxes"] = "masks"
+    """Mask and dice cost, or those of boxes (DETR; MaskFormer Table 5): every query then predicts a box,
+    too, which is trained."""
+    box_weight: NonNegative = 5.0
+    """Weight of the boxes' L1 distance, where there are boxes."""
+    giou_weight: NonNegative = 2.0
+    """Weight of the boxes' generalised IoU, where there are boxes."""
+    per_pixel: Literal["cross_entropy", "focal_dice"] = "cross_entropy"
+    """Of a per-pixel model: cross-entropy of the pixels (weight 1), or `mask_loss` and dice of the class
+    maps as if they were masks (MaskFormer section 4.4)."""
     consistency_weight: NonNegative = 0.0
     """Weight of the layer-consistency loss (MP-Former equation 6), which the paper tried and dropped."""
 
+    def for_matching(self) -> Loss:
+        """The same settings with `points` being those of matching."""
+        if self.match_points == "as_loss":
+            return self
+        return self.model_copy(update={"points": self.match_points, "match_points": "as_loss"})
+
 
 class Model(Section):
+    output: Literal["masks", "per_pixel"] = "masks"
+    """Mask classification, or class scores of each pixel: MaskFormer's PerPixelBaseline (decoder.layers 0)
+    and PerPixelBaseline+ (a decoder whose query k gives the map of class k)."""
     backbone: Backbone = Backbone()
     pixel_decoder: PixelDecoder = PixelDecoder()
     decoder: Decoder = Decoder()
     pilot: Pilot = Pilot()
     loss: Loss = Loss()
+
+    def queries(self, classes: int) -> int:
+        """Queries of the matching part for a data set of that many classes."""
+        by_class = self.output == "per_pixel" or self.loss.assignment == "fixed"
+        return classes if by_class else self.decoder.queries
+
+    @property
+    def heads(self) -> int:
+        """Predictions that training sees: one before the first layer (head 0), if any, and one per layer."""
+        if self.output == "per_pixel" and not self.decoder.layers:
+            return 1
+        return self.decoder.layers + self.decoder.heads_before_layers
 
     @model_validator(mode="after")
     def _check(self) -> Model:
@@ -239,4 +311,23 @@ class Model(Section):
             raise ValueError("pixel_decoder.channels: the sine position needs a multiple of 4")
         if not isinstance(self.pilot.layers, str) and max(self.pilot.layers, default=0) > self.decoder.layers:
             raise ValueError(f"pilot.layers: the decoder has layers 1 to {self.decoder.layers}")
+        self._check_family()
         return self
+
+    def _check_family(self) -> None:
+        decoder, loss = self.decoder, self.loss
+        if decoder.memory == "backbone" and decoder.features != "stride_32":
+            raise ValueError("decoder.memory: backbone has one map: decoder.features must be stride_32")
+        if not self.heads:
+            raise ValueError("decoder.layers: without layers only supervised query_features predict")
+        if decoder.query_features == "zero" and not self.pilot.rules().query_positions:
+            raise ValueError("decoder.query_features: zero without positions: all queries the same")
+        if self.output == "per_pixel":
+            if self.pilot.queries:
+                raise ValueError("pilot.queries: a per-pixel model has no objects to pilot: 0 is expected")
+            if loss.consistency_weight:
+                raise ValueError("loss.consistency_weight: a per-pixel model has no masks: 0 is expected")
+            if loss.match_by == "boxes":
+                raise ValueError("loss.match_by: a per-pixel model has no boxes: masks is expected")
+        if loss.assignment == "fixed" and loss.match_by == "boxes":
+            raise ValueError("loss.match_by: with a fixed assignment nothing is matched: masks is expected")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -29,7 +30,9 @@ if torch.version.cuda is None:
 
 import timm  # noqa: E402
 from timm.layers import BatchNormAct2d, Format, GroupNormAct, freeze_batch_norm_2d  # noqa: E402
+from timm.models.resnet import BasicBlock, Bottleneck  # noqa: E402
 from timm.models.swin_transformer import SwinTransformerBlock  # noqa: E402
+from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
 
 STRIDES = (4, 8, 16, 32)
 
@@ -71,6 +74,7 @@ class Backbone(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels) if with_norms else None
         if config.norm == "frozen_bn":
             self.body = freeze_batch_norm_2d(self.body)
+            _fold_frozen_norms(self.body)
         elif config.norm == "group_norm":
             self.body = _to_group_norm(self.body)
         _freeze(self.body, config.frozen_stages)
@@ -163,6 +167,34 @@ def _freeze(body: nn.Module, stages: int) -> None:
         if done < stages:
             child.requires_grad_(False)
         done += name in ends
+
+
+class _ConvWithNorm(nn.Conv2d):
+    """A convolution that does the work of the frozen normalisation after it: one pass over the map less."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (norm,) = self.norm
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight = self.weight * scale[:, None, None, None]
+        return self._conv_forward(x, weight, norm.bias - norm.running_mean * scale)
+
+
+class _FoldedFrozenBatchNorm2d(FrozenBatchNorm2d):
+    """Keeps its place and its numbers; its work is done by the convolution before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _fold_frozen_norms(body: nn.Module) -> None:
+    """In ResNets, whose every convolution is followed by its norm: let the convolution do both."""
+    if not any(isinstance(module, BasicBlock | Bottleneck) for module in body.modules()):
+        return
+    for module in body.modules():
+        for conv, norm in itertools.pairwise(module.children()):
+            if type(conv) is nn.Conv2d and conv.bias is None and type(norm) is FrozenBatchNorm2d:
+                conv.__class__, norm.__class__ = _ConvWithNorm, _FoldedFrozenBatchNorm2d
+                conv.norm = (norm,)  # a tuple, so that the norm is no part of the convolution as well
 
 
 def _to_group_norm(module: nn.Module) -> nn.Module:

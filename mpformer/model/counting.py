@@ -46,8 +46,8 @@ def count_size(config: ModelConfig, classes: int, height: int, width: int, task:
         part: sum(by_module.get(f"{type(model).__name__}.{part}", {}).values()) // 2
         for part, _ in model.named_children()
     }
-    if task == "semantic":
-        parts["inference"] = config.decoder.queries * classes * height * width
+    if task == "semantic" and config.output == "masks":
+        parts["inference"] = config.queries(classes) * classes * height * width
     return Size(parameters, sum(parts.values()), parts)
 
 

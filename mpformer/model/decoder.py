@@ -1,4 +1,4 @@
-"""The masked-attention transformer decoder of Mask2Former, with room for the mask-piloted part of MP-Former.
+"""The transformer decoder: Mask2Former's masked attention, or MaskFormer's plain one, with room for pilots.
 
 Queries of the matching part and pilots run through the same layers side by side. What a pilot may see, and
 who may see it, is said by attention masks alone; without pilots nothing of them exists.
@@ -6,13 +6,18 @@ who may see it, is said by attention masks alone; without pilots nothing of them
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpformer.config_model import Decoder as DecoderConfig
-from mpformer.config_model import Pilot as PilotConfig
-from mpformer.model.attention import Attention
+from mpformer.config_model import Model as ModelConfig
+from mpformer.model.attention import CROSS_ATTENTIONS, Attention
+from mpformer.model.mask_logits import mask_logits_of
+from mpformer.model.points import cell_centers
 from mpformer.model.position import sine_position
 from mpformer.types import Head, Output, Pilots
 
@@ -20,15 +25,30 @@ LEVELS = 3
 """Memories, coarse to fine: strides 32, 16, 8."""
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What a layer attends to: the cells of one map, or of several laid end to end."""
+
+    values: Tensor
+    """[B,S,C]"""
+    keys: Tensor
+    """[B,S,C]: the values with their sine positions."""
+    places: Tensor
+    """[S,2]: centres of the cells, (x, y) in 0..1."""
+    sizes: tuple[tuple[int, int], ...]
+    """(h, w) of each map."""
+
+
 class DecoderLayer(nn.Module):
-    """Masked cross-attention, self-attention, feed-forward network; residual and norm after each."""
+    """Cross- and self-attention (in either order), feed-forward network; residual and norm after each."""
 
     def __init__(self, config: DecoderConfig, channels: int) -> None:
         super().__init__()
-        self.cross_attn = Attention(channels, config.heads, config.dropout)
+        self.self_first = config.order == "self_first"
+        self.cross_attn = CROSS_ATTENTIONS[config.attention](channels, config.heads, config.dropout)
         self.cross_norm = nn.LayerNorm(channels)
-        self.self_attn = Attention(channels, config.heads, config.dropout)
-        self.self_norm = nn.LayerNorm(channels)
+        self.self_attn = Attention(channels, config.heads, config.dropout) if config.self_attention else None
+        self.self_norm = nn.LayerNorm(channels) if config.self_attention else None
         self.linear1 = nn.Linear(channels, config.ffn)
         self.linear2 = nn.Linear(config.ffn, channels)
         self.ffn_norm = nn.LayerNorm(channels)
@@ -40,27 +60,35 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         query_position: Tensor | float,
-        memory: Tensor,
-        memory_position: Tensor,
-        may_look: Tensor,
+        memory: Memory,
+        may_look: Tensor | None,
         may_talk: Tensor | None,
     ) -> Tensor:
-        """x [B,Q+P,C], query_position [1,Q+P,C] or 0; memory [B,h*w,C]; may_look [B,Q+P,h*w]; may_talk
-        [B,Q+P,Q+P] or None for everyone."""
-        looked = self.cross_attn(x + query_position, memory + memory_position, memory, may_look)
+        """x [B,Q+P,C], query_position [1,Q+P,C] or 0; may_look [B,Q+P,S] and may_talk [B,Q+P,Q+P] bool, or
+        None for all cells and everyone."""
+        if self.self_first:
+            x = self._talk(x, query_position, may_talk)
+        looked = self.cross_attn(x + query_position, memory.keys, memory.values, may_look, memory.places)
         x = self.cross_norm(x + self.dropout(looked))
-        placed = x + query_position
-        x = self.self_norm(x + self.dropout(self.self_attn(placed, placed, x, may_talk)))
+        if not self.self_first:
+            x = self._talk(x, query_position, may_talk)
         thought = self.linear2(self.dropout(F.relu(self.linear1(x))))
         return self.ffn_norm(x + self.dropout(thought))
 
+    def _talk(self, x: Tensor, query_position: Tensor | float, may_talk: Tensor | None) -> Tensor:
+        if self.self_attn is None:
+            return x
+        placed = x + query_position
+        return self.self_norm(x + self.dropout(self.self_attn(placed, placed, x, may_talk)))
 
-class MaskMLP(nn.Module):
-    """Three linear layers that turn a query into its mask embedding."""
 
-    def __init__(self, channels: int) -> None:
+class MLP(nn.Module):
+    """Three linear layers with ReLU between: a query's mask embedding, or its box."""
+
+    def __init__(self, channels: int, outputs: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(channels, channels) for _ in range(3))
+        sizes = (channels, channels, channels, outputs)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -68,24 +96,39 @@ class MaskMLP(nn.Module):
         return self.layers[-1](x)
 
 
-class MaskedDecoder(nn.Module):
-    """Learnable queries refined by masked attention to one memory after the other (Mask2Former section 3.2).
+class QueryDecoder(nn.Module):
+    """Queries refined by looking at one memory after the other (Mask2Former section 3.2, MaskFormer 3.3).
 
-    `query_embed` is None where queries have no positions, `pilot_embed` (class embeddings) where there is no
-    mask piloting.
+    What a model does without is None: `query_feat` with zero features, `query_embed` without positions,
+    `level_embed` and `input_proj` with the other kind of memory, `class_embed` of per-pixel models,
+    `box_embed` without boxes, `pilot_embed` (class embeddings) without mask piloting.
     """
 
-    def __init__(self, config: DecoderConfig, pilot: PilotConfig, channels: int, classes: int) -> None:
+    def __init__(self, config: ModelConfig, classes: int, backbone_channels: int) -> None:
+        """backbone_channels: of the memory where that is the backbone's map."""
         super().__init__()
-        self.levels = config.levels()
-        self.query_feat = nn.Embedding(config.queries, channels)
-        self.query_embed = nn.Embedding(config.queries, channels) if pilot.rules().query_positions else None
-        self.level_embed = nn.Embedding(LEVELS, channels)
-        self.pilot_embed = nn.Embedding(classes, channels) if pilot.queries else None
-        self.layers = nn.ModuleList(DecoderLayer(config, channels) for _ in range(config.layers))
+        decoder, channels, queries = config.decoder, config.pixel_decoder.channels, config.queries(classes)
+        self.levels = decoder.levels()
+        self.queries = queries
+        self.predicts_first = bool(decoder.heads_before_layers)
+        self.masked = decoder.attention in ("masked", "mask_pooling")
+        learned = decoder.query_features != "zero"
+        # only layers make use of positions and levels
+        positions = config.pilot.rules().query_positions and decoder.layers
+        self.query_feat = nn.Embedding(queries, channels) if learned else None
+        self.query_embed = nn.Embedding(queries, channels) if positions else None
+        from_backbone = decoder.memory == "backbone"
+        leveled = decoder.layers and not from_backbone
+        self.level_embed = nn.Embedding(LEVELS, channels) if leveled else None
+        self.layers = nn.ModuleList(DecoderLayer(decoder, channels) for _ in range(decoder.layers))
         self.norm = nn.LayerNorm(channels)
-        self.class_embed = nn.Linear(channels, classes + 1)
-        self.mask_embed = MaskMLP(channels)
+        self.class_embed = nn.Linear(channels, classes + 1) if config.output == "masks" else None
+        self.mask_embed = MLP(channels, channels)
+        self.box_embed = MLP(channels, 4) if config.loss.match_by == "boxes" else None
+        project = from_backbone and backbone_channels != channels
+        self.input_proj = nn.Conv2d(backbone_channels, channels, 1) if project else None
+        # last of the whole model: with the same seed, all else starts as it does without mask piloting
+        self.pilot_embed = nn.Embedding(classes, channels) if config.pilot.queries else None
 
     def forward(
         self,
@@ -94,11 +137,14 @@ class MaskedDecoder(nn.Module):
         pilots: Pilots | None = None,
         all_heads: bool = True,
     ) -> Output:
-        """mask_features [B,C,H/4,W/4], memories [B,C,h,w] coarse to fine -> heads (all, or the last one)."""
-        batch = len(mask_features)
-        queries = self.query_feat.num_embeddings
-        flat, positions, sizes = self._flatten(memories)
-        x = self.query_feat.weight.expand(batch, -1, -1)
+        """mask_features [B,C,H/4,W/4], memories [B,C,h,w] coarse to fine (or the backbone's one map) -> heads
+        (all, or the last one)."""
+        batch, channels = mask_features.shape[:2]
+        queries = self.queries
+        if self.query_feat is None:
+            x = self.norm.weight.new_zeros(batch, queries, channels)
+        else:
+            x = self.query_feat.weight.expand(batch, -1, -1)
         query_position = 0.0 if self.query_embed is None else self.query_embed.weight[None]
         may_talk = None
         if pilots is not None:
@@ -109,47 +155,90 @@ class MaskedDecoder(nn.Module):
                 query_position = F.pad(query_position, (0, 0, 0, pilots.labels.shape[1]))
             may_talk = _self_attention_rule(queries, pilots)
 
+        read = {levels: self._memory(memories, levels) for levels in set(self.levels)}
         heads = []
-        for index, (layer, level) in enumerate(zip(self.layers, self.levels)):
-            class_logits, mask_logits = self._predict(x, mask_features, classify=all_heads)
-            if all_heads:
-                heads.append(Head(class_logits, mask_logits))
-            may_look = _foreground(mask_logits, sizes[level])
-            if pilots is not None and pilots.attention_masks[index] is not None:
-                may_look = torch.cat((may_look[:, :queries], pilots.attention_masks[index]), dim=1)
-            # a query whose mask is empty looks everywhere
-            may_look = may_look | ~may_look.any(dim=2, keepdim=True)
-            x = layer(x, query_position, flat[level], positions[level], may_look, may_talk)
-        heads.append(Head(*self._predict(x, mask_features, classify=True)))
+        for index, (layer, levels) in enumerate(zip(self.layers, self.levels)):
+            shown = all_heads and (index > 0 or self.predicts_first)
+            head = self._predict(x, mask_features, whole=shown) if shown or self.masked else None
+            if shown:
+                heads.append(head)
+            piloted = None if pilots is None else pilots.attention_masks[index]
+            may_look = None
+            if self.masked:
+                predicted = head.mask_logits if piloted is None else head.mask_logits[:, :queries]
+                may_look = _foreground(predicted, read[levels].sizes)
+            if piloted is not None:
+                if may_look is None:
+                    may_look = piloted.new_ones(batch, queries, piloted.shape[2])
+                may_look = torch.cat((may_look, piloted), dim=1)
+            if may_look is not None:
+                # a query whose mask is empty looks everywhere
+                may_look = may_look | ~may_look.any(dim=2, keepdim=True)
+            x = layer(x, query_position, read[levels], may_look, may_talk)
+        heads.append(self._predict(x, mask_features, whole=True))
         if pilots is None:
             return Output(tuple(heads))
-        return Output(
-            tuple(Head(h.class_logits[:, :queries], h.mask_logits[:, :queries]) for h in heads),
-            tuple(Head(h.class_logits[:, queries:], h.mask_logits[:, queries:]) for h in heads),
-        )
+        return Output(*zip(*(_split(head, queries) for head in heads)))
 
-    def _flatten(
-        self, memories: tuple[Tensor, ...]
-    ) -> tuple[list[Tensor], list[Tensor], list[tuple[int, int]]]:
-        flat, positions, sizes = [], [], []
-        for memory, embedding in zip(memories, self.level_embed.weight):
-            _, channels, h, w = memory.shape
-            flat.append(memory.flatten(2).transpose(1, 2) + embedding)
-            positions.append(sine_position(h, w, channels, memory.device, memory.dtype)[None])
+    def _memory(self, maps: tuple[Tensor, ...], levels: tuple[int, ...]) -> Memory:
+        values, keys, places, sizes = [], [], [], []
+        for level in levels:
+            value = maps[level] if self.input_proj is None else self.input_proj(maps[level])
+            _, channels, h, w = value.shape
+            value = value.flatten(2).transpose(1, 2)
+            if self.level_embed is not None:
+                value = value + self.level_embed.weight[level]
+            values.append(value)
+            keys.append(value + sine_position(h, w, channels, value.device, value.dtype))
+            places.append(cell_centers(h, w, value.device))
             sizes.append((h, w))
-        return flat, positions, sizes
+        return Memory(torch.cat(values, 1), torch.cat(keys, 1), torch.cat(places), tuple(sizes))
 
-    def _predict(self, x: Tensor, mask_features: Tensor, classify: bool) -> tuple[Tensor | None, Tensor]:
+    def _predict(self, x: Tensor, mask_features: Tensor, whole: bool) -> Head:
+        """The predictions of all queries, or only their masks."""
         x = self.norm(x)
-        mask_logits = torch.einsum("bqc,bchw->bqhw", self.mask_embed(x), mask_features)
-        return self.class_embed(x) if classify else None, mask_logits
+        mask_logits = mask_logits_of(self.mask_embed(x), mask_features)
+        class_logits = self.class_embed(x) if whole and self.class_embed is not None else None
+        boxes = self.box_embed(x).sigmoid() if whole and self.box_embed is not None else None
+        return Head(class_logits, mask_logits, boxes)
+
+
+class PixelClassifier(nn.Module):
+    """Class maps by one convolution of the mask features: PerPixelBaseline's whole decoder (MaskFormer 4)."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.levels = ()
+        self.layers = ()
+        self.pilot_embed = None
+        self.predictor = nn.Conv2d(channels, classes, 1)
+
+    def forward(
+        self,
+        mask_features: Tensor,
+        memories: tuple[Tensor, ...],
+        pilots: Pilots | None = None,
+        all_heads: bool = True,
+    ) -> Output:
+        """mask_features [B,C,H/4,W/4] -> the one head; nothing else is used."""
+        return Output((Head(None, self.predictor(mask_features)),))
+
+
+def _split(head: Head, queries: int) -> tuple[Head, Head]:
+    """The matching part's first `queries`, and the pilots."""
+    sizes = (queries, head.mask_logits.shape[1] - queries)
+    parts = [
+        (None, None) if values is None else values.split(sizes, dim=1)
+        for values in (head.class_logits, head.mask_logits, head.boxes)
+    ]
+    return Head(*(first for first, _ in parts)), Head(*(second for _, second in parts))
 
 
 @torch.no_grad()
-def _foreground(mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cells [B,Q,h*w] in which the resized mask is foreground (probability at least 0.5)."""
-    resized = F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=False)
-    return resized.flatten(2) >= 0
+def _foreground(mask_logits: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
+    """Cells [B,Q,S] in which the resized mask is foreground (probability at least 0.5)."""
+    resized = [F.interpolate(mask_logits, size=s, mode="bilinear", align_corners=False) for s in sizes]
+    return torch.cat([r.flatten(2) for r in resized], dim=2) >= 0
 
 
 def _self_attention_rule(queries: int, pilots: Pilots) -> Tensor:

@@ -7,6 +7,7 @@ batch is dealt out to workers and micro-batches.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,10 +17,20 @@ from torch.nn import functional as F
 
 from mpformer.config_model import Loss as LossConfig
 from mpformer.config_model import Model as ModelConfig
-from mpformer.model.matcher import Match
+from mpformer.model.boxes import generalized_iou, relative_boxes
+from mpformer.model.matcher import FOCAL_ALPHA, FOCAL_GAMMA, Match
 from mpformer.model.piloting import pilot_layout
-from mpformer.model.points import at_least_float32, cell_centers, inside, sample, uncertain_points
+from mpformer.model.points import (
+    at_least_float32,
+    cell_centers,
+    inside,
+    least_certain,
+    sample,
+    uncertain_points,
+    unpack,
+)
 from mpformer.model.streams import SampleRandom
+from mpformer.ops.mask_points import MaskPairs, kernel_for_mask_points, mask_point_losses
 from mpformer.types import Head, Pilots, Target
 
 
@@ -36,19 +47,22 @@ class Normalizers:
     pilot_class_weight: float
     """Cross-entropy weights of all pilots."""
     queries: float
-    """Queries of the matching part."""
+    """Queries of the matching part; of a per-pixel model its class maps."""
+    pixels: float = 1.0
+    """Labelled pixels; counted for per-pixel models only."""
 
 
-def count_for_normalizers(targets: Sequence[Target], config: ModelConfig) -> list[float]:
-    """A micro-batch's share of the `Normalizers`, known from its targets alone."""
+def count_for_normalizers(targets: Sequence[Target], config: ModelConfig, classes: int) -> list[float]:
+    """A micro-batch's share of the `Normalizers`, known from its targets and the number of classes."""
     objects = [len(t.labels) for t in targets]
-    queries, no_object = config.decoder.queries, config.loss.no_object_weight
+    queries, no_object = config.queries(classes), config.loss.no_object_weight
     matched = [min(n, queries) for n in objects]
     class_weight = sum(m + no_object * (queries - m) for m in matched)
     layout = pilot_layout(objects, config.pilot)
     pilots = sum(layout.counts)
     pilot_class_weight = pilots + no_object * layout.fillers(config.pilot.rules())
-    return [float(sum(objects)), class_weight, pilots, pilot_class_weight, float(queries * len(objects))]
+    pixels = sum(int(t.masks.any(0).sum()) for t in targets) if config.output == "per_pixel" else 0
+    return [float(sum(objects)), class_weight, pilots, pilot_class_weight, queries * len(objects), pixels]
 
 
 def matching_losses(
@@ -60,7 +74,7 @@ def matching_losses(
     draws: SampleRandom,
     valid_sizes: Sequence[tuple[int, int]],
 ) -> dict[str, Tensor]:
-    """Weighted losses {'class', 'mask', 'dice'} of one head of the matching part."""
+    """Weighted losses {'class', 'mask', 'dice'} of one head of the matching part; boxes: 'box', 'giou'."""
     device = head.mask_logits.device
     batch, queries, outputs = head.class_logits.shape
     wanted_class = torch.full((batch, queries), outputs - 1, dtype=torch.long, device=device)
@@ -75,6 +89,7 @@ def matching_losses(
         "class": config.class_weight * class_sum / normalizers.class_weight,
         "mask": config.mask_weight * mask_sum / normalizers.objects,
         "dice": config.dice_weight * dice_sum / normalizers.objects,
+        **_box_losses(head, targets, pairs, config, normalizers.objects),
     }
 
 
@@ -101,11 +116,48 @@ def pilot_losses(
         wanted_class[b, :count] = target.labels[objects[b, :count]]
         pairs.append((torch.arange(count, device=objects.device), objects[b, :count]))
     class_sum = _class_loss(head.class_logits, wanted_class, config)
-    mask_sum, dice_sum = _mask_losses(head.mask_logits, targets, pairs, config, draws, valid_sizes)
+    shared = config.shared_pilot_points and config.points is not None
+    mask_sum, dice_sum = _mask_losses(head.mask_logits, targets, pairs, config, draws, valid_sizes, shared)
     return {
         "class": config.class_weight * class_sum / normalizers.pilot_class_weight,
         "mask": config.mask_weight * mask_sum / normalizers.pilots,
         "dice": config.dice_weight * dice_sum / normalizers.pilots,
+        **_box_losses(head, targets, pairs, config, normalizers.pilots),
+    }
+
+
+def per_pixel_losses(
+    head: Head, targets: Sequence[Target], normalizers: Normalizers, config: LossConfig
+) -> dict[str, Tensor]:
+    """Weighted losses of one head of a per-pixel model, on all labelled pixels at the targets' size.
+
+    {'pixel'}: mean cross-entropy over the pixels of the global batch; or {'mask', 'dice'}: mean over its
+    class maps, those of classes that an image lacks being empty. Pixels of no object are not counted.
+    """
+    pixel = mask = dice = head.mask_logits.new_zeros(())
+    classes = head.mask_logits.shape[1]
+    for logits, target in zip(at_least_float32(head.mask_logits), targets):
+        raised = _resize(logits, target.masks.shape[1:])
+        if config.per_pixel == "cross_entropy":
+            wanted = torch.full(raised.shape[1:], _NOT_COUNTED, device=raised.device)
+            for label, region in zip(target.labels, target.masks):
+                wanted[region] = label
+            pixel = pixel + F.cross_entropy(
+                raised[None], wanted[None], reduction="sum", ignore_index=_NOT_COUNTED
+            )
+        else:
+            maps = torch.zeros(classes, *raised.shape[1:], dtype=torch.bool, device=raised.device)
+            for label, region in zip(target.labels, target.masks):
+                maps[label] |= region
+            labelled = maps.any(0).flatten().to(raised.dtype)
+            pairs = raised.flatten(1), maps.flatten(1).to(raised.dtype), labelled
+            mask = mask + _mask_loss(*pairs, config).sum()
+            dice = dice + _dice(*pairs).sum()
+    if config.per_pixel == "cross_entropy":
+        return {"pixel": pixel / normalizers.pixels}
+    return {
+        "mask": config.mask_weight * mask / normalizers.queries,
+        "dice": config.dice_weight * dice / normalizers.queries,
     }
 
 
@@ -133,7 +185,7 @@ def consistency_losses(
                 points = _loss_points(logits, config, draws, b)
             predicted, wanted = sample(logits, points), sample(label.to(logits.dtype), points)
             counted = _counted(points, config, valid_sizes[b], size)
-            cross_entropy = cross_entropy + _cross_entropy(predicted, wanted, counted).sum()
+            cross_entropy = cross_entropy + _mask_loss(predicted, wanted, counted, config).sum()
             dice = dice + _dice(predicted, wanted, counted).sum()
         loss = config.mask_weight * cross_entropy + config.dice_weight * dice
         losses.append(config.consistency_weight * loss / normalizers.queries)
@@ -161,8 +213,29 @@ def _mask_losses(
     config: LossConfig,
     draws: SampleRandom,
     valid_sizes: Sequence[tuple[int, int]],
+    shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Sums over all pairs of the mean cross-entropy and of the dice loss; mask_logits [B,Q,H/4,W/4]."""
+    """Sums over all pairs of the mean mask loss and of the dice loss; mask_logits [B,Q,H/4,W/4].
+
+    shared: the pairs of one object of an image share their points.
+    """
+    library = kernel_for_mask_points(mask_logits)
+    if config.points is not None and config.mask_loss == "cross_entropy" and library is not None:
+        images = []
+        for b, (target, (queries, objects)) in enumerate(zip(targets, pairs)):
+            if shared:
+                points = _shared_points(mask_logits[b, queries], objects, config, draws, b)
+                drawn = points[:, :0], points
+            else:
+                drawn = _drawn_points(len(queries), config, draws, b)
+            limit = (math.inf, math.inf)
+            if config.padding == "ignored":
+                (height, width), size = valid_sizes[b], target.masks.shape[1:]
+                limit = (width / size[1], height / size[0])
+            images.append(MaskPairs(queries, objects, target.masks, *drawn, limit))
+        important = 0 if shared else int(config.importance * config.points)
+        both = mask_point_losses(library, mask_logits, images, important)
+        return both[0].sum(), both[1].sum()
     cross_entropy = mask_logits.new_zeros(())
     dice = mask_logits.new_zeros(())
     for b, (target, (queries, objects)) in enumerate(zip(targets, pairs)):
@@ -175,13 +248,34 @@ def _mask_losses(
             wanted = masks[objects].flatten(1).to(logits.dtype)
             points = cell_centers(*size, logits.device)
         else:
-            points = _loss_points(logits, config, draws, b)
+            if shared:
+                points = unpack(_shared_points(logits, objects, config, draws, b))
+            else:
+                points = _loss_points(logits, config, draws, b)
             predicted = sample(logits, points)
             wanted = _sample_objects(masks, objects, points, logits.dtype)
         counted = _counted(points, config, valid_sizes[b], masks.shape[1:])
-        cross_entropy = cross_entropy + _cross_entropy(predicted, wanted, counted).sum()
+        cross_entropy = cross_entropy + _mask_loss(predicted, wanted, counted, config).sum()
         dice = dice + _dice(predicted, wanted, counted).sum()
     return cross_entropy, dice
+
+
+def _box_losses(
+    head: Head,
+    targets: Sequence[Target],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    config: LossConfig,
+    count: float,
+) -> dict[str, Tensor]:
+    """L1 and generalised IoU of the paired boxes, weighted, sums over `count` (DETR); none without boxes."""
+    if head.boxes is None:
+        return {}
+    predicted = torch.cat([head.boxes[b, queries] for b, (queries, _) in enumerate(pairs)])
+    predicted = at_least_float32(predicted)
+    wanted = torch.cat([relative_boxes(t.masks)[objects] for t, (_, objects) in zip(targets, pairs)])
+    wanted = wanted.to(predicted.dtype)
+    distance, giou = (predicted - wanted).abs().sum(), (1 - generalized_iou(predicted, wanted)).sum()
+    return {"box": config.box_weight * distance / count, "giou": config.giou_weight * giou / count}
 
 
 def _counted(
@@ -195,9 +289,31 @@ def _loss_points(logits: Tensor, config: LossConfig, draws: SampleRandom, b: int
     """[n,P,2] points of each mask's own."""
     count = len(logits)
     important = int(config.importance * config.points)
-    candidates = draws.uniform(b, count, int(config.oversample * config.points), 2)
-    uniform = draws.uniform(b, count, config.points - important, 2)
-    return uncertain_points(logits, candidates, uniform, important)
+    candidates, uniform = _drawn_points(count, config, draws, b)
+    return uncertain_points(logits, unpack(candidates), unpack(uniform), important)
+
+
+def _shared_points(
+    logits: Tensor, objects: Tensor, config: LossConfig, draws: SampleRandom, b: int
+) -> Tensor:
+    """[n,P] int32: packed points, the same for all predictions of an object; objects [n].
+
+    Of the candidates those are kept at which the mean of the object's predictions is least certain.
+    """
+    own, place = objects.unique(return_inverse=True)
+    sums = at_least_float32(logits.detach()).new_zeros(len(own), *logits.shape[1:])
+    # every group holds every object once, so a sum of logits is as uncertain as their mean
+    sums.index_add_(0, place, logits.detach().to(sums.dtype))
+    candidates, uniform = _drawn_points(len(own), config, draws, b)
+    kept = least_certain(sums, candidates, int(config.importance * config.points))
+    return torch.cat((kept, uniform), dim=1)[place]
+
+
+def _drawn_points(count: int, config: LossConfig, draws: SampleRandom, b: int) -> tuple[Tensor, Tensor]:
+    """Candidates and uniform points of `count` masks of an image, packed: [count,...] int32 both."""
+    important = int(config.importance * config.points)
+    candidates = draws.points(b, count, int(config.oversample * config.points))
+    return candidates, draws.points(b, count, config.points - important)
 
 
 @torch.no_grad()
@@ -217,9 +333,13 @@ def _resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def _cross_entropy(logits: Tensor, wanted: Tensor, counted: Tensor | None) -> Tensor:
-    """Mean binary cross-entropy of each mask over its (counted) points, [n]."""
+def _mask_loss(logits: Tensor, wanted: Tensor, counted: Tensor | None, config: LossConfig) -> Tensor:
+    """Mean binary cross-entropy, or focal loss, of each mask over its (counted) points, [n]."""
     values = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    if config.mask_loss == "focal":
+        # exp(-cross-entropy) is the probability of what is wanted
+        balance = FOCAL_ALPHA * wanted + (1 - FOCAL_ALPHA) * (1 - wanted)
+        values = balance * (1 - (-values).exp()) ** FOCAL_GAMMA * values
     if counted is None:
         return values.mean(1)
     return (values * counted).sum(1) / counted.sum(-1).clamp(min=1)

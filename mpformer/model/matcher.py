@@ -12,9 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpformer.config_model import Loss as LossConfig
+from mpformer.model.boxes import generalized_iou, relative_boxes
 from mpformer.model.points import at_least_float32, cell_centers, inside, sample
 from mpformer.model.streams import SampleRandom
 from mpformer.types import Head, Pilots, RunError, Target
+
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
+"""Of the focal loss (Lin et al. 2017), as DETR and MaskFormer use it."""
 
 
 class NonFiniteError(RunError):
@@ -40,10 +44,14 @@ def match(
 ) -> list[Match]:
     """The cheapest assignment of each image's objects to distinct queries; min(Q, N) pairs.
 
-    Cost: class (minus the probability of the object's class), mask (binary cross-entropy) and dice, weighted
-    as in the loss, on points that all queries and objects of an image share. Raises `NonFiniteError` naming
-    the image where a cost is not finite.
+    Cost: class (minus the probability of the object's class), mask (binary cross-entropy or focal loss) and
+    dice, weighted as in the loss, on points that all queries and objects of an image share; by boxes: class,
+    L1 distance and generalised IoU. A fixed assignment costs nothing: class k to query k. Raises
+    `NonFiniteError` naming the image where a cost is not finite.
     """
+    if config.assignment == "fixed":
+        return [Match(t.labels.cpu(), torch.arange(len(t.labels))) for t in targets]
+    config = config.for_matching()
     matches = []
     for b, target in enumerate(targets):
         cost = _cost(head, b, target, config, draws, valid_sizes[b]).cpu()
@@ -68,6 +76,7 @@ def match_pilots(
 
     MP-Former Table 9, "match". Raises `NonFiniteError` as `match` does.
     """
+    config = config.for_matching()
     matched = pilots.objects.clone()
     for b, (target, count) in enumerate(zip(targets, pilots.counts)):
         if count == 0:
@@ -98,6 +107,15 @@ def _cost(
     valid_size: tuple[int, int],
 ) -> Tensor:
     """[Q,N] float32."""
+    class_cost = -at_least_float32(head.class_logits[b]).softmax(-1)[:, target.labels]
+    if config.match_by == "boxes":
+        predicted = at_least_float32(head.boxes[b])[:, None]
+        wanted = relative_boxes(target.masks).to(predicted.dtype)[None]
+        return (
+            config.class_weight * class_cost
+            + config.box_weight * (predicted - wanted).abs().sum(2)
+            - config.giou_weight * generalized_iou(predicted, wanted)
+        )
     size = target.masks.shape[1:]
     logits = at_least_float32(head.mask_logits[b])
     if config.points is None:
@@ -108,10 +126,10 @@ def _cost(
         predicted = sample(logits, points.expand(len(logits), -1, -1))
     wanted = sample(target.masks.to(logits.dtype), points.expand(len(target.masks), -1, -1))
     counted = inside(points, valid_size, size).to(logits.dtype) if config.padding == "ignored" else None
-    class_cost = -at_least_float32(head.class_logits[b]).softmax(-1)[:, target.labels]
+    mask_cost = _focal_cost if config.mask_loss == "focal" else _cross_entropy_cost
     return (
         config.class_weight * class_cost
-        + config.mask_weight * _cross_entropy_cost(predicted, wanted, counted)
+        + config.mask_weight * mask_cost(predicted, wanted, counted)
         + config.dice_weight * _dice_cost(predicted, wanted, counted)
     )
 
@@ -123,6 +141,15 @@ def _cross_entropy_cost(logits: Tensor, wanted: Tensor, counted: Tensor | None) 
         return (positive.sum(1, keepdim=True) - logits @ wanted.T) / logits.shape[1]
     total = counted.sum().clamp(min=1)
     return ((positive * counted).sum(1, keepdim=True) - (logits * counted) @ wanted.T) / total
+
+
+def _focal_cost(logits: Tensor, wanted: Tensor, counted: Tensor | None) -> Tensor:
+    probability = logits.sigmoid()
+    where_on = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * F.softplus(-logits)
+    where_off = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * F.softplus(logits)
+    weight = torch.ones_like(logits[0]) if counted is None else counted
+    total = (where_on * weight) @ wanted.T + (where_off * weight) @ (1 - wanted).T
+    return total / weight.sum().clamp(min=1)
 
 
 def _dice_cost(logits: Tensor, wanted: Tensor, counted: Tensor | None) -> Tensor:

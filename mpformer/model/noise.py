@@ -1,14 +1,44 @@
 """Noise on the ground-truth masks and labels that pilots are given (MP-Former sections 4.3 and 4.4).
 
 Masks are [N,h,w] bool at a layer's own level; distances and areas count its cells. Random numbers come in
-as arguments, uniform in [0, 1), so every function here is deterministic. What the released code does
-differently stands in functions of its own, named `released_*`.
+as arguments, uniform in [0, 1), so every kind of noise is a deterministic function. What the released code
+does differently stands in functions of its own, named `released_*`. `with_noise` draws the numbers.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from mpformer.config_model import Noise, PilotRules
+from mpformer.model.streams import SampleRandom
+
+
+def with_noise(masks: Tensor, noise: Noise, rules: PilotRules, draws: SampleRandom, image: int) -> Tensor:
+    """The masks of one image [n,h,w] with noise of a kind drawn afresh from the image's own stream."""
+    count = len(masks)
+    if noise.kind == "point":
+        scores = draws.uniform(image, count, masks.shape[1:].numel())
+        if rules.point_flips == "independent":
+            return released_point_noise(masks, noise.ratio, scores)
+        return point_noise(masks, noise.ratio, scores, draws.uniform(image, count))
+    if noise.kind == "shift":
+        return shift_noise(masks, noise.ratio, draws.uniform(image, count, 2))
+    if noise.kind == "scale":
+        return scale_noise(masks, noise.ratio, draws.uniform(image, count))
+    return masks
+
+
+def drawn_once(noise: Noise, rules: PilotRules) -> bool:
+    """Whether a noise is drawn once at the finest level and then only resized, as in the released code."""
+    return getattr(rules, noise.kind, "paper") == "released"
+
+
+def with_noise_once(masks: Tensor, noise: Noise, boxes: Tensor, draws: SampleRandom, image: int) -> Tensor:
+    """The same for what is `drawn_once`; boxes [n,4] as in `released_shift_noise`."""
+    if noise.kind == "shift":
+        return released_shift_noise(masks, noise.ratio, boxes, draws.uniform(image, len(masks), 2))
+    return released_scale_noise(masks, noise.ratio, boxes, draws.uniform(image, len(masks)))
 
 
 def point_noise(masks: Tensor, ratio: float, scores: Tensor, amounts: Tensor) -> Tensor:

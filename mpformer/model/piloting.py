@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from mpformer.config_model import Model as ModelConfig
-from mpformer.config_model import Noise, PilotRules
 from mpformer.config_model import Pilot as PilotConfig
+from mpformer.config_model import PilotRules
 from mpformer.model import noise as noises
+from mpformer.model.boxes import relative_boxes
 from mpformer.model.streams import SampleRandom
 from mpformer.types import Pilots, Target
 
@@ -116,7 +117,7 @@ def _attention_masks(
 ) -> tuple[Tensor | None, ...]:
     """For each decoder layer [B,P,h*w] bool at its level, or None where the layer is not piloted."""
     pilot, rules = config.pilot, config.pilot.rules()
-    at_every_layer = [n for n in pilot.noise if not _drawn_once(n, rules)]
+    at_every_layer = [n for n in pilot.noise if not noises.drawn_once(n, rules)]
     moved = any(n.kind in ("shift", "scale") for n in pilot.noise)
     sources = [
         _Source(target, objects[b, :count], pilot, rules, draws, b)
@@ -124,19 +125,20 @@ def _attention_masks(
     ]
     piloted = pilot.layer_numbers(config.decoder.layers)
     result: list[Tensor | None] = []
-    for number, level in enumerate(config.decoder.levels(), start=1):
+    for number, levels in enumerate(config.decoder.levels(), start=1):
         if number not in piloted:
             result.append(None)
             continue
-        size = sources[0].pyramid[level].shape[1:]
-        allowed = torch.zeros(*objects.shape, size.numel(), dtype=torch.bool, device=objects.device)
+        cells = [sources[0].pyramid[level].shape[1:].numel() for level in levels]
+        allowed = torch.zeros(*objects.shape, sum(cells), dtype=torch.bool, device=objects.device)
         for b, (source, count) in enumerate(zip(sources, counts)):
-            masks = source.pyramid[level][source.rows]
-            for noise in at_every_layer:
-                masks = _noised(masks, noise, rules, draws, b)
-            if rules.complement and moved and number > 1:
-                masks = ~masks
-            allowed[b, :count] = masks.flatten(1)
+            parts = []
+            for level in levels:
+                masks = source.pyramid[level][source.rows]
+                for noise in at_every_layer:
+                    masks = noises.with_noise(masks, noise, rules, draws, b)
+                parts.append(~masks if rules.complement and moved and number > 1 else masks)
+            allowed[b, :count] = torch.cat([part.flatten(1) for part in parts], dim=1)
         result.append(allowed)
     return tuple(result)
 
@@ -159,11 +161,11 @@ class _Source:
         kinds = {n.kind for n in config.noise}
         any_pixel = rules.level_masks == "any_pixel" or not kinds & {"shift", "scale"}
         finest, self.rows = _coarser(target.masks, FINEST_STRIDE, any_pixel), objects
-        once = [n for n in config.noise if _drawn_once(n, rules)]
+        once = [n for n in config.noise if noises.drawn_once(n, rules)]
         if once:
-            finest, boxes = finest[objects], _relative_boxes(target.masks)[objects]
+            finest, boxes = finest[objects], relative_boxes(target.masks)[objects]
             for noise in once:
-                finest = _noised_once(finest, noise, boxes, draws, image)
+                finest = noises.with_noise_once(finest, noise, boxes, draws, image)
             self.rows = torch.arange(len(objects), device=objects.device)
         levels = [finest]
         for _ in range(LEVELS - 1):
@@ -176,38 +178,3 @@ def _coarser(masks: Tensor, step: int, any_pixel: bool) -> Tensor:
     if not any_pixel:
         return masks[:, ::step, ::step]
     return masks.unflatten(2, (-1, step)).any(3).unflatten(1, (-1, step)).any(2)
-
-
-def _drawn_once(noise: Noise, rules: PilotRules) -> bool:
-    """Whether a noise is drawn once at the finest level and then only resized, as in the released code."""
-    return getattr(rules, noise.kind, "paper") == "released"
-
-
-def _noised(masks: Tensor, noise: Noise, rules: PilotRules, draws: SampleRandom, image: int) -> Tensor:
-    """Masks [n,h,w] with noise drawn afresh."""
-    count = len(masks)
-    if noise.kind == "point":
-        scores = draws.uniform(image, count, masks.shape[1:].numel())
-        if rules.point_flips == "independent":
-            return noises.released_point_noise(masks, noise.ratio, scores)
-        return noises.point_noise(masks, noise.ratio, scores, draws.uniform(image, count))
-    if noise.kind == "shift":
-        return noises.shift_noise(masks, noise.ratio, draws.uniform(image, count, 2))
-    if noise.kind == "scale":
-        return noises.scale_noise(masks, noise.ratio, draws.uniform(image, count))
-    return masks
-
-
-def _noised_once(masks: Tensor, noise: Noise, boxes: Tensor, draws: SampleRandom, image: int) -> Tensor:
-    if noise.kind == "shift":
-        return noises.released_shift_noise(masks, noise.ratio, boxes, draws.uniform(image, len(masks), 2))
-    return noises.released_scale_noise(masks, noise.ratio, boxes, draws.uniform(image, len(masks)))
-
-
-def _relative_boxes(masks: Tensor) -> Tensor:
-    """Boxes of masks [N,H,W] as (centre x, centre y, width, height) in 0..1, [N,4]."""
-    height, width = masks.shape[1:]
-    x0, y0, x1, y1 = noises.mask_boxes(masks).unbind(1)
-    return torch.stack(
-        ((x0 + x1) / (2 * width), (y0 + y1) / (2 * height), (x1 - x0) / width, (y1 - y0) / height), dim=1
-    )

@@ -1,4 +1,7 @@
-"""The pixel decoder of Mask2Former: multi-scale deformable attention, then one FPN step to stride 4."""
+"""The pixel decoder of Mask2Former: multi-scale deformable attention, then one FPN step to stride 4.
+
+The convolutional ones stand in `convolutional`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpformer.config_model import PixelDecoder as PixelDecoderConfig
+from mpformer.model.convolutional import CONVOLUTIONAL
 from mpformer.model.position import sine_position
 from mpformer.ops import ms_deform_attn_fused
 
@@ -95,7 +99,8 @@ class DeformablePixelDecoder(nn.Module):
         self.smooth = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(groups, channels), nn.ReLU()
         )
-        self.mask_features = nn.Conv2d(channels, channels, 1)
+        kernel = config.last_kernel or 1
+        self.mask_features = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
         self._reset()
 
     def _reset(self) -> None:
@@ -142,3 +147,9 @@ def _cell_centers(shapes: tuple[tuple[int, int], ...], device: torch.device) -> 
         grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
         centers.append(torch.stack((grid_x, grid_y), dim=2).reshape(-1, 2))
     return torch.cat(centers)[None, :, None, :].expand(1, -1, len(shapes), 2)
+
+
+def build_pixel_decoder(config: PixelDecoderConfig, backbone_channels: tuple[int, ...]) -> nn.Module:
+    """The pixel decoder of a kind, for backbone maps of those channels, finest first."""
+    kind = DeformablePixelDecoder if config.kind == "deformable" else CONVOLUTIONAL[config.kind]
+    return kind(config, backbone_channels)

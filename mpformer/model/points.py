@@ -13,6 +13,17 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
+def unpack(points: Tensor) -> Tensor:
+    """Packed points [...] int32 as (x, y) in 0..1, float32 [...,2].
+
+    A packed point has x in its lower and y in its upper 16 bits, in units of 1/65536 of the map's width and
+    height; it stands for the centre of its unit. That is 4 bytes instead of 8 per point, and one random
+    number of 64 bits makes two of them.
+    """
+    both = torch.stack((points & 0xFFFF, (points >> 16) & 0xFFFF), dim=-1)
+    return (both.float() + 0.5) / 65536
+
+
 def sample(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear values of maps [N,H,W] at points [N,P,2], (x, y) in 0..1 over the whole map -> [N,P].
 
@@ -45,6 +56,16 @@ def uncertain_points(logits: Tensor, candidates: Tensor, uniform: Tensor, import
     nearest = _smallest(distance, important)
     kept = candidates.gather(1, nearest[:, :, None].expand(-1, -1, 2))
     return torch.cat((kept, uniform), dim=1)
+
+
+@torch.no_grad()
+def least_certain(logits: Tensor, candidates: Tensor, important: int) -> Tensor:
+    """The `important` candidates nearest to the decision boundary, [N,important], packed as they were.
+
+    logits [N,H,W]; candidates [N,...] int32, packed points.
+    """
+    distance = sample(logits.detach(), unpack(candidates)).abs()
+    return candidates.gather(1, _smallest(distance, important))
 
 
 def _smallest(values: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The whole model: normalisation, backbone, pixel decoder, transformer decoder."""
+"""The whole model: normalisation, backbone, encoder if any, pixel decoder, transformer decoder."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from mpformer.config_model import Model as ModelConfig
 from mpformer.model.backbone import Backbone
-from mpformer.model.decoder import MaskedDecoder
-from mpformer.model.pixel_decoder import DeformablePixelDecoder
+from mpformer.model.decoder import PixelClassifier, QueryDecoder
+from mpformer.model.encoder import Encoder
+from mpformer.model.pixel_decoder import build_pixel_decoder
 from mpformer.types import ClassTable, InputError, Output, Pilots
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -17,17 +18,25 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 class Segmenter(nn.Module):
-    """A mask-classification model. `classes` is the class table that its labels refer to."""
+    """A model of the MaskFormer family. `classes` is the class table that its labels refer to."""
 
     def __init__(self, config: ModelConfig, classes: ClassTable) -> None:
         super().__init__()
         self.config = config
         self.classes = classes
         self.backbone = Backbone(config.backbone)
-        self.pixel_decoder = DeformablePixelDecoder(config.pixel_decoder, self.backbone.channels)
-        self.decoder = MaskedDecoder(
-            config.decoder, config.pilot, config.pixel_decoder.channels, len(classes)
-        )
+        channels = config.pixel_decoder.channels
+        *finer, coarsest = self.backbone.channels
+        self.encoder: Encoder | None = None
+        if config.decoder.encoder_layers:
+            self.encoder = Encoder(config.decoder, coarsest, channels)
+            coarsest = channels
+        self.pixel_decoder = build_pixel_decoder(config.pixel_decoder, (*finer, coarsest))
+        self.decoder: QueryDecoder | PixelClassifier
+        if config.output == "per_pixel" and not config.decoder.layers:
+            self.decoder = PixelClassifier(channels, len(classes))
+        else:
+            self.decoder = QueryDecoder(config, len(classes), coarsest)
         for name, values in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
@@ -43,7 +52,12 @@ class Segmenter(nn.Module):
         if pilots is not None and self.decoder.pilot_embed is None:
             raise InputError("pilots for a model without mask piloting (model.pilot.queries is 0)")
         normalized = (images - self.pixel_mean) / self.pixel_std
-        mask_features, memories = self.pixel_decoder(self.backbone(normalized))
+        features = self.backbone(normalized)
+        if self.encoder is not None:
+            features = (*features[:-1], self.encoder(features[-1]))
+        mask_features, memories = self.pixel_decoder(features)
+        if self.config.decoder.memory == "backbone":
+            memories = features[-1:]
         every = all_heads or self.training or pilots is not None
         return self.decoder(mask_features, memories, pilots, all_heads=every)
 

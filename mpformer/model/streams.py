@@ -40,6 +40,17 @@ class SampleRandom:
             return torch.from_numpy(stream.random(shape, dtype=np.float32))
         return torch.rand(shape, generator=stream, device=self.device)
 
+    def points(self, image: int, masks: int, count: int) -> Tensor:
+        """Random points of the image-th image, packed (see `mpformer.model.points.unpack`): [masks,count]
+        int32."""
+        stream = self._streams[image]
+        if self._on_cpu:
+            total = masks * count
+            bits = stream.integers(2**64 - 1, size=(total + 1) // 2, dtype=np.uint64, endpoint=True)
+            return torch.from_numpy(bits.view(np.int32)[:total].reshape(masks, count))
+        shape, ends = (masks, count), (-(2**31), 2**31)
+        return torch.randint(*ends, shape, generator=stream, device=self.device, dtype=torch.int32)
+
     def permutation(self, image: int, count: int) -> Tensor:
         """A random order of 0..count-1, int64 [count]."""
         stream = self._streams[image]

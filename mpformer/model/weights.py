@@ -18,7 +18,6 @@ from mpformer.config import Config
 from mpformer.model.segmenter import Segmenter, build_model
 from mpformer.model.tensorfile import read_tensors
 from mpformer.model.weights_huggingface import read_huggingface, write_huggingface
-from mpformer.model.weights_names import huggingface_names, official_names
 from mpformer.model.weights_official import read_official
 from mpformer.types import ClassInfo, ClassTable, InputError, distinct_color
 
@@ -126,17 +125,18 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
 def import_weights(source: str | Path, out: str | Path) -> LoadReport:
     """Turn another program's model into a checkpoint file of ours.
 
-    `source`: an official Mask2Former or MP-Former file (.pkl, .pth) or a Hugging Face folder; `out`: the
-    .safetensors file to write, which holds settings and class table besides and so serves as a checkpoint.
+    `source`: an official Mask2Former, MP-Former or MaskFormer file (.pkl, .pth) or a Hugging Face folder;
+    `out`: the .safetensors file to write, which holds settings and class table besides and so serves as a
+    checkpoint.
     Raises `InputError` where the source is unreadable or another kind of model.
     """
     source, out = Path(source), Path(out)
     if out.suffix != ".safetensors":
         raise InputError(f"{out}: a name that ends in .safetensors is expected")
     if source.is_dir():
-        foreign, translate = read_huggingface(source), huggingface_names
+        foreign = read_huggingface(source)
     else:
-        foreign, translate = read_official(source), official_names
+        foreign = read_official(source)
     head = next(t for name, t in foreign.tensors.items() if name.endswith(_CLASS_HEADS))
     classes = _class_table(foreign.class_names, head.shape[0] - 1)
     model = build_model(foreign.config, classes)
@@ -144,13 +144,13 @@ def import_weights(source: str | Path, out: str | Path) -> LoadReport:
     loaded: dict[str, torch.Tensor] = {}
     renamed: list[tuple[str, str]] = []
     for name, tensor in own.items():
-        names = translate(name) or ()
+        names = foreign.names(name) or ()
         if names and all(n in foreign.tensors for n in names):
             value = torch.cat([foreign.tensors[n] for n in names]).to(tensor.dtype)
             if value.shape == tensor.shape:
                 loaded[name] = value
                 renamed.extend((n, name) for n in names if n != name)
-    used = {n for name in loaded for n in translate(name) or ()}
+    used = {n for name in loaded for n in foreign.names(name) or ()}
     model.load_state_dict(loaded, strict=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     config = Config(name=out.stem, model=foreign.config)

@@ -1,4 +1,4 @@
-"""Hugging Face folders of Mask2Former: read into our model, and written so that `transformers` loads them."""
+"""Hugging Face folders of Mask2Former and MaskFormer read into our model, and Mask2Former's written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from mpformer.config_model import Backbone, Decoder, Loss, Model, Pilot, PixelDe
 from mpformer.model.segmenter import PIXEL_MEAN, PIXEL_STD, Segmenter
 from mpformer.model.tensorfile import read_tensors
 from mpformer.model.weights_names import huggingface_names
-from mpformer.model.weights_official import SWINS, ForeignModel
+from mpformer.model.weights_names_maskformer import huggingface_maskformer_names
+from mpformer.model.weights_official import SWINS, ForeignModel, maskformer_decoder
 from mpformer.types import InputError
 
 _ENCODER = "model.pixel_level_module.encoder"
@@ -34,18 +35,23 @@ def read_huggingface(folder: Path) -> ForeignModel:
     Raises `InputError` where the folder is incomplete or holds another kind of model.
     """
     settings = _read_json(folder / "config.json")
-    if settings.get("model_type") != "mask2former":
+    kinds = {
+        "mask2former": (_to_config, huggingface_names),
+        "maskformer": (_to_maskformer, huggingface_maskformer_names),
+    }
+    if settings.get("model_type") not in kinds:
         raise InputError(
-            f"{folder / 'config.json'}: model_type 'mask2former' is expected, not "
+            f"{folder / 'config.json'}: model_type 'mask2former' or 'maskformer' is expected, not "
             f"{settings.get('model_type')!r}"
         )
+    to_config, names_of = kinds[settings["model_type"]]
     names = settings.get("id2label") or {}
     class_names = tuple(names[key] for key in sorted(names, key=int))
     try:
-        config = _to_config(settings, folder)
+        config = to_config(settings, folder)
     except KeyError as error:
         raise InputError(f"{folder / 'config.json'}: the setting {error} is missing") from None
-    return ForeignModel(_read_weights(folder), config, class_names)
+    return ForeignModel(_read_weights(folder), config, class_names, names_of)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -99,11 +105,35 @@ def _to_config(settings: dict[str, Any], folder: Path) -> Model:
     )
 
 
+def _to_maskformer(settings: dict[str, Any], folder: Path) -> Model:
+    decoder = settings["decoder_config"]
+    return Model(
+        backbone=_to_backbone(settings["backbone_config"], folder),
+        pixel_decoder=PixelDecoder(kind="fpn", channels=settings["fpn_feature_size"], last_kernel=3),
+        decoder=maskformer_decoder(
+            queries=decoder["num_queries"],
+            layers=decoder["decoder_layers"],
+            heads=decoder["decoder_attention_heads"],
+            ffn=decoder["decoder_ffn_dim"],
+            dropout=decoder["dropout"],
+        ),
+        pilot=Pilot(queries=0),
+        loss=Loss(
+            class_weight=settings["cross_entropy_weight"],
+            mask_weight=settings["mask_weight"],
+            dice_weight=settings["dice_weight"],
+            no_object_weight=settings["no_object_weight"],
+            mask_loss="focal",
+            points=None,
+        ),
+    )
+
+
 def _to_backbone(settings: dict[str, Any], folder: Path) -> Backbone:
     kind = settings.get("model_type")
     depths = tuple(settings.get("depths", ()))
     name = None
-    if kind == "swin" and depths[:2] == (2, 2):
+    if kind in ("swin", "maskformer-swin") and depths[:2] == (2, 2):
         name = SWINS.get((settings["embed_dim"], depths[2], settings["window_size"]))
     elif kind == "resnet":
         name = _RESNETS.get((settings["layer_type"], depths))
@@ -123,8 +153,8 @@ def write_huggingface(model: Segmenter, folder: Path) -> None:
     """
     own = model.state_dict()
     unknown = [k for k in own if not k.startswith("decoder.pilot_embed") and huggingface_names(k) is None]
-    if unknown or model.config.decoder.features != "round_robin":
-        reason = f"it has no {unknown[0]}" if unknown else f"{model.config.decoder.features} features"
+    reason = f"it has no {unknown[0]}" if unknown else _no_mask2former(model.config)
+    if reason:
         raise InputError(f"export: transformers' Mask2Former cannot hold this model: {reason}")
     tensors: dict[str, Tensor] = {}
     for name, tensor in own.items():
@@ -136,6 +166,20 @@ def write_huggingface(model: Segmenter, folder: Path) -> None:
     save_file({k: v.cpu() for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     for name, content in (("config", _to_settings(model)), ("preprocessor_config", _to_preprocessor())):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _no_mask2former(config: Model) -> str | None:
+    """The first setting by which a model computes something else than Mask2Former, whatever its tensors."""
+    usual = Model(pilot=Pilot(queries=0))
+    told_by_tensors = {"queries", "layers", "heads", "ffn", "dropout"}
+    for name, value in config.decoder.model_dump(exclude=told_by_tensors).items():
+        if value != getattr(usual.decoder, name):
+            return f"decoder.{name} is {value}"
+    if config.pixel_decoder.last_kernel == 3:
+        return "pixel_decoder.last_kernel is 3"
+    if config.loss.assignment == "fixed":
+        return "loss.assignment is fixed"
+    return None
 
 
 def _unused_tensors(model: Segmenter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,15 +15,15 @@ Rule = tuple[str, Callable[..., str | Names]]
 
 def official_names(name: str) -> Names | None:
     """Names in an official Mask2Former or MP-Former checkpoint; None for what those files lack."""
-    return _translate(name, _OFFICIAL)
+    return translate(name, _OFFICIAL)
 
 
 def huggingface_names(name: str) -> Names | None:
     """Names in the weights file of a Hugging Face Mask2Former folder; None for what those files lack."""
-    return _translate(name, _HUGGING_FACE)
+    return translate(name, _HUGGING_FACE)
 
 
-def _translate(name: str, rules: Sequence[Rule]) -> Names | None:
+def translate(name: str, rules: Sequence[Rule]) -> Names | None:
     for pattern, build in rules:
         if match := re.fullmatch(pattern, name):
             names = build(*match.groups())
@@ -37,7 +37,7 @@ _CROSS, _SELF, _FFN = (
     f"{_QUERIES}.transformer_{k}_layers" for k in ("cross_attention", "self_attention", "ffn")
 )
 
-_OFFICIAL: tuple[Rule, ...] = (
+OFFICIAL_BACKBONE: tuple[Rule, ...] = (
     # ResNets as in detectron2; the deeper stem of R101c has three convolutions
     (r"backbone\.body\.conv1\.weight", lambda: "backbone.stem.conv1.weight"),
     (r"backbone\.body\.bn1\.(.*)", lambda x: f"backbone.stem.conv1.norm.{x}"),
@@ -65,6 +65,10 @@ _OFFICIAL: tuple[Rule, ...] = (
     ),
     (r"backbone\.body\.layers_(\d)\.(blocks\..*)", lambda stage, x: f"backbone.layers.{stage}.{x}"),
     (r"backbone\.norms\.(\d)\.(.*)", lambda stage, x: f"backbone.norm{stage}.{x}"),
+)
+
+_OFFICIAL: tuple[Rule, ...] = (
+    *OFFICIAL_BACKBONE,
     (r"pixel_decoder\.level_embed", lambda: f"{_PIXELS}.transformer.level_embed"),
     (r"pixel_decoder\.layers\.(.*)", lambda x: f"{_PIXELS}.transformer.encoder.layers.{x}"),
     (r"pixel_decoder\.(input_proj|mask_features)\.(.*)", lambda part, x: f"{_PIXELS}.{part}.{x}"),
@@ -118,7 +122,7 @@ def _resnet_block(stage: str, block: str) -> str:
     return f"{_ENCODER}.encoder.stages.{int(stage) - 1}.layers.{block}"
 
 
-_HUGGING_FACE: tuple[Rule, ...] = (
+HUGGING_FACE_BACKBONE: tuple[Rule, ...] = (
     (r"backbone\.body\.conv1\.(.*)", lambda x: f"{_ENCODER}.embedder.embedder.convolution.{x}"),
     (r"backbone\.body\.bn1\.(.*)", lambda x: f"{_ENCODER}.embedder.embedder.normalization.{x}"),
     (
@@ -159,6 +163,10 @@ _HUGGING_FACE: tuple[Rule, ...] = (
         lambda s, b, part, x: f"{_swin_block(s, b)}.{_SWIN_PARTS[part]}.{x}",
     ),
     (r"backbone\.norms\.(\d)\.(.*)", lambda i, x: f"{_ENCODER}.hidden_states_norms.stage{int(i) + 1}.{x}"),
+)
+
+_HUGGING_FACE: tuple[Rule, ...] = (
+    *HUGGING_FACE_BACKBONE,
     (r"pixel_decoder\.level_embed", lambda: f"{_PIXEL_LEVEL}.level_embed"),
     (r"pixel_decoder\.input_proj\.(.*)", lambda x: f"{_PIXEL_LEVEL}.input_projections.{x}"),
     (

@@ -1,20 +1,24 @@
-"""Official Mask2Former and MP-Former checkpoints, detectron2's .pkl and .pth: weights, and what they make."""
+"""Official Mask2Former, MP-Former and MaskFormer checkpoints (.pkl, .pth): weights, and what they make."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from mpformer.config_model import Backbone, Decoder, Model, Pilot, PixelDecoder
+from mpformer.config_model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder
 from mpformer.model.tensorfile import read_tensors
+from mpformer.model.weights_names import Names, official_names
+from mpformer.model.weights_names_maskformer import official_maskformer_names
 from mpformer.types import InputError
 
 _PIXELS = "sem_seg_head.pixel_decoder"
 _QUERIES = "sem_seg_head.predictor"
+_MASKFORMER_LAYERS = f"{_QUERIES}.transformer.decoder.layers"
 _HEADS = 8
 """Attention heads of all official models; no tensor shows their number."""
 _LEVELS = 3
@@ -40,20 +44,24 @@ class ForeignModel:
     tensors: dict[str, Tensor]
     config: Model
     class_names: tuple[str, ...]
+    names: Callable[[str], Names | None]
+    """Our name of a tensor to theirs."""
 
 
 def read_official(file: Path) -> ForeignModel:
-    """An official checkpoint. Raises `InputError` where it is unreadable or no Mask2Former.
+    """An official checkpoint. Raises `InputError` where it is unreadable or no Mask2Former or MaskFormer.
 
     Names of early versions are brought up to date; nothing in the file is executed.
     """
     tensors = {_current_name(name): tensor for name, tensor in read_tensors(file).items()}
+    if f"{_MASKFORMER_LAYERS}.0.linear1.weight" in tensors:
+        return ForeignModel(tensors, _infer_maskformer(tensors, file), (), official_maskformer_names)
     if f"{_QUERIES}.query_feat.weight" not in tensors:
         raise InputError(
-            f"{file}: no official Mask2Former or MP-Former checkpoint: {_QUERIES}.query_feat.weight is "
-            f"missing, there is {', '.join(list(tensors)[:3])}, ..."
+            f"{file}: no official Mask2Former, MP-Former or MaskFormer checkpoint: "
+            f"{_QUERIES}.query_feat.weight is missing, there is {', '.join(list(tensors)[:3])}, ..."
         )
-    return ForeignModel(tensors, _infer_config(tensors, file), ())
+    return ForeignModel(tensors, _infer_config(tensors, file), (), official_names)
 
 
 def _current_name(name: str) -> str:
@@ -64,11 +72,52 @@ def _current_name(name: str) -> str:
     return name
 
 
+def _size(tensors: dict[str, Tensor], file: Path, name: str, dimension: int = 0) -> int:
+    if name not in tensors:
+        raise InputError(f"{file}: {name} is missing")
+    return tensors[name].shape[dimension]
+
+
+def maskformer_decoder(**sizes: Any) -> Decoder:
+    """The settings of MaskFormer's decoder beside its sizes."""
+    return Decoder(
+        attention="cross",
+        features="stride_32",
+        memory="backbone",
+        query_features="zero",
+        order="self_first",
+        **sizes,
+    )
+
+
+def _infer_maskformer(tensors: dict[str, Tensor], file: Path) -> Model:
+    def size(name: str, dimension: int = 0) -> int:
+        return _size(tensors, file, name, dimension)
+
+    encoder_layers = rf"{re.escape(_PIXELS)}\.transformer\.encoder\.layers\.(\d+)\."
+    return Model(
+        backbone=_infer_backbone(tensors, file),
+        pixel_decoder=PixelDecoder(
+            kind="fpn",
+            channels=size(f"{_PIXELS}.mask_features.weight", 1),
+            last_kernel=size(f"{_PIXELS}.mask_features.weight", 2),
+        ),
+        decoder=maskformer_decoder(
+            queries=size(f"{_QUERIES}.query_embed.weight"),
+            layers=count(tensors, rf"{re.escape(_MASKFORMER_LAYERS)}\.(\d+)\."),
+            encoder_layers=count(tensors, encoder_layers),
+            heads=_HEADS,
+            ffn=size(f"{_MASKFORMER_LAYERS}.0.linear1.weight"),
+            dropout=0.1,
+        ),
+        pilot=Pilot(queries=0),
+        loss=Loss(class_weight=1.0, mask_weight=20.0, dice_weight=1.0, mask_loss="focal", points=None),
+    )
+
+
 def _infer_config(tensors: dict[str, Tensor], file: Path) -> Model:
     def size(name: str, dimension: int = 0) -> int:
-        if name not in tensors:
-            raise InputError(f"{file}: {name} is missing")
-        return tensors[name].shape[dimension]
+        return _size(tensors, file, name, dimension)
 
     encoder = f"{_PIXELS}.transformer.encoder.layers"
     piloted = f"{_QUERIES}.label_enc.weight" in tensors

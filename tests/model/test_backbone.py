@@ -1,5 +1,6 @@
 """Backbones: the four maps at any size, norms, frozen stages, and weights by file."""
 
+import copy
 import pickle
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_output_norms_are_where_the_official_models_have_them():
 def test_norms(norm):
     kinds = {"frozen_bn": "FrozenBatchNorm2d", "bn": "BatchNorm2d", "group_norm": "GroupNorm"}
     body = build("resnet18", norm=norm).body
-    assert type(body.bn1).__name__ == kinds[norm]
+    assert kinds[norm] in [c.__name__ for c in type(body.bn1).__mro__]
     # frozen statistics come with a frozen affine part
     assert any("bn1" in name for name, _ in body.named_parameters()) == (norm != "frozen_bn")
 
@@ -76,6 +77,32 @@ def test_frozen_statistics_do_not_follow_the_batch():
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     backbone(torch.rand(2, 3, 64, 64) * 5)
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet101c", "regnetx_002"])
+def test_frozen_norms_are_what_they_are_when_folded(name):
+    """Random statistics: the maps and the gradients are those of a BatchNorm in evaluation mode."""
+    folded, plain = build(name).double(), build(name, norm="bn").double().eval()
+    torch.manual_seed(0)
+    for buffer in plain.body.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    for module in plain.body.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias)
+    folded.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    results = []
+    for backbone in (folded, copy.deepcopy(folded), plain):
+        maps = backbone(images)
+        sum((m * m).mean() for m in maps).backward()
+        own = dict(backbone.named_parameters())
+        results.append([*maps, *(own[name].grad for name, _ in folded.named_parameters())])
+    for got, copied, expected in zip(*results):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+        assert torch.equal(copied, got)
+    assert list(folded.state_dict()) == [k for k in plain.state_dict() if "num_batches_tracked" not in k]
 
 
 @pytest.mark.parametrize(

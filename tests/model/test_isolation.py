@@ -118,11 +118,12 @@ def test_pilots_do_see_the_matching_part_and_their_own_group(model, images):
         Pilots(labels, pilots.objects, pilots.groups, pilots.counts, pilots.attention_masks),
     )
     assert float((base[-1][0, 1] - changed[-1][0, 1]).abs().max()) > 1e-6
+    kept = model.decoder.query_feat.weight.detach().clone()
     with torch.no_grad():
-        model.decoder.query_feat.weight += 1
+        model.decoder.query_feat.weight.neg_()  # not a shift, which a LayerNorm takes away again
     moved = pilot_outputs(model, images[:1], pilots)
     with torch.no_grad():
-        model.decoder.query_feat.weight -= 1
+        model.decoder.query_feat.weight.copy_(kept)
     assert float((base[-1] - moved[-1]).abs().max()) > 1e-6
 
 

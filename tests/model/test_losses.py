@@ -16,6 +16,7 @@ from mpformer.model.losses import (
 )
 from mpformer.model.matcher import Match
 from mpformer.model.piloting import make_pilots
+from mpformer.model.points import unpack
 from mpformer.model.streams import SampleRandom
 from mpformer.types import Head
 from tests.model.samples import CPU, blobs, pilot_draws, tiny_model
@@ -58,8 +59,8 @@ def slow_mask_losses(logits, mask, points, valid_size):
 def slow_points(logits, config, source, image):
     """The points of each mask: the least certain candidates, then uniform ones."""
     kept = int(config.importance * config.points)
-    candidates = source.uniform(image, len(logits), int(config.oversample * config.points), 2)
-    uniform = source.uniform(image, len(logits), config.points - kept, 2)
+    candidates = unpack(source.points(image, len(logits), int(config.oversample * config.points)))
+    uniform = unpack(source.points(image, len(logits), config.points - kept))
     result = []
     for n in range(len(logits)):
         order = sorted(candidates[n].tolist(), key=lambda p: abs(bilinear(logits[n], *p)))
@@ -150,12 +151,12 @@ def test_normalizers_count_what_the_losses_sum():
     targets = [blobs(2), blobs(20), blobs(0)]
     paper = tiny_model({"queries": 12}, decoder={"queries": 7})
     # objects; 2 + 7 matched, the others 0.1 each; 12 + 12 pilots; all queries
-    assert count_for_normalizers(targets, paper) == pytest.approx([22, 9 + 0.1 * 12, 24, 24, 21])
+    assert count_for_normalizers(targets, paper, 3) == pytest.approx([22, 9 + 0.1 * 12, 24, 24, 21, 0])
     released = tiny_model({"queries": 40, "flavour": "released"}, decoder={"queries": 7})
     # two groups of twenty slots for each image: 4 + 40 pilots, 76 slots of padding
-    assert count_for_normalizers(targets, released) == pytest.approx([22, 10.2, 44, 44 + 7.6, 21])
+    assert count_for_normalizers(targets, released, 3) == pytest.approx([22, 10.2, 44, 44 + 7.6, 21, 0])
     none = tiny_model({"queries": 0}, decoder={"queries": 7})
-    assert count_for_normalizers(targets, none)[2:4] == [0, 0]
+    assert count_for_normalizers(targets, none, 3)[2:4] == [0, 0]
 
 
 def test_no_objects_give_a_class_loss_and_zeros_in_the_graph():
@@ -211,3 +212,55 @@ def test_half_precision_is_raised_before_the_losses():
     for name, value in losses(torch.bfloat16).items():
         assert value.dtype == torch.float32
         assert float(value) == pytest.approx(float(losses(torch.float64)[name]), rel=2e-2)
+
+
+@pytest.mark.parametrize("padding", ["counted", "ignored"])
+def test_the_compiled_form_is_the_plain_one(padding):
+    """float32 on a CPU runs compiled, float64 plain: same points, same losses, same gradients."""
+    config = tiny_model({"queries": 12}, {"points": 500, "padding": padding})
+    targets = [blobs(2), blobs(0), blobs(5, seed=1)]
+    pilots = make_pilots(targets, config, 3, pilot_draws(3))
+    random = torch.Generator().manual_seed(0)
+    masks = torch.randn(3, 12, 16, 24, dtype=torch.float64, generator=random)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        logits = masks.clone().to(dtype).requires_grad_(True)
+        head = Head(torch.zeros(3, 12, 4, dtype=dtype), logits)
+        losses = pilot_losses(
+            head,
+            pilots,
+            pilots.objects,
+            targets,
+            NORMALIZERS,
+            config.loss,
+            SampleRandom(0, "pilots", (0, 1, 2), CPU),
+            [*VALID, (64, 33)],
+        )
+        (losses["mask"] + 3 * losses["dice"]).backward()
+        results.append((float(losses["mask"]), float(losses["dice"]), logits.grad))
+    assert results[1][:2] == pytest.approx(results[0][:2], rel=1e-5)
+    torch.testing.assert_close(results[1][2].double(), results[0][2], atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_shared_pilot_points(dtype):
+    """All pilots of an object are compared at the points at which their mean is least certain."""
+    config = tiny_model({"queries": 12}, {"points": 16, "shared_pilot_points": True})
+    targets = [blobs(2), blobs(5, seed=1)]
+    pilots = make_pilots(targets, config, 3, pilot_draws(2))
+    (head,) = heads(1, pilots.labels.shape[1])
+    cast = Head(head.class_logits.to(dtype), head.mask_logits.to(dtype))
+    got = pilot_losses(
+        cast, pilots, pilots.objects, targets, NORMALIZERS, config.loss, draws("pilots"), VALID
+    )
+    source = draws("pilots")
+    cross_entropy = dice = 0.0
+    for b, count in enumerate(pilots.counts):
+        objects = pilots.objects[b, :count]
+        means = [head.mask_logits[b, :count][objects == n].mean(0) for n in range(len(targets[b].labels))]
+        points = slow_points(torch.stack(means), config.loss, source, b)
+        for logits, n in zip(head.mask_logits[b], objects.tolist()):
+            parts = slow_mask_losses(logits, targets[b].masks[n].double(), points[n], None)
+            cross_entropy, dice = cross_entropy + parts[0], dice + parts[1]
+    assert float(got["mask"]) == pytest.approx(5 * cross_entropy / 11, rel=1e-5)
+    assert float(got["dice"]) == pytest.approx(5 * dice / 11, rel=1e-5)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mpformer.model.points import cell_centers, inside, sample, uncertain_points
+from mpformer.model.points import cell_centers, inside, sample, uncertain_points, unpack
 
 
 def bilinear(values, x, y):
@@ -58,3 +58,9 @@ def test_uncertain_points_keep_the_least_certain_candidates():
 def test_inside_is_the_unpadded_corner():
     points = torch.tensor([[0.49, 0.7], [0.51, 0.1], [0.1, 0.76], [0.0, 0.0]])
     assert inside(points, (48, 32), (64, 64)).tolist() == [True, False, False, True]
+
+
+def test_a_packed_point_is_the_centre_of_its_unit():
+    ends = torch.tensor([0, 0xFFFF, -65536, -1, 3 + (2 << 16)], dtype=torch.int32)
+    expected = [[0.5, 0.5], [65535.5, 0.5], [0.5, 65535.5], [65535.5, 65535.5], [3.5, 2.5]]
+    assert (unpack(ends) * 65536).tolist() == expected

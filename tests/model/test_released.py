@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpformer.config_model import Decoder, Model, Pilot, PixelDecoder
-from mpformer.model.decoder import MaskedDecoder
+from mpformer.model.decoder import QueryDecoder
 from mpformer.model.piloting import make_pilots
 from mpformer.model.streams import SampleRandom
 from mpformer.model.weights_names import official_names
@@ -45,7 +45,7 @@ def settings(case: str) -> Model:
 @pytest.mark.parametrize("case", PILOTS)
 def test_all_heads_agree(goldens, case, dtype):
     config = settings(case)
-    decoder = MaskedDecoder(config.decoder, config.pilot, 64, classes=7)
+    decoder = QueryDecoder(config, classes=7, backbone_channels=64)
     state = {
         name: torch.from_numpy(goldens["w/" + official_names(f"decoder.{name}")[0].split("predictor.")[1]])
         for name in decoder.state_dict()

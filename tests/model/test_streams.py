@@ -2,6 +2,7 @@
 
 import torch
 
+from mpformer.model.points import unpack
 from mpformer.model.streams import SampleRandom
 
 CPU = torch.device("cpu")
@@ -28,3 +29,15 @@ def test_draws_are_fresh_and_uniform():
     assert float(first.min()) >= 0
     assert float(first.max()) < 1
     assert sorted(draws.permutation(0, 9).tolist()) == list(range(9))
+
+
+def test_points_are_uniform_in_both_directions():
+    draws = SampleRandom(0, "matching", (0,), CPU)
+    first, second = draws.points(0, 3, 5001), draws.points(0, 3, 5001)
+    assert first.shape == (3, 5001)
+    assert first.dtype == torch.int32
+    assert not torch.equal(first, second)
+    cells = (unpack(first) * 4).long()
+    counts = torch.bincount((cells[..., 1] * 4 + cells[..., 0]).flatten(), minlength=16)
+    assert len(counts) == 16
+    assert float((counts / first.numel() - 1 / 16).abs().max()) < 0.01

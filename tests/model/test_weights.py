@@ -224,7 +224,7 @@ def test_missing_and_unknown_tensors_are_reported(tmp_path):
 def test_what_is_no_mask2former_is_refused(tmp_path):
     np_file = tmp_path / "model.pkl"
     np_file.write_bytes(pickle.dumps({"model": {"stem.conv1.weight": np.zeros(3)}}))
-    with pytest.raises(InputError, match="no official Mask2Former or MP-Former checkpoint"):
+    with pytest.raises(InputError, match="no official Mask2Former, MP-Former or MaskFormer checkpoint"):
         import_weights(np_file, tmp_path / "out.safetensors")
     with pytest.raises(InputError, match="there is no such file"):
         import_weights(tmp_path / "none.pth", tmp_path / "out.safetensors")
