@@ -12,10 +12,12 @@ other programs on the machine disturb them less than wall-clock time.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -27,10 +29,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import cv2
 import numpy as np
+import psutil
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from mpformer.config import Data, DataSet, Split
+from mpformer.config import Data, DataSet, LargeScaleJitter, Split
 from mpformer.data.bench import Throughput, stages, throughput
 from mpformer.data.catalog import Catalog, Record, open_split
 from mpformer.data.collate import collate
@@ -124,24 +127,74 @@ def in_turn(ways: dict[str, Callable[[int], object]], seconds: float) -> dict[st
     return {name: count / total for name, total in spent.items()}
 
 
-def through_ray(data: Data, catalog: Catalog, images: int, cpus: int) -> Throughput:
-    """What Ray Data delivers with that many CPUs, in batches of 16."""
+def through_ray(
+    data: Data, catalog: Catalog, images: int, cpus: int
+) -> tuple[Throughput, float, dict[str, float]]:
+    """What Ray Data delivers with that many CPUs, in batches of 16; the most memory in GB that all processes
+    held together, shared pages counted once; and the CPU seconds of each kind of process meanwhile."""
     import ray
 
     ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        return throughput(data.model_copy(update={"loader": "ray"}), catalog, 16, images // 16)
+        with _Watch() as watch:
+            found = throughput(data.model_copy(update={"loader": "ray"}), catalog, 16, images // 16)
+        return found, watch.peak / 1e9, watch.spent()
     finally:
         ray.shutdown()
+
+
+class _Watch:
+    """Looks at the memory of this process and all below it every second, and adds up their CPU time."""
+
+    def __enter__(self) -> _Watch:
+        self.peak = 0
+        self._cpu: dict[int, tuple[str, float]] = {}
+        self._before = self._times()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _processes(self) -> list[psutil.Process]:
+        return [psutil.Process(), *psutil.Process().children(recursive=True)]
+
+    def _look(self) -> None:
+        while not self._done.wait(1.0):
+            held = 0
+            for process in self._processes():
+                with contextlib.suppress(psutil.Error):
+                    held += process.memory_full_info().pss
+            self.peak = max(self.peak, held)
+            self._cpu |= self._times()
+
+    def _times(self) -> dict[int, tuple[str, float]]:
+        found = {}
+        for process in self._processes():
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                found[process.pid] = (process.name(), times.user + times.system)
+        return found
+
+    def spent(self) -> dict[str, float]:
+        """CPU seconds by name of process, most first."""
+        spent: dict[str, float] = defaultdict(float)
+        for pid, (name, seconds) in self._cpu.items():
+            spent[name] += seconds - self._before.get(pid, ("", 0.0))[1]
+        return dict(sorted(spent.items(), key=lambda item: -item[1]))
 
 
 def memory_of_many_objects() -> tuple[float, int]:
     """(growth of the peak memory in MB, objects kept) of one sample of 300 objects, disk to batch."""
     with tempfile.TemporaryDirectory() as folder:
-        data = write_folder(Path(folder), 1, 300, small=True)
+        whole = LargeScaleJitter(scale=(1.0, 1.0))
+        data = write_folder(Path(folder), 1, 300, small=True).model_copy(update={"augment": whole})
         catalog = open_split(data, "train")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        batch = collate(from_table(to_table([make_sample(catalog, data, 0, 5)])), data.augment.size)
+        batch = collate(from_table(to_table([make_sample(catalog, data, 0, 0)])), data.augment.size)
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, len(
             batch.targets[0].labels
         )
@@ -182,12 +235,16 @@ def main() -> None:
         for stage in parts:
             print(f"  {stage.name:18} {stage.milliseconds:6.2f}  {stage.milliseconds / total:5.1%}")
         if arguments.ray:
-            found = through_ray(data, catalog, arguments.ray, 2)
+            found, peak, spent = through_ray(data, catalog, arguments.ray, 2)
             print(
                 f"Ray Data, 2 CPUs, wall clock: {found.images_per_second:.1f} images/s, "
                 f"{found.megabytes_per_second:.0f} MB/s, first after {found.first_batch_seconds:.1f} s; "
                 f"{found.images_per_second / (2 * rates['mpformer']):.0%} of twice the rate above"
             )
+            print(f"all processes together held at most {peak:.2f} GB; CPU milliseconds per image:")
+            for name, seconds in spent.items():
+                if seconds > 0.1:
+                    print(f"  {name:18} {1000 * seconds / arguments.ray:6.2f}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,9 @@ class Split(Section):
     """The JSON file."""
     panoptic_masks: str | None = None
     """COCO panoptic only: folder of the id PNGs."""
+    instances: str | None = None
+    """COCO panoptic only: the JSON of the same images' instances, which may overlap as segments cannot: AP of
+    a panoptic model is measured against it; null: against the things among the panoptic segments."""
 
 
 class DataSet(Section):

@@ -8,14 +8,15 @@ with its `Segment` objects is made when it is asked for.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import overload
 
 import numpy as np
 
-from mpformer.config import Data, LabelMaps, MaskFiles, Packed
+from mpformer.config import Data, LabelMaps, MaskFiles, Packed, Split
 from mpformer.types import ClassTable, InputError
 from mpformer.yamlfile import nearest
 
@@ -88,13 +89,34 @@ class Catalog:
     """Folder of the data set."""
     group: int = 1
     """Neighbouring records that are read together: an epoch's order keeps them close to each other."""
+    instances: Sequence[Record] | None = None
+    """The same images' things as a source of their own tells them; see `config_data.Split.instances`."""
 
     def __len__(self) -> int:
         return len(self.records)
 
 
-class RecordTable(Sequence[Record]):
-    """Records in flat arrays; indexing makes the `Record`. Pickles without copies (protocol 5)."""
+class Records(Sequence[Record]):
+    """Records that are made when they are asked for; `len` and `read` are left to each kind."""
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self.read(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        return self.read(index % len(self))
+
+    @abstractmethod
+    def read(self, index: int) -> Record:
+        """The record at an index from 0 up; what is wrong with it is its `problem`."""
+
+
+class RecordTable(Records):
+    """Records in flat arrays. Pickles without copies (protocol 5)."""
 
     def __init__(self, columns: dict[str, np.ndarray], root: str) -> None:
         self._columns = columns
@@ -103,16 +125,7 @@ class RecordTable(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._columns["width"])
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        index %= len(self)
+    def read(self, index: int) -> Record:
         column = self._columns
         first, last = column["segment_start"][index : index + 2].tolist()
         label_map = self._text("label_map", index)
@@ -125,9 +138,6 @@ class RecordTable(Sequence[Record]):
             label_map=self._path(label_map) if label_map else None,
             problem=self._text("problem", index),
         )
-
-    def __iter__(self) -> Iterator[Record]:
-        return (self[i] for i in range(len(self)))
 
     @property
     def nbytes(self) -> int:
@@ -235,6 +245,7 @@ def open_split(data: Data, split: str) -> Catalog:
 
     dataset = data.dataset
     records: Sequence[Record]
+    instances: Sequence[Record] | None = None
     if isinstance(dataset, Packed):
         from mpformer.data.pack import open_packed
 
@@ -245,9 +256,8 @@ def open_split(data: Data, split: str) -> Catalog:
         else:
             records = packed
         return Catalog(f"{dataset.name} {split}", classes, records, data.root, packed.group)
+    check_root(data)
     root = Path(data.root).expanduser()
-    if not root.is_dir():
-        raise InputError(f"data.root: there is no folder {root}{_near_folder(root)}")
     root = root.resolve()
     if isinstance(dataset, LabelMaps):
         classes, records = labelmaps.read_label_maps(root, dataset, split, data.task, data.on_bad_sample)
@@ -255,7 +265,10 @@ def open_split(data: Data, split: str) -> Catalog:
         classes, records = labelmaps.read_mask_files(root, dataset, split)
     else:
         read = {"coco_instance": coco.read_instance, "coco_panoptic": coco.read_panoptic}[dataset.format]
-        classes, listed = read(root, dataset.train if split == "train" else dataset.val)
+        place = dataset.train if split == "train" else dataset.val
+        classes, listed = read(root, place)
+        if place.instances is not None and data.task == "panoptic":
+            instances = _instances_of(root, place, classes, [record.image_id for record in listed])
         listed = _note_missing_images(root, listed)
         if data.on_bad_sample == "error":
             for record in listed:
@@ -264,7 +277,41 @@ def open_split(data: Data, split: str) -> Catalog:
         records = build_table(listed, str(root))
     if data.task == "instance":
         classes, records = _things_only(classes, records)
-    return Catalog(f"{dataset.name} {split}", classes, records, str(root))
+    return Catalog(f"{dataset.name} {split}", classes, records, str(root), instances=instances)
+
+
+def check_root(data: Data) -> None:
+    """Raise `InputError` unless `data.root` is a folder; not for a packed set, which may lie elsewhere."""
+    root = Path(data.root).expanduser()
+    if not isinstance(data.dataset, Packed) and not root.is_dir():
+        raise InputError(f"data.root: there is no folder {root}{_near_folder(root)}")
+
+
+def _instances_of(root: Path, place: Split, classes: ClassTable, image_ids: Sequence[str]) -> RecordTable:
+    """The instance annotations of these images, their labels counted as in the panoptic class table."""
+    from mpformer.data import coco
+
+    path = root / place.instances
+    own, listed = coco.read_instance(root, place.model_copy(update={"annotations": place.instances}))
+    label_of = classes.labels_by_source_id()
+    for info in own.classes:
+        if info.source_id not in label_of or not classes.classes[label_of[info.source_id]].is_thing:
+            raise InputError(
+                f"{path}: '{info.name}' (id {info.source_id}) is no thing of the panoptic classes"
+            )
+    labels = {i: label_of[info.source_id] for i, info in enumerate(own.classes)}
+    found = {record.image_id: record for record in listed}
+    if (missing := next((i for i in image_ids if i not in found), None)) is not None:
+        raise InputError(f"{path}: no image {missing}, which the panoptic annotations have")
+    if (problem := next((found[i].problem for i in image_ids if found[i].problem), None)) is not None:
+        raise InputError(problem)
+    return build_table((_relabelled(found[i], labels) for i in image_ids), str(root))
+
+
+def _relabelled(record: Record, label_of: dict[int, int]) -> Record:
+    """The record's segments whose labels are listed, with their new labels."""
+    kept = (s for s in record.segments if s.label in label_of)
+    return replace(record, segments=tuple(replace(s, label=label_of[s.label]) for s in kept))
 
 
 def check_same_classes(expected: ClassTable, found: ClassTable, where: str) -> None:
@@ -290,7 +337,7 @@ def safe_relative_path(name: object, what: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Things(Sequence[Record]):
+class _Things(Records):
     """Records without their stuff, labels counted anew."""
 
     records: Sequence[Record]
@@ -299,16 +346,8 @@ class _Things(Sequence[Record]):
     def __len__(self) -> int:
         return len(self.records)
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        record = self.records[index]
-        things = (s for s in record.segments if s.label in self.label_of)
-        return replace(record, segments=tuple(replace(s, label=self.label_of[s.label]) for s in things))
+    def read(self, index: int) -> Record:
+        return _relabelled(self.records[index], self.label_of)
 
 
 def _things_only(classes: ClassTable, records: Sequence[Record]) -> tuple[ClassTable, Sequence[Record]]:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mpformer.config import Data, DataSet
+from mpformer.config import Data, DataSet, Packed
 from mpformer.data.catalog import Catalog, MapId, Polygons, Record, check_same_classes, open_split
 from mpformer.data.images import load_ids, load_image, read_bytes
 from mpformer.data.masks import BoxMask, Window, crop_masks
+from mpformer.data.pack import verify
 from mpformer.types import InputError
 
 SMALL, LARGE = 32**2, 96**2
@@ -81,16 +82,26 @@ def check(data: Data) -> dict[str, SplitReport]:
 
     Raises `InputError` only where the annotations as a whole cannot be read.
     """
+    damaged = {split: _verify(data, split) for split in ("train", "val")}
     lenient = data.model_copy(update={"on_bad_sample": "skip"})
     catalogs = {split: open_split(lenient, split) for split in ("train", "val")}
     seen: dict[bytes, str] = {}
     reports = {split: check_split(catalog, data, seen) for split, catalog in catalogs.items()}
+    reports = {split: replace(r, findings=damaged[split] + r.findings) for split, r in reports.items()}
     try:
         check_same_classes(catalogs["train"].classes, catalogs["val"].classes, catalogs["val"].name)
     except InputError as error:
         found = (*reports["val"].findings, Finding("category tables that differ", str(error)))
         reports["val"] = replace(reports["val"], findings=found)
     return reports
+
+
+def _verify(data: Data, split: str) -> tuple[Finding, ...]:
+    """Shards of a packed split whose checksums are wrong."""
+    if not isinstance(data.dataset, Packed):
+        return ()
+    lines = verify(data.root, getattr(data.dataset, split))
+    return tuple(Finding("shards that have changed since they were written", line) for line in lines)
 
 
 def check_split(catalog: Catalog, data: Data, seen: dict[bytes, str] | None = None) -> SplitReport:
@@ -252,10 +263,12 @@ def _more(count: int) -> str:
 
 
 def training_command(data: Data, recipe: str) -> str:
-    """The command that trains on this data with a recipe."""
+    """The command that trains on data found in a folder, with a recipe for COCO's usual layout."""
     settings = [f"data.root={data.root}"]
     if data.task != "instance":
         settings.append(f"data.task={data.task}")
+    if isinstance(data.dataset, Packed):
+        settings.append("data.dataset=experiments/data/packed.yaml")
     if isinstance(data.dataset, DataSet):
         usual = DataSet()
         if data.dataset.format != usual.format:

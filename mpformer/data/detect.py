@@ -1,4 +1,4 @@
-"""What a folder holds: finds COCO annotations and images where no file of settings describes them."""
+"""What a folder holds: finds shards, or COCO annotations and images, where no settings describe it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mpformer.config import DataSet, Split
+from mpformer.config import DataSet, Packed, Split
+from mpformer.data.pack import is_packed
 from mpformer.types import InputError
 
 _DEPTH = 3
@@ -16,11 +17,15 @@ _DEPTH = 3
 _WORDS = {"train": r"train", "val": r"val|test"}
 
 
-def detect(root: Path) -> DataSet:
-    """The COCO data set in a folder: its JSON files, told apart by "train" and "val" in their paths.
+def detect(place: str | Path) -> DataSet | Packed:
+    """The packed data set at a place, or the COCO data set in a folder.
 
-    Raises `InputError` that says what was looked for and what was found.
+    COCO's JSON files are told apart by "train" and "val" in their paths. Raises `InputError` that says what
+    was looked for and what was found.
     """
+    if is_packed(str(place)):
+        return Packed()
+    root = Path(place)
     if not root.is_dir():
         raise InputError(f"there is no folder {root}")
     found = {path: content for path in _json_files(root) if (content := _coco_content(path)) is not None}

@@ -9,17 +9,17 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
 from mpformer.config import LabelMaps, LabelSplit, MaskFiles, MaskSplit
 from mpformer.config_data import ClassEntry
 from mpformer.data import masks
-from mpformer.data.catalog import MapId, Record, Segment
+from mpformer.data.catalog import MapId, Record, Records, Segment
 from mpformer.data.images import image_size, load_index_map, load_rgb_map
 from mpformer.types import ClassInfo, ClassTable, InputError, distinct_color
 from mpformer.yamlfile import nearest
@@ -108,30 +108,24 @@ def _share_of(name: str) -> float:
     return int.from_bytes(digest, "little") / 2**64
 
 
-class _Lazy(Sequence[Record]):
-    """Records that are read when they are asked for."""
+class _Named(Records):
+    """Records known by the names of their files."""
 
     names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.names)
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def read(self, index: int) -> Record:
         name = self.names[index]
         try:
-            return self.read(name)
+            return self._read(name)
         except InputError as error:
             return Record(name, "", 0, 0, (), problem=str(error))
 
-    def read(self, name: str) -> Record:
+    @abstractmethod
+    def _read(self, name: str) -> Record:
         """The record of that name; raises `InputError` for what is wrong with it."""
-        raise NotImplementedError
 
 
 _INSTANCE = 1 << 16
@@ -139,13 +133,13 @@ _INSTANCE = 1 << 16
 
 
 @dataclass(frozen=True)
-class _LabelMapRecords(_Lazy):
+class _LabelMapRecords(_Named):
     names: tuple[str, ...]
     root: str
     dataset: LabelMaps
     place: LabelSplit
 
-    def read(self, name: str) -> Record:
+    def _read(self, name: str) -> Record:
         path = f"{self.root}/{self.place.labels}/{name}{self.dataset.label_suffix}"
         ids = self._ids(path, name)
         labels = {entry.id: label for label, entry in enumerate(self.dataset.classes)}
@@ -205,12 +199,12 @@ def _values(ids: np.ndarray) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class _MaskFileRecords(_Lazy):
+class _MaskFileRecords(_Named):
     names: tuple[str, ...]
     root: str
     place: MaskSplit
 
-    def read(self, name: str) -> Record:
+    def _read(self, name: str) -> Record:
         image = Path(self.root, name)
         height, width = image_size(str(image))
         segments = []

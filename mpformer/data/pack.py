@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from mpformer.config import Data
 from mpformer.data import augment
-from mpformer.data.catalog import Catalog, Record, Segment, open_split, pack_mask, unpack_mask
+from mpformer.data.catalog import Catalog, Record, Records, Segment, open_split, pack_mask, unpack_mask
 from mpformer.data.images import read_bytes
 from mpformer.types import ClassTable, InputError
 
@@ -189,6 +189,11 @@ def open_packed(root: str, folder: str, task: str) -> tuple[ClassTable, PackedRe
     return ClassTable.from_dict(manifest), PackedRecords(place, names, tuple(starts), manifest["group"])
 
 
+def is_packed(root: str) -> bool:
+    """Whether a place, local or an object store, holds what `pack` writes."""
+    return _Store(f"{root.rstrip('/')}/train").sizes([_MANIFEST])[_MANIFEST] is not None
+
+
 def verify(root: str, folder: str) -> list[str]:
     """Shards whose bytes are not those that were written: one line each."""
     store = _Store(f"{root.rstrip('/')}/{folder}")
@@ -201,7 +206,7 @@ def verify(root: str, folder: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class PackedRecords(Sequence[Record]):
+class PackedRecords(Records):
     """The records of a packed split; a group of rows is read when one of them is asked for."""
 
     place: str
@@ -213,16 +218,7 @@ class PackedRecords(Sequence[Record]):
     def __len__(self) -> int:
         return self.starts[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        index %= len(self)
+    def read(self, index: int) -> Record:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         group, row = divmod(index - self.starts[shard], self.group)
         return _record(_read_group(self.place, self.shards[shard], group), row)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import cv2
 import numpy as np
 
 from mpformer.data.catalog import Catalog
 from mpformer.data.images import load_image
 from mpformer.data.masks import record_masks
 from mpformer.draw import overlay, side_by_side
-from mpformer.types import Batch, ClassTable, InputError
+from mpformer.types import Batch, ClassInfo, ClassTable, InputError
+
+_TRUTH_AND_PILOT = ClassTable(
+    (ClassInfo("ground truth", 0, True, (225, 40, 40)), ClassInfo("pilot", 1, True, (45, 90, 235)))
+)
 
 
 def catalog_sheet(catalog: Catalog, count: int = 16, columns: int = 4) -> np.ndarray:
@@ -29,7 +36,9 @@ def catalog_sheet(catalog: Catalog, count: int = 16, columns: int = 4) -> np.nda
         if not len(masks):
             bare.append((image, record.image_id))
             continue
-        pictures.append(overlay(image, list(masks), [s.label for s in record.segments], catalog.classes))
+        labels = [s.label for s in record.segments]
+        captions = len(catalog.classes) > 1
+        pictures.append(overlay(image, list(masks), labels, catalog.classes, captions=captions))
         titles.append(record.image_id)
         if len(pictures) == count:
             break
@@ -48,3 +57,41 @@ def batch_pictures(batch: Batch, classes: ClassTable) -> list[np.ndarray]:
         pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
         pictures.append(overlay(pixels, list(target.masks.numpy()), target.labels.tolist(), classes))
     return pictures
+
+
+def pilot_sheet(
+    batch: Batch,
+    classes: ClassTable,
+    slots: Mapping[int, int],
+    objects: np.ndarray,
+    labels: np.ndarray,
+    layers: Mapping[int, np.ndarray],
+    most: int = 6,
+) -> np.ndarray | None:
+    """One pilot of each sample beside its ground truth, a row for each sample; None without any.
+
+    `slots`: the pilot to show of each sample; `objects`, `labels` [B,P]: what the pilots stand for and the
+    classes that they are fed as; `layers`: their attention masks [B,P,h*w] bool by decoder layer, of which
+    the first `most` are shown. Red is the ground truth, blue the pilot, drawn cell by cell.
+    """
+    tiles, titles = [], []
+    for b, slot in slots.items():
+        height, width = batch.valid_sizes[b]
+        image = batch.images[b, :, :height, :width].permute(1, 2, 0).numpy()
+        grey = np.repeat(image.mean(2, keepdims=True).astype(np.uint8), 3, axis=2)
+        target = batch.targets[b]
+        whole = target.masks[objects[b, slot]].numpy()
+        truth = whole[:height, :width]
+        right, fed = int(target.labels[objects[b, slot]]), int(labels[b, slot])
+        tiles.append(overlay(grey, [truth], [0], _TRUTH_AND_PILOT, captions=False))
+        titles.append(classes.names[right] + ("" if fed == right else f", fed as {classes.names[fed]}"))
+        for number, masks in list(layers.items())[:most]:
+            stride = round((whole.size / masks.shape[2]) ** 0.5)
+            cells = masks[b, slot].reshape(whole.shape[0] // stride, -1).view(np.uint8)
+            pilot = cv2.resize(cells, whole.shape[::-1], interpolation=cv2.INTER_NEAREST).view(bool)
+            shown = [truth, pilot[:height, :width]]
+            tiles.append(overlay(grey, shown, [0, 1], _TRUTH_AND_PILOT, captions=False))
+            titles.append(f"layer {number}")
+    if not tiles:
+        return None
+    return side_by_side(tiles, titles, columns=1 + min(most, len(layers)))

@@ -9,6 +9,7 @@ positions.
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,10 +26,12 @@ from mpformer.data.packing import from_table, to_table
 from mpformer.data.samples import Sample, batch_canvas, make_sample
 from mpformer.types import Batch, InputError, RunError
 
-_BLOCK_BYTES = 64 << 20
-"""Samples of one Ray Data block together: below some 30 MB the cost per block shows in the throughput."""
-_EXECUTION_BYTES = 512 << 20
-"""Samples of one Ray Data execution together, at most; two executions lie in the object store at a time."""
+_BLOCK_BYTES = 108 << 20
+"""Samples of one Ray Data block together, about (seen: 64 MB cost a tenth of the throughput)."""
+_EXECUTION_BYTES = 324 << 20
+"""Samples of one Ray Data execution together, at most."""
+_AHEAD = 2
+"""Executions that are made while one is consumed: the tasks of one run while the other begins or ends."""
 _FIRST_BLOCKS = 2
 """Blocks of the first execution; each one doubles, so that the first batch does not wait for many blocks."""
 _TASK_CPUS = 0.1
@@ -93,7 +96,7 @@ def _ray(
     """Batches from Ray Data executions over this rank's positions, decoded and augmented by tasks anywhere.
 
     Each rank runs executions over its own rows in their order: `streaming_split` would deal out whole blocks.
-    One execution is consumed while the next one is made. Each is made whole: an execution that waits for
+    One execution is consumed while the next ones are made. Each is made whole: an execution that waits for
     its consumer spins in this process (seen with Ray 2.60: three quarters of a core, holding the interpreter
     that the training step needs), and memory is bounded by the size of an execution instead.
     """
@@ -109,12 +112,12 @@ def _ray(
         return _dataset(data, shared, seed, np.concatenate(wanted), block_rows, world).materialize()
 
     chunks = _chunks(steps, block_rows, local, most_blocks)
-    with ThreadPoolExecutor(1, thread_name_prefix="data") as ahead:
-        upcoming = [ahead.submit(execute, chunks[0])]
+    with ThreadPoolExecutor(_AHEAD, thread_name_prefix="data") as ahead:
+        upcoming = deque(ahead.submit(execute, wanted) for wanted in chunks[:_AHEAD])
         for index, wanted in enumerate(chunks):
-            samples = upcoming.pop().result()
-            if index + 1 < len(chunks):
-                upcoming.append(ahead.submit(execute, chunks[index + 1]))
+            samples = upcoming.popleft().result()
+            if index + _AHEAD < len(chunks):
+                upcoming.append(ahead.submit(execute, chunks[index + _AHEAD]))
             batches = samples.iter_torch_batches(
                 batch_size=local, collate_fn=_Collate(canvas), prefetch_batches=data.prefetch
             )
@@ -164,6 +167,9 @@ def _dataset(
     # one output block per task: a task that waits for its consumer between two blocks would keep its CPU,
     # which another rank may need to fill the batch that both are waiting for
     context.target_max_block_size = 1 << 30
+    # Ray's own budgets are empty during the first second of an execution, until the cluster's resources are
+    # known (seen with Ray 2.60): meanwhile it would run one task at a time, for most of the time of ours
+    context.op_resource_reservation_enabled = False
     context.enable_progress_bars = False
     return dataset
 
@@ -178,7 +184,8 @@ def _task_options(world: int, blocks: int) -> dict[str, Any]:
     cpus = ray.cluster_resources().get("CPU", 1.0)
     if cpus >= 4 * world:
         return {"num_cpus": 1}
-    tasks = ray.data.TaskPoolStrategy(size=min(blocks, max(1, int(cpus / world))))
+    # all executions together one more than the share of CPUs: a core need not wait for its next block
+    tasks = ray.data.TaskPoolStrategy(size=min(blocks, int(cpus / world / _AHEAD) + 1))
     return {"num_cpus": _TASK_CPUS, "compute": tasks}
 
 

@@ -41,7 +41,7 @@ class Sample:
     """[N] int32."""
     boxes: np.ndarray
     """[N,4] int32: x, y, width, height of each mask's box on the canvas; x and width are multiples of 8."""
-    bits: bytes
+    bits: bytes | memoryview
     """The masks within their boxes, row by row, eight pixels to a byte, the leftmost in the highest bit."""
     skipped: str = ""
     """Why bad samples were replaced by this one; empty as a rule."""

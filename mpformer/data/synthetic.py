@@ -24,7 +24,7 @@ from mpformer.data.masks import run_lengths, segment_mask
 from mpformer.types import InputError
 
 _MARKER = "synthetic.json"
-_VERSION = 1
+_VERSION = 2
 """Changes with what is drawn, so that an older folder is not taken for the present one."""
 
 # name, id at the source (with gaps, as in COCO), hue in degrees, colour in panoptic pictures

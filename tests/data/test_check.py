@@ -9,11 +9,12 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from mpformer.config import Data, Split, build_config
+from mpformer.config import Data, LargeScaleJitter, Packed, Split, build_config
 from mpformer.data.catalog import open_split
 from mpformer.data.check import check, report_text, training_command
 from mpformer.data.detect import detect
-from mpformer.data.pictures import batch_pictures, catalog_sheet
+from mpformer.data.pack import pack
+from mpformer.data.pictures import batch_pictures, catalog_sheet, pilot_sheet
 from mpformer.data.pipeline import train_batches
 from mpformer.types import InputError
 from mpformer.yamlfile import Source
@@ -185,6 +186,22 @@ def test_the_printed_command_gives_the_same_data(tmp_path):
     assert (tree.dataset.train, tree.dataset.val) == (data.dataset.train, data.dataset.val)
 
 
+def test_a_packed_folder_is_understood_and_damage_is_found(tmp_path):
+    data = coco_folder(tmp_path / "in", [annotation(n, n) for n in range(1, 5)], images=4)
+    pack(data, str(tmp_path / "out"))
+    assert detect(tmp_path / "out") == Packed()
+    packed = Data(root=str(tmp_path / "out"), dataset=Packed())
+    train = check(packed)["train"]
+    assert (train.images, train.findings) == (4, ())
+    assert training_command(packed, "recipe.yaml").endswith(" data.dataset=experiments/data/packed.yaml")
+    shard = tmp_path / "out" / "val" / "shard-00000.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 0xFF
+    shard.write_bytes(bytes(content))
+    found = kinds(check(packed)["val"])
+    assert "shards that have changed since they were written" in found
+
+
 def test_a_folder_without_annotations(tmp_path):
     (tmp_path / "notes.json").write_text('{"a": 1}')
     with pytest.raises(InputError, match="no COCO annotations in it"):
@@ -195,6 +212,27 @@ def test_a_folder_without_annotations(tmp_path):
     shutil.rmtree(tmp_path / "images")
     with pytest.raises(InputError, match=r"train\.json: its first image, '1\.png', is in no folder below"):
         detect(tmp_path)
+
+
+def test_a_pilot_beside_its_ground_truth(tmp_path):
+    """One row: the ground truth in red, the first layer without a cell, the second with all, in blue."""
+    data = coco_folder(tmp_path, [annotation(1, 1)], images=1)
+    data = data.model_copy(update={"augment": LargeScaleJitter(size=(64, 96), scale=(1.0, 1.0), flip=0.0)})
+    catalog = open_split(data, "train")
+    (batch,) = train_batches(data, catalog, seed=0, batch_size=1, start_step=0, stop_step=1, rank=0, world=1)
+    layers = {1: np.zeros((1, 1, 2 * 3), bool), 2: np.ones((1, 1, 4 * 6), bool)}
+    objects, labels = np.zeros((1, 1), int), np.ones((1, 1), int)
+    sheet = pilot_sheet(batch, catalog.classes, {0: 0}, objects, labels, layers).astype(int)
+    truth = batch.targets[0].masks[0].numpy()[: batch.valid_sizes[0][0], : batch.valid_sizes[0][1]]
+    third = sheet.shape[1] // 3
+    red = (sheet[..., 0] - sheet[..., 2] > 60).sum(0)
+    blue = (sheet[..., 2] - sheet[..., 0] > 60).sum(0)
+    area = sheet.shape[0] * third
+    assert red[:third].sum() / area == pytest.approx(truth.mean(), rel=0.25)
+    assert red[third : 2 * third].sum() == pytest.approx(red[:third].sum(), rel=0.1)
+    assert blue[: 2 * third].sum() == 0
+    assert blue[2 * third :].sum() / area == pytest.approx(1 - truth.mean(), rel=0.25)
+    assert pilot_sheet(batch, catalog.classes, {}, objects, labels, layers) is None
 
 
 def test_pictures_show_every_sample(tmp_path):

@@ -291,6 +291,42 @@ def test_bad_panoptic_segments(tmp_path, segments, expected):
         open_split(data, "train")
 
 
+def test_instances_beside_panoptic_segments(tmp_path):
+    """Other order of images, other ids among the classes; stuff in between does not shift the labels."""
+    segments = [{"id": 5, "category_id": 7}]
+    data = panoptic_folder(tmp_path, segments, np.full((40, 60, 3), (0, 0, 5), np.uint8))
+    content = json.loads((tmp_path / "train.json").read_text())
+    stuff = [{"id": 1, "name": "sky", "isthing": 0}, *content["categories"]]
+    (tmp_path / "train.json").write_text(json.dumps({**content, "categories": stuff}))
+    own = {
+        "images": [{**content["images"][0], "id": 2}, content["images"][0]],
+        "annotations": [annotation(4, 1, category_id=7), annotation(5, 2), annotation(6, 1, iscrowd=1)],
+        "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(own))
+
+    def with_instances(task="panoptic"):
+        val = data.dataset.val.model_copy(update={"instances": "instances.json"})
+        dataset = data.dataset.model_copy(update={"val": val})
+        return data.model_copy(update={"dataset": dataset, "task": task})
+
+    catalog = open_split(with_instances(), "val")
+    assert catalog.classes.names == ("sky", "cat", "dog")
+    [record] = catalog.instances
+    assert (record.image_id, [(s.id, s.label, s.crowd) for s in record.segments]) == (
+        "1",
+        [(4, 2, False), (6, 1, True)],
+    )
+    assert open_split(with_instances(), "train").instances is None
+    assert open_split(with_instances("semantic"), "val").instances is None
+    (tmp_path / "instances.json").write_text(json.dumps({**own, "categories": [{"id": 1, "name": "sky"}]}))
+    with pytest.raises(InputError, match=r"instances\.json: 'sky' \(id 1\) is no thing of the panoptic"):
+        open_split(with_instances(), "val")
+    (tmp_path / "instances.json").write_text(json.dumps({**own, "images": own["images"][:1]}))
+    with pytest.raises(InputError, match=r"instances\.json: "):
+        open_split(with_instances(), "val")
+
+
 def test_panoptic_without_png_or_annotation(tmp_path):
     data = panoptic_folder(tmp_path, [], np.zeros((40, 60, 3), np.uint8))
     (tmp_path / "ids" / "1.png").unlink()

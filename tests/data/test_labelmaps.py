@@ -48,6 +48,8 @@ def test_the_papers_class_counts():
         "ade20k-panoptic": (150, 100),
         "mapillary-v1.2-panoptic": (65, 37),
         "mapillary-v2.0-semantic": (123, 0),
+        "mapillary-v2.0-panoptic": (116, 70),
+        "ade20k-full": (847, 0),
         "coco-stuff-10k": (171, 80),
         "camvid": (11, 0),
     }
@@ -174,6 +176,20 @@ def test_ade20k_full_classes_are_those_of_its_json(sample_data):
         assert found == listed[record.image_id.rpartition("/")[2]]
 
 
+def test_ade20k_full_with_the_classes_of_maskformer(sample_data):
+    """Everything on the two streets belongs to the 847 classes, under the names that their own JSONs give."""
+    data = settings(sample_data / "ade20k_full" / "ADE20K_2021_17_01", "ade20k-full")
+    catalog = open_split(data, "train")
+    assert len(catalog) == 2
+    for record in catalog.records:
+        path = Path(data.root, "images", "ADE", "training", f"{record.image_id}.json")
+        objects = json.loads(path.read_text(errors="replace"))["annotation"]["object"]
+        names = {o["name_ndx"]: o["name"] for o in objects if o["parts"]["part_level"] == 0}
+        found = {catalog.classes.classes[s.label] for s in record.segments}
+        assert {c.source_id for c in found} == set(names)
+        assert all(names[c.source_id].startswith(c.name) for c in found)
+
+
 @pytest.mark.slow
 def test_nuclei(sample_data):
     """85 images, 3036 nuclei (SOURCES); pixels against PIL; the shares part the images for good."""
@@ -257,18 +273,22 @@ def test_ade20k_panoptic(tmp_path):
     assert "another size" in catalog.records[0].problem
 
 
-def test_mapillary_panoptic(tmp_path):
-    ids = np.full((40, 60), 27 * 256, np.uint16)  # sky
-    ids[20:] = 13 * 256  # road
-    ids[22:30, 5:20] = 55 * 256 + 1  # two cars
-    ids[22:30, 30:50] = 55 * 256 + 2
-    ids[:3] = 65 * 256
+@pytest.mark.parametrize(
+    ("version", "folder", "sky", "road", "car", "void"),
+    [("v1.2", "instances", 27, 13, 55, 65), ("v2.0", "v2.0/instances", 61, 21, 108, 115)],
+)
+def test_mapillary_panoptic(tmp_path, version, folder, sky, road, car, void):
+    ids = np.full((40, 60), sky * 256, np.uint16)
+    ids[20:] = road * 256
+    ids[22:30, 5:20] = car * 256 + 1
+    ids[22:30, 30:50] = car * 256 + 2
+    ids[:3] = void * 256
     write(tmp_path / "validation" / "images" / "a.jpg", photograph())
-    write(tmp_path / "validation" / "instances" / "a.png", ids)
-    catalog = open_split(settings(tmp_path, "mapillary-v1.2-panoptic", "panoptic"), "val")
+    write(tmp_path / "validation" / folder / "a.png", ids)
+    catalog = open_split(settings(tmp_path, f"mapillary-{version}-panoptic", "panoptic"), "val")
     (record,) = catalog.records
-    found = [(catalog.classes.names[s.label], s.id) for s in record.segments]
-    assert found == [("Road", 3328), ("Sky", 6912), ("Car", 14081), ("Car", 14082)]
+    found = {s.id: catalog.classes.names[s.label] for s in record.segments}
+    assert found == {road * 256: "Road", sky * 256: "Sky", car * 256 + 1: "Car", car * 256 + 2: "Car"}
     for segment, mask in zip(record.segments, masks.record_masks(record)):
         assert np.array_equal(mask, ids == segment.id)
 

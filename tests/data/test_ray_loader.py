@@ -32,6 +32,30 @@ def test_the_same_batches_over_several_executions(tmp_path, monkeypatch):
     assert stream(with_ray(data), catalog, start=5, stop=7) == expected[5:]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", ["ray", "torch"])
+def test_any_loader_and_any_number_of_workers_over_two_epochs(tmp_path, loader):
+    """Worlds of 1, 2 and 4 against the in-process loader: 11 images twice, in batches of 4."""
+    data = coco_folder(tmp_path, images=11)
+    catalog = open_split(data, "train")
+    expected = stream(data, catalog, stop=6)
+    other = data.model_copy(update={"loader": loader, "loader_processes": 1})
+    for world in (1, 2, 4):
+        shares = [stream(other, catalog, stop=6, rank=r, world=world) for r in range(world)]
+        assert joined(shares) == expected, world
+
+
+@pytest.mark.slow
+def test_an_interruption_at_any_step_with_another_number_of_workers_afterwards(tmp_path):
+    data = coco_folder(tmp_path, images=11)
+    catalog = open_split(data, "train")
+    expected = stream(data, catalog, stop=6)
+    for step, before, after in ((1, 1, 2), (2, 2, 1), (3, 2, 4), (4, 4, 2), (5, 4, 1)):
+        first = [stream(with_ray(data), catalog, stop=step, rank=r, world=before) for r in range(before)]
+        rest = [stream(with_ray(data), catalog, step, 6, rank=r, world=after) for r in range(after)]
+        assert joined(first) + joined(rest) == expected, step
+
+
 def test_three_ranks_that_wait_for_each_other(tmp_path):
     """As in training: each takes its next batch when all have theirs. Three streams share two CPUs."""
     data = coco_folder(tmp_path, images=11).model_copy(update={"augment": LargeScaleJitter(size=(32, 32))})
