@@ -1,13 +1,16 @@
 """Cost of an evaluation beside its forward pass, and of post-processing beside the usual order of steps.
 
     python benchmarks/evaluation.py results [--queries 100] [--classes 80] [--repeat 5]
-    python benchmarks/evaluation.py stages RECIPE [--images 10] [key=value ...]
+    python benchmarks/evaluation.py stages RECIPE [--images 10] [--first 0] [key=value ...]
+    python benchmarks/evaluation.py memory [--images 5000]
 
 `results`: the last head of one image of 640x480 (network input 800x1088) to instances and their run lengths.
 "The usual way" upsamples every mask to the input and to the original size, scores and encodes whole masks;
 both ways run in turn on the same heads; their scores and masks are compared. Masks are blobs of all sizes.
 `stages`: a model with random weights on the images of a recipe's validation split: seconds of each stage,
 share of the forward pass, peak memory. Times are CPU time of the process, which other programs disturb less.
+`memory`: a whole evaluation with a stand-in for the model that finds 100 objects in each image of 320x240:
+what the process holds on the way.
 """
 
 from __future__ import annotations
@@ -17,20 +20,25 @@ import os
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import psutil
 import torch
 from pycocotools import mask as coco_mask
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mpformer.config import Evaluate, load_config
-from mpformer.data.catalog import open_split
+from mpformer.config import Config, Evaluate, TestResize, load_config
+from mpformer.data.catalog import Catalog, Record, Records, Rle, Segment, build_table, open_split
 from mpformer.data.images import load_image
+from mpformer.draw import encode_png
 from mpformer.evaluate import inference
+from mpformer.evaluate.evaluation import evaluate
 from mpformer.evaluate.inference import find_instances
 from mpformer.evaluate.layers import layer_figures
 from mpformer.evaluate.metrics import score
@@ -38,17 +46,24 @@ from mpformer.evaluate.truth import target_of
 from mpformer.evaluate.views import look
 from mpformer.model.postprocess import Sizes, View
 from mpformer.model.segmenter import build_model
+from mpformer.types import ClassTable, Head, Output
 
 SIZES = Sizes((800, 1088), (800, 1067), (480, 640))
 
 
-def blobs(queries: int, classes: int, seed: int = 0) -> View:
+def blobs(
+    queries: int,
+    classes: int,
+    seed: int = 0,
+    size: tuple[int, int] = (SIZES.padded[0] // 4, SIZES.padded[1] // 4),
+    smallest: float = 2.5,
+) -> View:
     """Elliptic masks between 20 and 600 pixels wide in the network input; classes of moderate certainty."""
     g = torch.Generator().manual_seed(seed)
-    h, w = SIZES.padded[0] // 4, SIZES.padded[1] // 4
+    h, w = size
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     uniform = torch.rand(queries, 4, generator=g)
-    radius = 2.5 * 30 ** uniform[:, 2:, None, None]
+    radius = smallest * 30 ** uniform[:, 2:, None, None]
     distance = ((y - uniform[:, 0, None, None] * h) / radius[:, 0]) ** 2
     distance = distance + ((x - uniform[:, 1, None, None] * w) / radius[:, 1]) ** 2
     return View(torch.randn(queries, classes + 1, generator=g) * 3, 8 * (1 - distance).clamp(min=-2), SIZES)
@@ -98,9 +113,78 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def stages(recipe: str, settings: list[str], images: int) -> None:
+class _Finder(nn.Module):
+    """100 blobs of all sizes in every image, others in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes = ClassTable.numbered(80)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.seen = 0
+
+    def forward(self, images: Tensor, all_heads: bool = False) -> Output:
+        self.seen += 1
+        view = blobs(100, 80, self.seen, (images.shape[2] // 4, images.shape[3] // 4), smallest=0.8)
+        return Output((Head(view.class_logits[None] * self.scale, view.mask_logits[None]),))
+
+
+def memory(images: int) -> None:
+    """What a process holds while it evaluates that many images of 7 objects and 100 predictions each."""
+    random = np.random.default_rng(0)
+    pixels = encode_png(random.integers(0, 255, (240, 320, 3)).astype(np.uint8))
+    records = []
+    for number in range(images):
+        segments = []
+        for index in range(7):
+            mask = np.zeros((240, 320), bool)
+            (y, x), (h, w) = random.integers(0, 150, 2), random.integers(10, 90, 2)
+            mask[y : y + h, x : x + w] = True
+            rle = Rle(coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))["counts"])
+            segments.append(
+                Segment(int(random.integers(80)), False, rle, float(mask.sum()), 7 * number + index)
+            )
+        records.append(Record(f"{number}", "", 320, 240, tuple(segments)))
+    model = _Finder()
+    catalog = Catalog("generated", model.classes, build_table(records, ""), "")
+    catalog = replace(catalog, records=_WithImage(catalog.records, pixels))
+    del records
+    config = Config()
+    config = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"test_resize": TestResize(short=128, long=192)}),
+            "evaluate": config.evaluate.model_copy(update={"layers": False}),
+        }
+    )
+
+    def report(done: int, total: int, _: float) -> None:
+        if done in (1, total) or done % 1000 == 0:
+            print(f"{done:6} images: {psutil.Process().memory_info().rss / 2**20:7.0f} MiB", flush=True)
+
+    found = evaluate(model, catalog, config, report=report)
+    count = sum(len(p.instances) for p in found.predictions)
+    print(f"{count} predictions, {count / images:.1f} per image; AP {found.scores.summary['AP']:.2f}")
+    for stage, seconds in found.seconds.items():
+        print(f"{stage:10} {seconds:8.1f} s")
+    print(f"peak, metrics included: {found.peak_memory / 2**20:.0f} MiB")
+
+
+@dataclass(frozen=True)
+class _WithImage(Records):
+    """Records that all show one picture, kept once."""
+
+    records: Sequence[Record]
+    pixels: bytes
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def read(self, index: int) -> Record:
+        return replace(self.records[index], image=self.pixels)
+
+
+def stages(recipe: str, settings: list[str], images: int, first: int) -> None:
     """CPU seconds of each stage of a whole evaluation."""
-    config = load_config(recipe, ["model.backbone.pretrained=null", f"evaluate.limit={images}", *settings])
+    config = load_config(recipe, ["model.backbone.pretrained=null", *settings])
     split = open_split(config.data, "val")
     torch.manual_seed(0)
     model = build_model(config.model, split.classes).eval()
@@ -115,11 +199,11 @@ def stages(recipe: str, settings: list[str], images: int) -> None:
 
     predictions = []
     resize, options, task = config.data.test_resize, config.evaluate, config.data.task
-    count = min(images, len(split.records))
-    for record in split.records[:count]:
+    count = min(images, len(split.records) - first)
+    for record in split.records[first : first + count]:
         image = timed("read", lambda r=record: load_image(r))
-        views, heads = timed(
-            "forward", lambda i=image: look(model, i, resize, options, torch.device("cpu"), all_heads=True)
+        [(views, heads)] = timed(
+            "forward", lambda i=image: look(model, [i], resize, options, torch.device("cpu"), all_heads=True)
         )
         predictions.append(
             timed(
@@ -135,7 +219,7 @@ def stages(recipe: str, settings: list[str], images: int) -> None:
             lambda r=record, h=heads, s=sizes: layer_figures(h, target_of(r, s, task), s, model.config),
         )
     timed("metrics", lambda: score(predictions, split, task))
-    print(f"{config.name}: {count} images, {torch.get_num_threads()} threads")
+    print(f"{config.name}: {count} images from {first} on, {torch.get_num_threads()} threads")
     for stage, seconds in spent.items():
         share = seconds / spent["forward"]
         print(f"{stage:10} {seconds / count:8.3f} s per image {share:7.1%} of the forward pass")
@@ -153,11 +237,16 @@ def main() -> None:
     whole = commands.add_parser("stages")
     whole.add_argument("recipe")
     whole.add_argument("--images", type=int, default=10)
+    whole.add_argument("--first", type=int, default=0)
+    held = commands.add_parser("memory")
+    held.add_argument("--images", type=int, default=5000)
     arguments, settings = parser.parse_known_args()
     if arguments.command == "results":
         results(arguments.queries, arguments.classes, arguments.repeat)
+    elif arguments.command == "memory":
+        memory(arguments.images)
     else:
-        stages(arguments.recipe, settings, arguments.images)
+        stages(arguments.recipe, settings, arguments.images, arguments.first)
 
 
 if __name__ == "__main__":

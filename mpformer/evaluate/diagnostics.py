@@ -36,7 +36,7 @@ from mpformer.model.matcher import Match
 from mpformer.model.piloting import make_pilots
 from mpformer.model.postprocess import Sizes, View
 from mpformer.model.streams import SampleRandom
-from mpformer.types import ClassInfo, ClassTable, Target
+from mpformer.types import ClassInfo, ClassTable, InputError, Target
 
 if TYPE_CHECKING:
     from mpformer.model.segmenter import Segmenter
@@ -51,6 +51,9 @@ _TITLES = {
     "PQ": "PQ",
     "AR100": "AR@100, any class",
 }
+
+_STRIDES = (32, 16, 8)
+"""Of the memories 0, 1, 2."""
 
 _HIGHLIGHT = ClassTable((ClassInfo("mask", 0, True, (235, 40, 90)),))
 
@@ -96,6 +99,8 @@ def diagnose(
     (panoptic tasks) and class-agnostic AR@100 of every head, which upsamples every head's masks. `report` is
     told (done, of all). The model is left in evaluation mode.
     """
+    if model.config.output == "per_pixel":
+        raise InputError("diagnose: a per-pixel model has no objects whose layers could be compared")
     device = torch.device(device) if device is not None else next(model.parameters()).device
     chosen = list(range(len(catalog.records)) if indices is None else indices)
     figures: list[Figures] = []
@@ -141,9 +146,9 @@ def _image_figures(
         heads = forward(model, images, all_heads=True)
     figures, matched = layer_figures(heads, target, sizes, model.config)
     inside = {}
-    for layer, weights in enumerate(attention, 1):
-        stride = round((target.masks[0].numel() / weights.shape[1]) ** 0.5) if len(target.masks) else 1
-        share = attention_inside(weights, target.masks, matched, stride)
+    for layer, (weights, levels) in enumerate(zip(attention, model.config.decoder.levels()), 1):
+        strides = [_STRIDES[level] for level in levels]
+        share = attention_inside(weights, target.masks, matched, strides)
         if share is not None:
             inside[layer] = share
     if inside:
@@ -190,8 +195,8 @@ def _watched(model: Segmenter) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def note(attention: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        query, key, _, allowed = inputs
-        seen.append(attention.weights(query, key, allowed)[0])
+        query, key, _, *where = inputs
+        seen.append(attention.weights(query, key, *where)[0])
 
     hooks = [layer.cross_attn.register_forward_pre_hook(note) for layer in model.decoder.layers]
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,8 @@ def predict_files(
     Written are NAME.png, an overlay (of instances those that score `draw_at_least`); predictions.json, a COCO
     file with one run-length-encoded annotation per segment, its score and the source's category id; for
     panoptic results panoptic.json and panoptic/NAME.png (COCO's panoptic format); for semantic ones
-    labels/NAME.png (source ids; 0 where general inference leaves void). `report` is told of each image.
+    labels/NAME.png (source ids; 0 where general inference leaves void). Up to `evaluate.batch` neighbours of
+    one size go through the model together. `report` is told of each image.
     Raises `InputError` for a path that does not exist before anything is predicted, and for a file that is no
     image after the earlier ones are written.
     """
@@ -74,22 +75,44 @@ def predict_files(
     images = find_images(paths)
     device = next(model.parameters()).device
     writer = _CocoWriter(model.classes)
-    pictures = []
+    pictures: list[Path] = []
     try:
-        for number, (path, name) in enumerate(images, 1):
-            image = read_image(str(path))
-            found = infer(model, image, task, config.data.test_resize, config.evaluate, device)
-            prediction = found.compact(name)
-            result = to_result(prediction, model.classes, task)
-            pictures.append(out / f"{name}.png")
-            write_png(pictures[-1], result.overlay(image, draw_at_least))
-            writer.add(prediction, str(path), out, task)
-            if report:
-                report(f"{number}/{len(images)} {path}: {len(result.segments)} segments")
+        for group in _of_one_size(images, config.evaluate.batch):
+            pixels = [image for _, _, image in group]
+            results = infer(model, pixels, task, config.data.test_resize, config.evaluate, device)
+            for (path, name, image), found in zip(group, results):
+                prediction = found.compact(name)
+                result = to_result(prediction, model.classes, task)
+                pictures.append(out / f"{name}.png")
+                write_png(pictures[-1], result.overlay(image, draw_at_least))
+                writer.add(prediction, str(path), out, task)
+                if report:
+                    report(f"{len(pictures)}/{len(images)} {path}: {len(result.segments)} segments")
     finally:
         if pictures:
             writer.write(out, task)
     return pictures
+
+
+_Read = tuple[Path, str, np.ndarray]
+
+
+def _of_one_size(images: Sequence[tuple[Path, str]], most: int) -> Iterator[list[_Read]]:
+    """Neighbours of one size, at most that many together; a bad file is an error after those before it."""
+    group: list[_Read] = []
+    for path, name in images:
+        try:
+            image = read_image(str(path))
+        except InputError:
+            if group:
+                yield group
+            raise
+        if group and (len(group) == most or group[0][2].shape != image.shape):
+            yield group
+            group = []
+        group.append((path, name, image))
+    if group:
+        yield group
 
 
 class _CocoWriter:

@@ -28,6 +28,7 @@ from mpformer.evaluate.truth import target_of
 from mpformer.evaluate.views import aligned, look
 from mpformer.model import postprocess
 from mpformer.model.postprocess import View
+from mpformer.model.postprocess_detr import detr_panoptic
 from mpformer.types import ClassTable, InputError
 
 if TYPE_CHECKING:
@@ -86,10 +87,10 @@ def _predict(
 ) -> Prediction:
     resize, options = config.data.test_resize, config.evaluate
     with _timed(seconds, "forward", device):
-        views, heads = look(model, image, resize, options, device, all_heads=options.layers)
+        [(views, heads)] = look(model, [image], resize, options, device, all_heads=options.layers)
     with _timed(seconds, "results", device):
         found = results(views, config.data.task, options, model.classes).compact(record.image_id)
-    if len(heads) == 1:
+    if len(heads) == 1 or heads[-1].class_logits is None:
         return found
     with _timed(seconds, "layers", device):
         target = target_of(record, views[0].sizes, config.data.task).to(device)
@@ -174,15 +175,15 @@ class Inferred:
 @torch.inference_mode()
 def infer(
     model: Segmenter,
-    image: np.ndarray,
+    images: Sequence[np.ndarray],
     task: Task,
     resize: TestResize,
     options: Evaluate,
     device: torch.device,
-) -> Inferred:
-    """One image [h,w,3] uint8 RGB through the model to results; the model is left in evaluation mode."""
-    views, _ = look(model, image, resize, options, device)
-    return results(views, task, options, model.classes)
+) -> list[Inferred]:
+    """Images [h,w,3] uint8 RGB of one size to results, together; the model is left in evaluation mode."""
+    looks = look(model, images, resize, options, device)
+    return [results(views, task, options, model.classes) for views, _ in looks]
 
 
 def results(views: Sequence[View], task: Task, options: Evaluate, classes: ClassTable) -> Inferred:
@@ -199,7 +200,11 @@ def results(views: Sequence[View], task: Task, options: Evaluate, classes: Class
     one_order = views
     if task == "panoptic" or options.semantic == "general":
         one_order = aligned(views)
-    if task == "panoptic":
+    if task == "panoptic" and options.panoptic == "detr":
+        panoptic = detr_panoptic(
+            one_order, class_confidence=options.class_confidence, thing_labels=classes.thing_labels
+        )
+    elif task == "panoptic":
         panoptic = postprocess.panoptic(
             one_order,
             class_confidence=options.class_confidence,
@@ -303,7 +308,7 @@ def segment(
     """
     pixels = _pixels(image)
     device = next(model.parameters()).device
-    found = infer(model, pixels, task, resize or TestResize(), options or Evaluate(), device)
+    [found] = infer(model, [pixels], task, resize or TestResize(), options or Evaluate(), device)
     return to_result(found.compact(""), model.classes, task)
 
 

@@ -23,6 +23,8 @@ from mpformer.types import ClassTable
 
 BOUNDARY_WIDTH = 0.02
 """Width of a mask's boundary in diagonals of the image (Boundary IoU, section 4)."""
+DETECTIONS = (1, 10, 100)
+"""Most detections of an image and class that COCO's recalls count."""
 AREAS = ("all", "small", "medium", "large")  # COCO: below 32^2, up to 96^2, above, in pixels of the image
 
 
@@ -138,36 +140,39 @@ def _ious(
 
 
 class _Evaluation(COCOeval):
-    """pycocotools' evaluation, fed from memory: its truth and detections are set, not read from files."""
+    """pycocotools' evaluation of one class, fed from memory, on the images where that class occurs.
+
+    One class at a time: pycocotools keeps a table for every image, class and range of areas.
+    """
 
     def __init__(
-        self, images: Sequence[ImageInstances], labels: Sequence[int], by_boundary: bool = False
+        self, label: int, occurrences: Sequence[tuple[int, ImageInstances]], by_boundary: bool = False
     ) -> None:
         super().__init__(iouType="segm")
         self._by_boundary = by_boundary
-        self.params.imgIds = list(range(len(images)))
-        self.params.catIds = list(labels)
-        self._images = images
+        self.params.imgIds = [image_id for image_id, _ in occurrences]
+        self.params.catIds = [label]
+        self._occurrences = occurrences
 
     def _prepare(self) -> None:
         self._gts, self._dts = defaultdict(list), defaultdict(list)
         self.evalImgs, self.eval = defaultdict(list), {}
-        wanted = set(self.params.catIds)
+        [label] = self.params.catIds
         number = 0  # pycocotools takes id 0 for "unmatched", so ids start at 1
-        for image_id, image in enumerate(self._images):
+        for image_id, image in self._occurrences:
             for true in image.truth:
-                if true.label in wanted:
+                if true.label == label:
                     number += 1
-                    entry = _annotation(number, image_id, true.label, true.counts, image.size, true.area)
+                    entry = _annotation(number, image_id, label, true.counts, image.size, true.area)
                     entry["iscrowd"] = entry["ignore"] = int(true.crowd)
-                    self._gts[image_id, true.label].append(entry)
+                    self._gts[image_id, label].append(entry)
             for found in image.found:
-                if found.label in wanted:
+                if found.label == label:
                     number += 1
                     pixels = area(found.counts, image.size)
-                    entry = _annotation(number, image_id, found.label, found.counts, image.size, pixels)
+                    entry = _annotation(number, image_id, label, found.counts, image.size, pixels)
                     entry["score"] = found.score
-                    self._dts[image_id, found.label].append(entry)
+                    self._dts[image_id, label].append(entry)
 
     def computeIoU(self, imgId: int, catId: int) -> Any:
         """[detections,truth], detections best first: with boundaries the smaller of both IoUs."""
@@ -183,6 +188,14 @@ class _Evaluation(COCOeval):
     def _outline(entry: dict[str, Any]) -> dict[str, Any]:
         size, counts = entry["segmentation"]["size"], entry["segmentation"]["counts"]
         return {"size": size, "counts": boundary(counts, tuple(size))}
+
+
+def _tables(evaluation: _Evaluation) -> tuple[np.ndarray, np.ndarray]:
+    """Precision [IoU,recall level,area,detections] and recall [IoU,area,detections] of the one class."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation.eval["precision"][:, :, 0], evaluation.eval["recall"][:, 0]
 
 
 def _annotation(
@@ -207,19 +220,24 @@ def average_precision(
     detections). Per class: AP, AP50, AR100. Crowd regions absorb detections and are no truth themselves.
     `by_boundary` takes the smaller of mask IoU and boundary IoU throughout.
     """
-    evaluation = _Evaluation(images, sorted(labels), by_boundary)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.evaluate()
-        evaluation.accumulate()
-    precision = evaluation.eval["precision"]  # IoU, recall level, class, area, detections; -1: undefined
-    recall = evaluation.eval["recall"]  # IoU, class, area, detections
+    occurrences: dict[int, list[tuple[int, ImageInstances]]] = {label: [] for label in sorted(labels)}
+    for image_id, image in enumerate(images):
+        for label in {one.label for one in (*image.truth, *image.found)} & occurrences.keys():
+            occurrences[label].append((image_id, image))
+    tables = [_tables(_Evaluation(label, where, by_boundary)) for label, where in occurrences.items()]
+    if not tables:
+        return Scores()
+    precision = np.stack(
+        [p for p, _ in tables], axis=2
+    )  # IoU, recall, class, area, detections; -1: undefined
+    recall = np.stack([r for _, r in tables], axis=1)  # IoU, class, area, detections
     figures = {
         "AP": precision[..., 0, -1],
         "AP50": precision[0, ..., 0, -1],
         "AP75": precision[5, ..., 0, -1],
     }
     figures |= {f"AP_{name}": precision[..., a, -1] for a, name in enumerate(AREAS) if a}
-    figures |= {f"AR{most}": recall[..., 0, m] for m, most in enumerate(evaluation.params.maxDets)}
+    figures |= {f"AR{most}": recall[..., 0, m] for m, most in enumerate(DETECTIONS)}
     figures |= {f"AR_{name}": recall[..., a, -1] for a, name in enumerate(AREAS) if a}
     per_class = {
         classes.names[label]: _defined(

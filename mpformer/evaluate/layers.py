@@ -49,15 +49,15 @@ def query_utilization(matches: Sequence[Match]) -> list[float] | None:
     return [len(p & pairs[-1]) / len(pairs[-1]) for p in pairs]
 
 
-def attention_inside(weights: Tensor, masks: Tensor, matched: Match, stride: int) -> float | None:
+def attention_inside(weights: Tensor, masks: Tensor, matched: Match, strides: Sequence[int]) -> float | None:
     """Share of the attention that a matched query pays to its object, mean over the matched queries.
 
-    `weights` [Q,h*w] rows summing to 1, `masks` [N,H,W] bool; a cell that the object covers in part counts
-    in part. None where nothing is matched.
+    `weights` [Q,S] rows summing to 1, over the cells of the maps at `strides`; `masks` [N,H,W] bool. A cell
+    that the object covers in part counts in part. None where nothing is matched.
     """
     if not len(matched.queries):
         return None
-    coverage = F.avg_pool2d(masks[:, None].float(), stride).flatten(1)
+    coverage = torch.cat([F.avg_pool2d(masks[:, None].float(), s).flatten(1) for s in strides], dim=1)
     inside = (weights[matched.queries] * coverage[matched.objects]).sum(1)
     return float(inside.mean())
 
@@ -92,7 +92,8 @@ def layer_numbers(heads: Sequence[Head], config: ModelConfig) -> list[int]:
 
 def _match(head: Head, target: Target, config: ModelConfig) -> Match:
     """By full masks: deterministic."""
-    loss = config.loss.model_copy(update={"points": None, "padding": "counted"})
+    full_masks = {"points": None, "match_points": "as_loss", "match_by": "masks", "padding": "counted"}
+    loss = config.loss.model_copy(update=full_masks)
     draws = SampleRandom(0, "diagnostics", [0], head.mask_logits.device)  # none is drawn
     return match(head, [target], loss, draws, [target.masks.shape[1:]], [""])[0]
 

@@ -34,10 +34,10 @@ def score(
     instance: AP, AP50, AP75, AP_small|medium|large, AR... (`average_precision`); with `boundary` the APs by
     boundary IoU, too: AP_boundary... semantic: mIoU, pixel_accuracy, class_accuracy, and PQ_stuff, SQ_stuff,
     RQ_stuff, for which each class of an image is one segment (MaskFormer's PQ^St). panoptic: PQ, SQ, RQ, each
-    with _things and _stuff, and from the same model AP... of the things and mIoU. A figure that is not
-    defined is absent. Images left out as unusable are counted as skipped_images. The order of the
-    predictions does not matter; an image that comes twice, or that the catalog does not know, raises
-    `RunError`.
+    with _things and _stuff, and from the same model mIoU and AP... of the things (AP^Th_pan), against the
+    instance annotations where the catalog has them. A figure that is not defined is absent. Images left out
+    as unusable are counted as skipped_images. The order of the predictions does not matter; an image that
+    comes twice, or that the catalog does not know, raises `RunError`.
     """
     classes, things = catalog.classes, catalog.classes.thing_labels
     ordered, skipped = _in_catalog_order(predictions, catalog)
@@ -47,7 +47,8 @@ def score(
     for index, prediction in ordered:
         record = catalog.records[index]
         if prediction.instances is not None:
-            instances.append(ImageInstances(prediction.size, true_instances(record), prediction.instances))
+            own = record if catalog.instances is None else catalog.instances[index]
+            instances.append(ImageInstances(prediction.size, true_instances(own), prediction.instances))
         if prediction.panoptic is None and prediction.semantic is None:
             continue
         truth = true_segments(record)

@@ -113,7 +113,7 @@ def write_page(
     for rank, one in enumerate(judged[:count], 1):
         jpeg = encode_jpeg(picture(one, catalog.classes, task))
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in one.record.image_id)
-        files.append(folder / f"{rank:02d}-{name}.jpg")
+        files.append(folder / f"{rank:02d}-{name[-80:]}.jpg")  # a file system allows 255 bytes
         files[-1].write_bytes(jpeg)
         quality = "no quality" if one.quality is None else f"quality {one.quality:.0%}"
         caption = f"<b>{html.escape(one.record.image_id)}</b> {quality}: {html.escape(one.verdict)}"
@@ -140,7 +140,7 @@ dl div { border: 1px solid #8884; border-radius: .4rem; padding: .4rem .7rem; }
 dt { opacity: .7; font-size: .85rem; }
 dd { margin: 0; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
 figure { margin: 0 0 1.6rem; } img { width: 100%; border-radius: .3rem; }
-figcaption { margin-bottom: .3rem; }
+figcaption { margin-bottom: .3rem; overflow-wrap: anywhere; }
 """
 
 

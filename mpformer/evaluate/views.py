@@ -59,14 +59,17 @@ def view_of(head: Head, sizes: Sizes, mirrored: bool = False) -> View:
 
 def look(
     model: Segmenter,
-    image: np.ndarray,
+    images: Sequence[np.ndarray],
     resize: TestResize,
     options: Evaluate,
     device: torch.device,
     *,
     all_heads: bool = False,
-) -> tuple[list[View], tuple[Head, ...]]:
-    """The views of an image [h,w,3] uint8 RGB that the settings ask for; the heads of the first one."""
+) -> list[tuple[list[View], tuple[Head, ...]]]:
+    """The views of each image [h,w,3] uint8 RGB that the settings ask for, and the heads of its first one.
+
+    The images, of one size, go through the model together.
+    """
     reference_scale = min(options.scales, key=lambda s: abs(s - 1))
     others = [
         (scale, mirrored)
@@ -74,14 +77,29 @@ def look(
         for mirrored in ((False, True) if options.flip else (False,))
         if mirrored or scale != reference_scale
     ]
-    tensor, sizes = prepare(image, resize, reference_scale)
-    heads = forward(model, tensor.to(device), all_heads)
-    views = [view_of(heads[-1], sizes)]
+
+    def heads_of(scale: float, mirrored: bool, all_heads: bool) -> tuple[list[tuple[Head, ...]], Sizes]:
+        seen = [np.ascontiguousarray(i[:, ::-1]) if mirrored else i for i in images]
+        prepared = [prepare(image, resize, scale) for image in seen]
+        batch = torch.cat([tensor for tensor, _ in prepared])
+        heads = forward(model, batch.to(device), all_heads)
+        return [tuple(_of_image(head, b) for head in heads) for b in range(len(images))], prepared[0][1]
+
+    first, sizes = heads_of(reference_scale, False, all_heads)
+    looks = [([view_of(heads[-1], sizes)], heads) for heads in first]
     for scale, mirrored in others:
-        seen = np.ascontiguousarray(image[:, ::-1]) if mirrored else image
-        tensor, sizes = prepare(seen, resize, scale)
-        views.append(view_of(forward(model, tensor.to(device))[-1], sizes, mirrored))
-    return views, heads
+        more, sizes = heads_of(scale, mirrored, False)
+        for (views, _), heads in zip(looks, more):
+            views.append(view_of(heads[-1], sizes, mirrored))
+    return looks
+
+
+def _of_image(head: Head, index: int) -> Head:
+    """The head of one image of a batch, as a batch of one."""
+    one = slice(index, index + 1)
+    class_logits = None if head.class_logits is None else head.class_logits[one]
+    boxes = None if head.boxes is None else head.boxes[one]
+    return Head(class_logits, head.mask_logits[one], boxes)
 
 
 def aligned(views: Sequence[View]) -> list[View]:

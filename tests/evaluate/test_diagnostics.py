@@ -59,8 +59,8 @@ def test_attention_inside_by_hand():
     mask = torch.zeros(1, 8, 8, dtype=torch.bool)
     mask[0, :4, :6] = True
     weights = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.5, 0.4, 0.1, 0.0]])
-    assert attention_inside(weights, mask, pairs(q1=0), 4) == pytest.approx(0.5 + 0.4 / 2)
-    assert attention_inside(weights, mask[:0], Match(torch.tensor([]), torch.tensor([])), 4) is None
+    assert attention_inside(weights, mask, pairs(q1=0), [4]) == pytest.approx(0.5 + 0.4 / 2)
+    assert attention_inside(weights, mask[:0], Match(torch.tensor([]), torch.tensor([])), [4]) is None
 
 
 def test_images_without_a_figure_take_no_part_in_the_mean():

@@ -78,6 +78,28 @@ def test_the_label_png_holds_source_ids(folder, tmp_path):
     assert set(np.unique(labels)) <= {3, 5, 11, 12}
 
 
+def test_images_of_one_size_go_through_the_model_together(tmp_path):
+    """Five images of sizes a, a, a, b, a in batches of two: a pair, one, one, one; and the same files."""
+    records = scenes(13).records
+    (tmp_path / "in").mkdir()
+    for number, index in enumerate((0, 6, 12, 1, 0)):
+        (tmp_path / "in" / f"{number}.png").write_bytes(records[index].image)
+    config = tiny_config()
+    together = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"batch": 2})})
+    model, sizes = ColourModel(), []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    predict_files(model, [tmp_path / "in"], tmp_path / "batches", together)
+    assert sizes == [2, 1, 1, 1]
+    predict_files(model, [tmp_path / "in"], tmp_path / "alone", config)
+    assert sizes[4:] == [1] * 5
+    for path in (tmp_path / "alone").rglob("*"):
+        if path.is_file():
+            assert (
+                path.read_bytes()
+                == (tmp_path / "batches" / path.relative_to(tmp_path / "alone")).read_bytes()
+            )
+
+
 def test_bad_paths_are_named_before_anything_is_written(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for path, message in (("missing.png", "no such file"), ("empty", "no images")):

@@ -16,7 +16,7 @@ from mpformer.evaluate.metrics import evaluate_predictions, score
 from mpformer.evaluate.prediction import FoundInstance, FoundSegments, Prediction
 from mpformer.evaluate.truth import true_instances, true_segments
 from mpformer.types import InputError, RunError
-from tests.evaluate.scenes import CLASSES, ColourModel, scenes, tiny_config, tiny_model
+from tests.evaluate.scenes import CLASSES, ColourModel, as_rle, scenes, tiny_config, tiny_model
 
 TASKS = ("instance", "panoptic", "semantic")
 
@@ -63,6 +63,20 @@ def test_a_panoptic_model_gives_all_three_kinds_of_figures(catalog):
         predict_records(ColourModel(), catalog, tiny_config()), catalog, "panoptic"
     )
     assert {"AP", "AP50", "AP_small", "PQ", "PQ_things", "PQ_stuff", "SQ", "RQ", "mIoU"} <= set(figures)
+
+
+def test_things_are_measured_against_their_own_annotations_where_there_are_some(catalog):
+    """AP^Th_pan: with annotations that fill the image, no instance is right, the segments are."""
+    moved = [
+        replace(r, segments=tuple(replace(s, mask=as_rle(np.ones((r.height, r.width)))) for s in r.segments))
+        for r in catalog.records
+    ]
+    predictions = [perfect(record) for record in catalog.records]
+    same = score(predictions, replace(catalog, instances=catalog.records), "panoptic")
+    assert same == score(predictions, catalog, "panoptic")
+    other = score(predictions, replace(catalog, instances=moved), "panoptic").summary
+    assert other["AP"] == 0
+    assert other["PQ"] == pytest.approx(100)
 
 
 def test_a_model_with_random_weights_runs_and_keeps_its_mode(catalog):
@@ -162,7 +176,7 @@ def test_a_per_pixel_model_does_semantic_only():
     with pytest.raises(InputError, match="semantic"):
         infer(
             PerPixel(),
-            np.zeros((32, 32, 3), np.uint8),
+            [np.zeros((32, 32, 3), np.uint8)],
             "panoptic",
             settings.TestResize(),
             config.evaluate,

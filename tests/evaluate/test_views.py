@@ -34,7 +34,8 @@ def test_the_input_is_resized_and_padded_with_the_pixel_mean():
 @pytest.mark.parametrize("scales", [(0.5, 1.0, 1.5), (1.5, 1.0, 0.5), (0.5, 0.9)])
 def test_the_reference_comes_first_and_every_scale_once_each_way(scales):
     image = np.zeros((60, 80, 3), np.uint8)
-    views, _ = look(ColourModel(), image, Resize(short=60, long=80), options(scales=scales, flip=True), CPU)
+    looks = look(ColourModel(), [image], Resize(short=60, long=80), options(scales=scales, flip=True), CPU)
+    [(views, _)] = looks
     nearest = 0.9 if 0.9 in scales else 1.0
     assert (views[0].sizes.valid, views[0].mirrored) == ((round(60 * nearest), round(80 * nearest)), False)
     seen = sorted((v.sizes.valid[0] / 60, v.mirrored) for v in views)
@@ -90,9 +91,9 @@ def test_general_inference_leaves_void_where_no_query_is_sure():
     assert labels(general_confidence=0.3)["pixel_accuracy"] > 60
     names = ("mIoU", "pixel_accuracy", "class_accuracy", "PQ_stuff", "SQ_stuff", "RQ_stuff")
     assert labels(general_confidence=1.0) == dict.fromkeys(names, 0.0)
-    found = infer(
+    [found] = infer(
         ColourModel(),
-        np.zeros((40, 40, 3), np.uint8),
+        [np.zeros((40, 40, 3), np.uint8)],
         "semantic",
         config.data.test_resize,
         options(semantic="general", general_confidence=1.0),
