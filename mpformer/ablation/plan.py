@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mpformer.ablation.cost import Costs, PlanOptions, cost_lines
 from mpformer.ablation.spec import Study, Trial
-from mpformer.config import Config, diff, duration_in_steps
+from mpformer.config import Config, diff
 from mpformer.types import InputError
 
 
 def plan_text(study: Study, only: str | None = None) -> str:
-    """Rows x seeds, what each row changes against the common base, the runs, their steps and their state.
+    """Rows x seeds, what each row changes against the common base, the runs, their steps, hours and state.
 
-    Raises `InputError` where there is no row `only`.
+    Raises `InputError` where there is no row `only`, and for a `plan.KEY` that is none.
     """
+    options = PlanOptions.read(study.options)
+    costs = Costs.read(study, options)
     trials = study.trials(only)
     rows = list(dict.fromkeys(trial.row for trial in trials))
     lines = [f"{study.name}: {study.file.title}", ""]
@@ -30,20 +33,43 @@ def plan_text(study: Study, only: str | None = None) -> str:
         ]
         if not changes(study, row):
             lines.append("      the base as it is")
-        lines.append(f"      length {_length(study.rows[row])}")
+        parts = study.file.parts_of(row)
+        lengths = {part: _length(study.runs[row, part]) for part in parts}
+        if len(set(lengths.values())) == 1:
+            lines.append(
+                f"      length {lengths[parts[0]]}" + (f", each of {', '.join(parts)}" if parts[0] else "")
+            )
+        else:
+            lines += [f"      length {length}, {part}" for part, length in lengths.items()]
+    runs = f" x {len(study.file.part_names)} parts" if len(study.file.part_names) > 1 else ""
     seeds = ", ".join(map(str, study.seeds))
-    lines += ["", f"rows x seeds: {len(rows)} x {len(study.seeds)} (seeds {seeds}) = {len(trials)} runs"]
-    steps = [_steps(trial.config) for trial in trials]
+    lines += [
+        "",
+        f"rows x seeds: {len(rows)} x {len(study.seeds)} (seeds {seeds}){runs} = {len(trials)} runs",
+    ]
+    if study.file.search:
+        lines[-1] += f", then {study.file.search.samples} samples of the search"
+    steps = [costs.steps(trial.config) for trial in trials]
     if None not in steps:
         images = sum(n * trial.config.train.batch_size for n, trial in zip(steps, trials))
         lines[-1] += f", {sum(steps):,} steps, {images:,} images"
+    lines += cost_lines(trials, costs, options)
     lines.append(f"in {study.folder}: {state_text(trials)}")
     return "\n".join(lines)
 
 
 def changes(study: Study, row: str) -> dict[str, tuple[Any, Any]]:
-    """Settings in which a row differs from the common base: {dotted key: (base, row)}."""
-    return diff(study.base, study.rows[row])
+    """Settings in which a row differs from the common base: {dotted key: (base, row)}.
+
+    Where its parts differ in different ways, the key is followed by the part's name.
+    """
+    by_part = {part: diff(study.bases[part], study.runs[row, part]) for part in study.file.parts_of(row)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for part, changed in by_part.items():
+        for key, values in changed.items():
+            everywhere = all(other.get(key) == values for other in by_part.values())
+            found[key if everywhere else f"{key} ({part})"] = values
+    return found
 
 
 def state_text(trials: list[Trial]) -> str:
@@ -53,19 +79,8 @@ def state_text(trials: list[Trial]) -> str:
     return f"{finished} finished, {begun} begun, {len(trials) - finished - begun} to start"
 
 
-def _steps(config: Config) -> int | None:
-    """Optimiser steps of a run; None where its length is in epochs: no data set is looked at here."""
-    if "epoch" in config.train.length:
-        return None
-    return duration_in_steps(config.train.length, 0, config.train.batch_size)
-
-
 def _length(config: Config) -> str:
-    return (
-        f"{config.train.length} of {config.train.batch_size} images"
-        if _steps(config)
-        else config.train.length
-    )
+    return f"{config.train.length} of {config.train.batch_size} images"
 
 
 def show_value(value: Any) -> str:

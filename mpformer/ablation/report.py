@@ -1,54 +1,43 @@
-"""The table of a study (Markdown and CSV) and its training-speed curves (PNG).
+"""The report of a study: its table (Markdown, CSV), training-speed curves (PNG) and one HTML page.
 
-A cell is the mean over the seeds with its 95 % confidence interval (Student's t). A difference to the
-baseline is taken seed by seed, on the seeds that both rows have: so what a seed does to both rows cancels.
+A cell is the mean over the seeds with its 95 % confidence interval. A difference to the baseline is taken
+seed by seed, on the seeds that both rows have: so what a seed does to both rows cancels.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from scipy import stats
-
 from mpformer import draw
-from mpformer.ablation.results import Results, collect, values_by_seed
+from mpformer.ablation.page import html_page
+from mpformer.ablation.results import Results, RunResult, values_by_seed
 from mpformer.ablation.spec import Study
+from mpformer.ablation.statistics import (
+    Estimate,
+    Ordering,
+    Reach,
+    aligned_curve,
+    estimate,
+    mean_curve,
+    ordering,
+    paired_difference,
+    reach,
+)
+from mpformer.ablation.studyfile import split_column
 
-CONFIDENCE = 0.95
 MISSING = "–"
 UNTRAINED = "untrained"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over `n` seeds; `half_width` of its 95 % interval, None where n is 1."""
-
-    mean: float
-    half_width: float | None
-    n: int
-
-
-def estimate(values: Iterable[float]) -> Estimate | None:
-    """Mean and 95 % t interval of independent values; None without any."""
-    array = np.asarray(list(values), dtype=np.float64)
-    n = len(array)
-    if n == 0:
-        return None
-    if n == 1:
-        return Estimate(float(array[0]), None, 1)
-    spread = array.std(ddof=1) / math.sqrt(n)
-    return Estimate(float(array.mean()), float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * spread), n)
-
-
-def paired_difference(ours: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
-    """`ours` minus `baseline` on the seeds that both have; None where there is no such seed."""
-    return estimate(ours[seed] - baseline[seed] for seed in sorted(ours.keys() & baseline.keys()))
+AXES = {
+    "images": "training images seen",
+    "steps": "optimiser steps",
+    "gpu_hours": "hours of all GPUs (of all workers, on CPUs)",
+}
+_WIDEST = 8
+"""A table of more columns is turned on its side: metrics down, rows across."""
 
 
 @dataclass(frozen=True)
@@ -67,43 +56,50 @@ class Cell:
 def cells(study: Study, results: Results) -> list[Cell]:
     """First the untrained model, then the rows in the order of the file; each with all columns."""
     table = []
-    for metric in study.file.columns:
+    for column in study.file.columns:
         # rows may change the model, so "the" untrained model is the baseline's
-        runs = results.get(study.file.baseline, {}).values()
+        part, metric = split_column(column)
+        runs = results.get((study.file.baseline, part), {}).values()
         before = [value for run in runs if (value := run.untrained(metric)) is not None]
-        table.append(Cell(UNTRAINED, metric, estimate(before), None, None))
+        table.append(Cell(UNTRAINED, column, estimate(before), None, None))
     for row in study.rows:
-        for metric in study.file.columns:
-            ours = values_by_seed(results, row, metric)
-            baseline = values_by_seed(results, study.file.baseline, metric)
+        for column in study.file.columns:
+            ours = values_by_seed(results, row, column)
+            baseline = values_by_seed(results, study.file.baseline, column)
             difference = None if row == study.file.baseline else paired_difference(ours, baseline)
-            table.append(
-                Cell(row, metric, estimate(ours.values()), difference, study.paper_figure(row, metric))
-            )
+            paper = study.paper_figure(row, column)
+            table.append(Cell(row, column, estimate(ours.values()), difference, paper))
     return table
+
+
+def orderings(study: Study, results: Results) -> dict[str, Ordering | None]:
+    """By column: whether the rows stand to each other as in the paper."""
+    found = {}
+    for column in study.file.columns:
+        paper = {row: figure[0] for row in study.rows if (figure := study.paper_figure(row, column))}
+        if len(paper) > 1:
+            found[column] = ordering({row: values_by_seed(results, row, column) for row in paper}, paper)
+    return found
+
+
+def reaches(study: Study, results: Results, column: str) -> dict[str, Reach | None]:
+    """By row: images until a row is as good as the baseline at its end; finished runs only."""
+    part, metric = split_column(column)
+
+    def curves(row: str) -> dict[int, list[tuple[float, float]]]:
+        runs = results.get((row, part), {}).items()
+        return {seed: run.curve(metric, "images") for seed, run in runs if run.finished}
+
+    return {row: reach(curves(row), curves(study.file.baseline)) for row in study.rows}
 
 
 # --- text -----------------------------------------------------------------------------------------
 
 
-def markdown(study: Study, table: Sequence[Cell]) -> str:
-    """The table as Markdown, columns aligned so that it reads well in a terminal, too."""
-    with_paper = {cell.metric for cell in table if cell.paper}
-    header = ["", "n"]
-    for metric, column in study.file.columns.items():
-        header += [column.title, "± to baseline"]
-        header += ["paper", "− paper"] if metric in with_paper else []
-    lines = []
-    for row in [UNTRAINED, *study.rows]:
-        own = {cell.metric: cell for cell in table if cell.row == row}
-        counts = {cell.ours.n if cell.ours else 0 for cell in own.values()}
-        line = [_row_title(study, row), "/".join(map(str, sorted(counts)))]
-        for metric, column in study.file.columns.items():
-            cell, digits = own[metric], column.digits
-            line += [_value(cell.ours, digits), _signed(cell.difference, digits)]
-            if metric in with_paper:
-                line += [f"{cell.paper[0]:.{digits}f}" if cell.paper else MISSING, _to_paper(cell, digits)]
-        lines.append(line)
+def markdown(study: Study, table: Sequence[Cell], results: Results) -> str:
+    """The tables as Markdown, columns aligned so that they read well in a terminal, too."""
+    header, *lines = table_lines(study, table)
+    text = [f"# {study.file.title}", "", *_aligned([header, *lines]), ""]
     notes = ["Mean ± half width of the 95 % interval over n seeds; differences are taken on the same seeds."]
     if any(estimate and estimate.n == 1 for cell in table for estimate in (cell.ours, cell.difference)):
         notes.append("* one seed: no interval.")
@@ -111,7 +107,96 @@ def markdown(study: Study, table: Sequence[Cell]) -> str:
         notes.append(f"{MISSING} not measured.")
     sources = sorted({cell.paper[1].split(", row")[0] for cell in table if cell.paper})
     notes += [f"Paper: {'; '.join(sources)}."] if sources else []
-    return "\n".join([f"# {study.file.title}", "", *_aligned([header, *lines]), "", *notes]) + "\n"
+    notes += [study.file.note] if study.file.note else []
+    text += notes
+    if sentences := ordering_sentences(study, results):
+        text += ["", "## Order of the rows", "", *(f"- {sentence}" for sentence in sentences)]
+    if len(speed := speed_lines(study, results)) > 1:
+        text += ["", "## Training images until the baseline's final value", "", *_aligned(speed)]
+    if len(layers := layer_lines(study, results)) > 1:
+        text += ["", "## Consistency of the decoder's layers (MP-Former section 3)", "", *_aligned(layers)]
+    return "\n".join(text) + "\n"
+
+
+def table_lines(study: Study, table: Sequence[Cell]) -> list[list[str]]:
+    """Header and lines of the table, as text."""
+    with_paper = {cell.metric for cell in table if cell.paper}
+    header = ["", "n"]
+    for metric, column in study.file.columns.items():
+        header += [column.title, "± to baseline"]
+        header += ["paper", "− paper"] if metric in with_paper else []
+    lines = [header]
+    for row in [UNTRAINED, *study.rows]:
+        own = {cell.metric: cell for cell in table if cell.row == row}
+        counts = {cell.ours.n if cell.ours else 0 for cell in own.values()}
+        line = [row_title(study, row), "/".join(map(str, sorted(counts)))]
+        for metric, column in study.file.columns.items():
+            cell, digits = own[metric], column.digits
+            line += [value_text(cell.ours, digits), _signed(cell.difference, digits)]
+            if metric in with_paper:
+                line += [f"{cell.paper[0]:.{digits}f}" if cell.paper else MISSING, _to_paper(cell, digits)]
+        lines.append(line)
+    return [list(column) for column in zip(*lines)] if len(study.file.columns) > _WIDEST else lines
+
+
+def ordering_sentences(study: Study, results: Results) -> list[str]:
+    """One sentence per column that the paper has figures of."""
+    sentences = []
+    for column, found in orderings(study, results).items():
+        title = study.file.columns[column].title
+        if found is None:
+            sentences.append(f"{title}: no two rows to compare yet.")
+            continue
+        verdict = "as in the paper" if found.reproduced else "not as in the paper"
+        sentences.append(
+            f"{title}: {verdict}: {found.as_in_paper} of {found.pairs} pairs of rows stand as there; "
+            f"{found.resolved_as_in_paper} of these with an interval that leaves out zero, "
+            f"{found.resolved_against} pairs stand the other way round with such an interval."
+        )
+    return sentences
+
+
+def speed_lines(study: Study, results: Results) -> list[list[str]]:
+    """Header and lines: images, and share of the baseline's images, for each `val/` column."""
+    columns = [c for c in study.file.columns if split_column(c)[1].startswith("val/")]
+    found = {column: reaches(study, results, column) for column in columns}
+    header = [
+        "",
+        *(f"{study.file.columns[c].title}: {what}" for c in columns for what in ("images", "share")),
+    ]
+    lines = [header]
+    for row in study.rows:
+        if any(found[column][row] for column in columns):
+            line = [row_title(study, row)]
+            for column in columns:
+                one = found[column][row]
+                if one is None:
+                    line += [MISSING, MISSING]
+                elif one.amount is None:
+                    line += [f"reached by {one.reached} of {one.n} seeds", MISSING]
+                else:
+                    line += [value_text(one.amount, 0), value_text(one.share, 2)]
+            lines.append(line)
+    return lines
+
+
+def layer_lines(study: Study, results: Results) -> list[list[str]]:
+    """Header and lines of Table 1's figures: mIoU-L and Util of every layer, in percent."""
+    names = {"layer_iou": "mIoU-L", "query_utilization": "Util", "pilot_layer_iou": "pilots: mIoU-L"}
+    names["pilot_query_utilization"] = "pilots: Util, matched"
+    measured: dict[tuple[str, str, str], dict[int, list[float]]] = {}
+    for (row, part), runs in results.items():
+        for run in runs.values():
+            for key, value in run.metrics.items():
+                name, _, layer = key.removeprefix("diag/").rpartition("_")
+                if key.startswith("diag/") and name in names:
+                    measured.setdefault((row, part, name), {}).setdefault(int(layer), []).append(value)
+    numbers = sorted({layer for layers in measured.values() for layer in layers})
+    lines = [["", "", *(f"layer {n}" for n in numbers)]]
+    for (row, part, name), layers in measured.items():
+        title = row_title(study, row) + (f", {part}" if part else "")
+        lines.append([title, names[name], *(value_text(estimate(layers.get(n, [])), 1) for n in numbers)])
+    return lines
 
 
 def table_csv(study: Study, table: Sequence[Cell]) -> str:
@@ -137,22 +222,27 @@ def table_csv(study: Study, table: Sequence[Cell]) -> str:
     return out.getvalue()
 
 
-def _row_title(study: Study, row: str) -> str:
+def row_title(study: Study, row: str) -> str:
+    """As the table heads it."""
     if row == UNTRAINED:
         return "untrained model"
     return study.title(row) + (" (baseline)" if row == study.file.baseline else "")
 
 
-def _value(value: Estimate | None, digits: int) -> str:
+def value_text(value: Estimate | None, digits: int) -> str:
+    """ "41.0 ± 0.7"; "41.0 *" for one seed; a dash for none."""
     if value is None:
         return MISSING
-    if value.half_width is None:
-        return f"{value.mean:.{digits}f} *"
-    return f"{value.mean:.{digits}f} ± {value.half_width:.{digits}f}"
+    mean = f"{round(value.mean, digits) + 0.0:.{digits}f}"  # + 0.0: no minus before zero
+    return f"{mean} *" if value.half_width is None else f"{mean} ± {value.half_width:.{digits}f}"
 
 
 def _signed(value: Estimate | None, digits: int) -> str:
-    return MISSING if value is None else ("+" if value.mean >= 0 else "") + _value(value, digits)
+    return (
+        MISSING
+        if value is None
+        else ("+" if round(value.mean, digits) >= 0 else "") + value_text(value, digits)
+    )
 
 
 def _to_paper(cell: Cell, digits: int) -> str:
@@ -178,45 +268,52 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 # --- curves ---------------------------------------------------------------------------------------
 
 
-def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, Estimate]]:
-    """The estimate over seeds at every x that any of the curves has."""
-    by_x: dict[float, list[float]] = {}
-    for curve in curves:
-        for x, y in curve:
-            if math.isfinite(y):
-                by_x.setdefault(x, []).append(y)
-    return [(x, estimate(values)) for x, values in sorted(by_x.items())]
-
-
 def write_curves(study: Study, results: Results, folder: Path) -> list[Path]:
-    """One PNG per column: the metric of every row against images (or steps), with 95 % bands over seeds."""
+    """One PNG per column and axis (images, steps, hours), with 95 % bands over the seeds.
+
+    `curve-AP.png` is drawn against the study's own axis, `curve-AP-steps.png` against another.
+    """
+
+    def runs_of(row: str, part: str) -> Collection[RunResult]:
+        return results.get((row, part), {}).values()
+
+    def band(line: Sequence[tuple[float, Estimate]]) -> list[tuple[float, float, float]]:
+        return [
+            (x, e.mean - e.half_width, e.mean + e.half_width) for x, e in line if e.half_width is not None
+        ]
+
     written = []
-    for metric, column in study.file.columns.items():
-        lines = {
-            study.title(row): mean_curve([run.curve(metric, study.file.x) for run in results[row].values()])
-            for row in study.rows
-        }
-        series = {name: [(x, e.mean) for x, e in line] for name, line in lines.items()}
-        bands = {
-            name: [
-                (x, e.mean - e.half_width, e.mean + e.half_width) for x, e in line if e.half_width is not None
-            ]
-            for name, line in lines.items()
-        }
-        path = folder / f"curve-{metric.removeprefix('val/').replace('/', '-')}.png"
-        label = {"images": "training images seen", "steps": "optimiser steps"}[study.file.x]
-        draw.curves(series, label, column.title, study.file.title, path, bands=bands)
-        written.append(path)
+    for column, heading in study.file.columns.items():
+        part, metric = split_column(column)
+        for x in AXES:
+            join = aligned_curve if x == "gpu_hours" else mean_curve
+            lines = {
+                study.title(row): join(
+                    [run.curve(metric, x) for run in results.get((row, part), {}).values()]
+                )
+                for row in study.rows
+                if runs_of(row, part)
+            }
+            if x != study.file.x and not any(lines.values()):
+                continue
+            series = {name: [(at, e.mean) for at, e in line] for name, line in lines.items()}
+            bands = {name: band(line) for name, line in lines.items()}
+            stem = column.replace("val/", "").replace("/", "-").replace(":", "-")
+            name = f"curve-{stem}.png" if x == study.file.x else f"curve-{stem}-{x.replace('_', '-')}.png"
+            draw.curves(series, AXES[x], heading.title, study.file.title, folder / name, bands=bands)
+            written.append(folder / name)
     return written
 
 
-def write_report(study: Study) -> tuple[str, list[Path]]:
-    """Write table.md, table.csv and the curves into the study's folder; returns Markdown and files."""
-    results = collect(study)
+def write_report(study: Study, results: Results) -> tuple[str, list[Path]]:
+    """Write table.md, table.csv, the curves and report.html into the study's folder; Markdown and files."""
     table = cells(study, results)
-    text = markdown(study, table)
+    text = markdown(study, table, results)
     study.folder.mkdir(parents=True, exist_ok=True)
     files = {study.folder / "table.md": text, study.folder / "table.csv": table_csv(study, table)}
     for path, content in files.items():
         path.write_text(content, encoding="utf-8")
-    return text, [*files, *write_curves(study, results, study.folder)]
+    curves = write_curves(study, results, study.folder)
+    page = study.folder / "report.html"
+    page.write_text(html_page(study.file.title, text, curves), encoding="utf-8")
+    return text, [*files, page, *curves]

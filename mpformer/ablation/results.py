@@ -1,60 +1,125 @@
-"""What the runs of a study have measured, read from their folders."""
+"""What the runs of a study have measured, read from their folders or from MLflow alone."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-from mpformer.ablation.spec import Study, Trial
+from mpformer.ablation.spec import Study
+from mpformer.ablation.studyfile import split_column
 from mpformer.record import read_metrics
 from mpformer.train.summary import read_summary
+from mpformer.types import RunError
+
+History = list[tuple[int, dict[str, float]]]
+"""(step, {metric key: value}), steps ascending."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run: its record, and its summary once it has ended well."""
+    """One run: its record, and whether it has ended well."""
 
-    trial: Trial
-    history: list[tuple[int, dict[str, float]]]
-    """(step, {metric key: value}), steps ascending."""
-    summary: Mapping[str, Any] | None
+    history: History
+    finished: bool
+    batch_size: int
+    workers: int = 1
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """The final metrics of a finished run; empty before."""
-        return self.summary["metrics"] if self.summary else {}
+        """The figures at the last step of a finished run, with its hours; empty before."""
+        if not self.finished or not self.history:
+            return {}
+        last = self.history[-1][0]
+        final = {key: v for step, values in self.history if step == last for key, v in values.items()}
+        if (seconds := final.get("speed/train_seconds")) is not None:
+            final["speed/clock_hours"] = seconds / 3600
+        return final
 
     def untrained(self, metric: str) -> float | None:
         """A metric of the model before its first step."""
         return next((values[metric] for step, values in self.history if step == 0 and metric in values), None)
 
     def curve(self, metric: str, x: str) -> list[tuple[float, float]]:
-        """(x, metric) points, x in `images` seen or in `steps`."""
-        per_step = self.trial.config.train.batch_size if x == "images" else 1
-        return [(step * per_step, values[metric]) for step, values in self.history if metric in values]
+        """(x, metric) points; x in `images` seen, optimiser `steps`, or hours of all GPUs (of all workers,
+        where there is none) as `gpu_hours`."""
+        return [
+            (self._x(x, step, values), values[metric])
+            for step, values in self.history
+            if metric in values and (x != "gpu_hours" or step == 0 or "speed/train_seconds" in values)
+        ]
+
+    def _x(self, x: str, step: int, values: Mapping[str, float]) -> float:
+        if x == "gpu_hours":
+            return values.get("speed/train_seconds", 0.0) * self.workers / 3600
+        return step * (self.batch_size if x == "images" else 1)
 
 
-Results = Mapping[str, Mapping[int, RunResult]]
-"""Row, then seed."""
+Results = Mapping[tuple[str, str], Mapping[int, RunResult]]
+"""By (row, part), then seed."""
 
 
 def collect(study: Study) -> Results:
-    """What exists of a study's runs; rows and seeds without a run are absent."""
-    found: dict[str, dict[int, RunResult]] = {row: {} for row in study.rows}
+    """What exists of a study's runs in its folder; seeds without a run are absent."""
+    found: dict[tuple[str, str], dict[int, RunResult]] = {key: {} for key in study.runs}
     for trial in study.trials():
         if trial.run_dir.is_dir():
-            found[trial.row][trial.seed] = read_run(trial)
+            found[trial.row, trial.part][trial.seed] = read_run(trial.run_dir, trial.config.train.batch_size)
     return found
 
 
-def read_run(trial: Trial) -> RunResult:
+def read_run(run_dir: Path, batch_size: int) -> RunResult:
     """The result of one run. Raises `RunError` where its record is damaged."""
-    return RunResult(trial, read_metrics(trial.run_dir), read_summary(trial.run_dir))
+    summary = read_summary(run_dir)
+    history = read_metrics(run_dir)
+    extra = run_dir / "diagnose.json"
+    if summary and extra.exists():
+        history = [*history, (history[-1][0], json.loads(extra.read_text()))]
+    return RunResult(history, summary is not None, batch_size, (summary or {}).get("workers", 1))
 
 
-def values_by_seed(results: Results, row: str, metric: str) -> dict[int, float]:
-    """A metric of the finished runs of a row; a run that did not measure it is absent."""
-    found = {seed: run.metrics.get(metric) for seed, run in results.get(row, {}).items()}
+def collect_mlflow(study: Study, uri: str) -> Results:
+    """The same from an MLflow store alone, also a remote one; `RunError` where it has no such study."""
+    from mpformer.tracking import client, first_line, mlflow_failures
+
+    found: dict[tuple[str, str], dict[int, RunResult]] = {key: {} for key in study.runs}
+    try:
+        store = client(uri)
+        experiment = store.get_experiment_by_name(study.name)
+        if experiment is None:
+            raise RunError(f"MLflow {uri}: it has no experiment '{study.name}'")
+        for trial in study.trials():
+            tags = {"row": trial.config.name, "seed": trial.seed, "hash": trial.run_dir.name.split("-")[-2]}
+            query = " and ".join(f"tags.{key} = '{value}'" for key, value in tags.items())
+            runs = store.search_runs(
+                [experiment.experiment_id], query, order_by=["attributes.start_time DESC"], max_results=1
+            )
+            for run in runs:
+                keys = [key for key in run.data.metrics if key.split("/")[0] in ("val", "diag", "speed")]
+                points = ((key, store.get_metric_history(run.info.run_id, key)) for key in keys)
+                history = _by_step((m.step, key, m.value) for key, metrics in points for m in metrics)
+                found[trial.row, trial.part][trial.seed] = RunResult(
+                    history,
+                    run.info.status == "FINISHED",
+                    trial.config.train.batch_size,
+                    trial.config.cluster.workers,
+                )
+    except mlflow_failures() as error:
+        raise RunError(f"MLflow {uri}: {first_line(error)}") from error
+    return found
+
+
+def _by_step(points: Iterable[tuple[int, str, float]]) -> History:
+    steps: dict[int, dict[str, float]] = {}
+    for step, key, value in points:
+        steps.setdefault(step, {})[key] = value
+    return sorted(steps.items())
+
+
+def values_by_seed(results: Results, row: str, column: str) -> dict[int, float]:
+    """A column of the finished runs of a row; a run that did not measure it is absent."""
+    part, metric = split_column(column)
+    found = {seed: run.metrics.get(metric) for seed, run in results.get((row, part), {}).items()}
     return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}

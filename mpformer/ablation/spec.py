@@ -1,111 +1,33 @@
-"""A study: one YAML file that names a base recipe, the rows of a table, seeds and profiles.
+"""A study: rows x seeds of runs, resolved from one YAML file (its schema: `mpformer.ablation.studyfile`).
 
-    title: Which decoder layers to pilot
-    base: ../recipes/coco-instance-r50.yaml
-    settings: {train.length: 12 epochs}            # laid over the base for every row
-    table: MP-Former, Table 7                      # where the paper's figures stand
-    columns:
-      val/AP: {title: AP, paper: AP}               # metric key; our heading; the paper's heading
-    baseline: mask2former
-    seeds: 3                                       # 0, 1, 2; or a list
-    rows:
-      mask2former:
-        title: Mask2Former
-        settings: {model.pilot.queries: 0}         # dotted or nested
-        paper: {row: "-", figures: {val/AP: 39.1}}
-    profiles:
-      smoke: {base: ../recipes/synthetic-tiny.yaml, seeds: 1, settings: {train.length: 20 steps}}
-
-A row's settings are: base recipe < `settings` < the profile's `settings` < the row's `settings` < the
-profile's `rows.ROW` < `key=value` of the command line. Nothing here imports torch or ray.
+A run's settings are: base recipe < the study's `settings` < the part's < the profile's `settings` < the
+row's `settings` < the row's for this part < the profile's `rows.ROW` < `key=value` of the command line.
+Nothing here imports torch or ray.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BeforeValidator, Field, StringConstraints, ValidationError
+from pydantic import Field, ValidationError
 
-from mpformer.config import Config, Section, build_config, inline_dataset, read_recipe, run_name
+from mpformer.ablation.studyfile import Profile, Row, Seeds, StudyFile, check, message, split_column
+from mpformer.config import Config, Section, build_config, flatten, inline_dataset, read_recipe, run_name
 from mpformer.types import InputError
 from mpformer.yamlfile import Source, merge, nearest, parse_scalar, read_yaml
-
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-"""Of a row or a profile: it becomes part of folder names."""
-
-
-def _read_seeds(value: Any) -> tuple[int, ...]:
-    seeds = tuple(range(value)) if type(value) is int else value
-    if not isinstance(seeds, list | tuple) or not seeds or any(type(s) is not int or s < 0 for s in seeds):
-        raise ValueError("expected a list of seeds such as [0, 1, 2], or how many of them")
-    return tuple(dict.fromkeys(seeds))
-
-
-Seeds = Annotated[tuple[int, ...], BeforeValidator(_read_seeds)]
-"""A list of seeds, or how many of 0, 1, 2, ..."""
-
-
-class Column(Section):
-    """One metric of the table."""
-
-    title: str
-    paper: str | None = None
-    """The heading of this column in the paper's table."""
-    digits: Annotated[int, Field(ge=0, le=6)] = 1
-
-
-class PaperRow(Section):
-    """What the paper reports for a row."""
-
-    row: str
-    """How the paper's table names the row."""
-    table: str | None = None
-    """Where it is not the study's table."""
-    figures: dict[str, float]
-    """By metric key."""
-
-
-class Row(Section):
-    title: str | None = None
-    settings: dict[str, Any] = Field(default_factory=dict)
-    paper: PaperRow | None = None
-
-
-class Profile(Section):
-    """Another size of the same study."""
-
-    base: str | None = None
-    """A recipe instead of the study's base."""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    rows: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Settings of single rows, stronger than the rows' own."""
-    seeds: Seeds | None = None
-
-
-class StudyFile(Section):
-    title: str
-    base: str
-    settings: dict[str, Any] = Field(default_factory=dict)
-    table: str | None = None
-    columns: Annotated[dict[str, Column], Field(min_length=1)]
-    x: Literal["images", "steps"] = "images"
-    """What the training-speed curves are drawn against."""
-    baseline: str
-    seeds: Seeds = (0,)
-    rows: Annotated[dict[Name, Row], Field(min_length=1)]
-    profiles: dict[Name, Profile] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a study: a row with a seed."""
+    """One run of a study: a row (of one part) with a seed."""
 
     row: str
     seed: int
     config: Config
+    part: str = ""
 
     @property
     def run_dir(self) -> Path:
@@ -118,7 +40,7 @@ class Trial:
 
     @property
     def label(self) -> str:
-        return f"{self.row} s{self.seed}"
+        return f"{self.config.name} s{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -128,16 +50,27 @@ class Study:
     path: Path
     file: StudyFile
     profile: str | None
-    base: Config
-    """The settings that the rows have in common: recipe, study and profile settings, command line."""
-    rows: Mapping[str, Config]
-    """The resolved settings of each row, in the order of the file."""
+    bases: Mapping[str, Config]
+    """By part: the settings that the rows have in common (recipe, study and profile, command line)."""
+    runs: Mapping[tuple[str, str], Config]
+    """By (row, part), in the order of the file."""
     seeds: tuple[int, ...]
+    options: Mapping[str, Any]
+    """`plan.KEY=value` of the command line."""
 
     @property
     def name(self) -> str:
         """The file's stem and the profile: MLflow's experiment and the study's folder."""
         return f"{self.path.stem}-{self.profile}" if self.profile else self.path.stem
+
+    @property
+    def base(self) -> Config:
+        """The settings of the first part, for what all parts share: storage, tracking, cluster."""
+        return next(iter(self.bases.values()))
+
+    @property
+    def rows(self) -> Mapping[str, Row]:
+        return self.file.rows
 
     @property
     def folder(self) -> Path:
@@ -147,63 +80,161 @@ class Study:
     def title(self, row: str) -> str:
         return self.file.rows[row].title or row
 
-    def paper_figure(self, row: str, metric: str) -> tuple[float, str] | None:
+    def paper_figure(self, row: str, column: str) -> tuple[float, str] | None:
         """The paper's figure for a cell and the table, row and column where it stands; None without one."""
         paper = self.file.rows[row].paper
-        if paper is None or metric not in paper.figures:
+        if paper is None or column not in paper.figures:
             return None
-        table, column = paper.table or self.file.table, self.file.columns[metric].paper
-        return paper.figures[metric], f"{table}, row '{paper.row}', column '{column}'"
+        table, heading = paper.table or self.file.table, self.file.columns[column].paper
+        return paper.figures[column], f"{table}, row '{paper.row}', column '{heading}'"
 
     def trials(self, only: str | None = None) -> list[Trial]:
-        """Rows x seeds, all rows of one seed before the next seed; with `only`, those of one row.
+        """Rows x seeds, all rows of one seed before the next seed; with `only`, those of one row, or of
+        several that commas separate.
 
-        Raises `InputError`, with the nearest row, where there is no row `only`.
+        Raises `InputError`, with the nearest row, where there is no such row.
         """
-        if only is not None and only not in self.rows:
-            raise InputError(f"{self.path}: no row '{only}'; nearest: {nearest(only, self.rows)}")
-        rows = [only] if only else list(self.rows)
-        return [Trial(row, seed, self._seeded(row, seed)) for seed in self.seeds for row in rows]
+        wanted = only.split(",") if only else list(self.rows)
+        for row in wanted:
+            if row not in self.rows:
+                raise InputError(f"{self.path}: no row '{row}'; nearest: {nearest(row, self.rows)}")
+        return [
+            Trial(row, seed, self._placed(config, row, part, seed), part)
+            for seed in self.seeds
+            for (row, part), config in self.runs.items()
+            if row in wanted
+        ]
 
-    def _seeded(self, row: str, seed: int) -> Config:
-        config = self.rows[row]
+    def varied(self, name: str, row: str, part: str, settings: Mapping[str, Any], seed: int) -> Trial:
+        """A run named `name` that differs from a row's in some settings (dotted)."""
+        source = Source(self.path, self.runs[row, part].model_dump(mode="json"), {})
+        for key, value in settings.items():
+            source.set(key.split("."), value, f"search.space.{key}")
+        return Trial(name, seed, self._placed(build_config(source), name, part, seed), part)
+
+    def _placed(self, config: Config, row: str, part: str, seed: int) -> Config:
         train = config.train.model_copy(update={"seed": seed})
-        return config.model_copy(update={"train": train, "name": row, "storage": str(self.folder)})
+        name = f"{row}-{part}" if part else row
+        return config.model_copy(update={"train": train, "name": name, "storage": str(self.folder)})
 
 
 def load_study(path: str | Path, settings: Sequence[str] = ()) -> Study:
-    """A study file with `profile=NAME`, `seeds=...` and `key.sub=value` settings applied.
+    """A study file with `profile=NAME`, `seeds=...`, `plan.KEY=...` and `key.sub=value` settings applied.
 
     Without `profile=`, the profile `paper` if there is one, else the base as it is. Raises `InputError`
     naming file, line, key and the nearest right name.
     """
     path = Path(path)
-    source = read_yaml(path)
-    file = _check(source)
+    source = _with_profiles(read_yaml(path))
+    file = check(source)
     chosen, overrides = _split_settings(path, file, settings)
     profile = file.profiles[chosen.profile] if chosen.profile else Profile()
-    recipe_path = (path.parent / (profile.base or file.base)).resolve()
-    if not recipe_path.is_file():
-        key = f"profiles.{chosen.profile}.base" if profile.base else "base"
-        read_yaml(
-            recipe_path, named_by=f"{source.place(key.split('.'))}: {key}"
-        )  # raises, with the nearest file
-    recipe = read_recipe(recipe_path)
-    recipe.tree["name"] = path.stem
-
-    def lay(under: Source, tree: Mapping[str, Any], keys: str) -> Source:
-        return under.laid_under(_settings(source, tree, keys)) if tree else under
-
-    common = lay(
-        lay(recipe, file.settings, "settings"), profile.settings, f"profiles.{chosen.profile}.settings"
+    key = f"profiles.{chosen.profile}"
+    layers = _Layers(source, profile, key, overrides)
+    bases, runs = {}, {}
+    for part in file.part_names:
+        own = file.parts[part] if part else None
+        keys = ["parts", part, "base"] if part else ["base"]
+        recipe = _recipe(source, path.parent / (own.base if own else file.base), keys)
+        common = recipe
+        if profile.base is not None:
+            task = recipe.tree.get("data", {}).get("task", "instance")
+            kept = (*profile.carry, *profile.replace)
+            at_scale = {k: v for k, v in flatten(recipe.tree).items() if _under(k, kept)}
+            common = layers.lay(_profile_recipe(source, profile, key, task), at_scale, "base")
+        common.tree["name"] = path.stem
+        common = layers.lay(common, file.settings, "settings")
+        if own:
+            common = layers.lay(common, own.settings, f"parts.{part}.settings")
+        common = layers.lay(common, profile.settings, f"{key}.settings", carried=False)
+        bases[part] = layers.build(common)
+        for name, row in file.rows.items():
+            if part in file.parts_of(name):
+                tree = layers.lay(common, row.settings, f"rows.{name}.settings")
+                tree = layers.lay(tree, row.parts.get(part, {}), f"rows.{name}.parts.{part}")
+                tree = layers.lay(tree, profile.rows.get(name, {}), f"{key}.rows.{name}", carried=False)
+                runs[name, part] = layers.build(tree)
+    runs = {(row, part): runs[row, part] for row in file.rows for part in file.parts_of(row)}
+    return Study(
+        path, file, chosen.profile, bases, runs, chosen.seeds or profile.seeds or file.seeds, chosen.plan
     )
-    rows = {}
-    for name, row in file.rows.items():
-        own = lay(common, row.settings, f"rows.{name}.settings")
-        own = lay(own, profile.rows.get(name, {}), f"profiles.{chosen.profile}.rows.{name}")
-        rows[name] = build_config(inline_dataset(own.overridden(overrides), Path()))
-    base = build_config(inline_dataset(common.overridden(overrides), Path()))
-    return Study(path, file, chosen.profile, base, rows, chosen.seeds or profile.seeds or file.seeds)
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Lays the settings of a study file over each other; what comes from the paper's scale is carried over
+    to the profile's by its `drop` and `replace`."""
+
+    source: Source
+    profile: Profile
+    profile_key: str
+    overrides: Sequence[str]
+
+    def lay(self, under: Source, tree: Mapping[str, Any], keys: str, carried: bool = True) -> Source:
+        if carried:
+            tree = self._carried_over(tree, keys)
+        return under.laid_under(_settings(self.source, tree, keys)) if tree else under
+
+    def build(self, source: Source) -> Config:
+        return build_config(inline_dataset(source.overridden(self.overrides), Path()))
+
+    def _carried_over(self, tree: Mapping[str, Any], keys: str) -> dict[str, Any]:
+        if not self.profile.drop and not self.profile.replace:
+            return dict(tree)
+        result = {}
+        for key, value in flatten(tree).items():
+            if _under(key, self.profile.drop):
+                continue
+            if (known := self.profile.replace.get(key)) is not None:
+                if value not in known:
+                    place = self.source.place([*keys.split("."), key])
+                    raise InputError(
+                        f"{place}: {keys}.{key}: {value} has no counterpart in "
+                        f"{self.profile_key}.replace.{key}; known: {', '.join(map(str, known))}"
+                    )
+                value = known[value]
+            result[key] = value
+        return result
+
+
+def _under(key: str, sections: Iterable[str]) -> bool:
+    """Whether a setting is one of these, or lies in one of these sections."""
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _with_profiles(source: Source) -> Source:
+    """With the file that `profiles_from` names read in, what stands under `profiles` laid over it."""
+    if (name := source.tree.get("profiles_from")) is None:
+        return source
+    named_by = f"{source.place(['profiles_from'])}: profiles_from"
+    shared = read_yaml(source.path.parent / str(name), named_by)
+    folder = shared.path.parent
+    for profile in shared.tree.values():
+        base = profile.get("base")
+        if isinstance(base, dict):
+            profile["base"] = {task: str((folder / recipe).resolve()) for task, recipe in base.items()}
+        elif base is not None:
+            profile["base"] = str((folder / base).resolve())
+    profiles = merge(shared.tree, source.tree.get("profiles") or {})
+    places = {f"profiles.{key}": place for key, place in shared.places.items()}
+    return Source(source.path, {**source.tree, "profiles": profiles}, {**places, **source.places})
+
+
+def _profile_recipe(source: Source, profile: Profile, key: str, task: str) -> Source:
+    base = profile.base
+    if isinstance(base, str):
+        return _recipe(source, source.path.parent / base, [*key.split("."), "base"])
+    if task not in base:
+        place = source.place([*key.split("."), "base"])
+        raise InputError(f"{place}: {key}.base: no recipe for the task '{task}'")
+    return _recipe(source, source.path.parent / base[task], [*key.split("."), "base", task])
+
+
+def _recipe(source: Source, path: Path, keys: Sequence[str]) -> Source:
+    path = path.resolve()
+    if not path.is_file():  # raises, with the nearest file
+        read_yaml(path, named_by=f"{source.place(keys)}: {'.'.join(keys)}")
+    return read_recipe(path)
 
 
 class _Chosen(Section):
@@ -211,14 +242,18 @@ class _Chosen(Section):
 
     profile: str | None = None
     seeds: Seeds | None = None
+    plan: dict[str, Any] = Field(default_factory=dict)
 
 
 def _split_settings(path: Path, file: StudyFile, settings: Sequence[str]) -> tuple[_Chosen, list[str]]:
-    of_study, overrides = {}, []
+    of_study: dict[str, Any] = {"plan": {}}
+    overrides = []
     for text in settings:
         key, _, value = text.partition("=")
-        if key in _Chosen.model_fields:
+        if key in ("profile", "seeds"):
             of_study[key] = parse_scalar(value)
+        elif key.startswith("plan."):
+            of_study["plan"][key.removeprefix("plan.")] = parse_scalar(value)
         elif key in ("train.seed", "name"):
             hint = "give seeds=[...] instead" if key == "train.seed" else "a run is named after its row"
             raise InputError(f"setting '{text}': {hint}")
@@ -228,7 +263,7 @@ def _split_settings(path: Path, file: StudyFile, settings: Sequence[str]) -> tup
         chosen = _Chosen.model_validate(of_study)
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputError(f"setting '{first['loc'][0]}': {_message(first)}") from None
+        raise InputError(f"setting '{first['loc'][0]}': {message(first)}") from None
     if chosen.profile is None and "paper" in file.profiles:
         chosen = chosen.model_copy(update={"profile": "paper"})
     if chosen.profile is not None and chosen.profile not in file.profiles:
@@ -251,58 +286,4 @@ def _settings(study: Source, tree: Mapping[str, Any], keys: str) -> Source:
     return inline_dataset(Source(study.path, nested, places), study.path.parent)
 
 
-def _check(source: Source) -> StudyFile:
-    """The file against its schema, and its names against each other."""
-    try:
-        file = StudyFile.model_validate(source.tree)
-    except ValidationError as error:
-        raise InputError(_explain(error, source)) from None
-
-    def known(name: str, names: Mapping[str, Any], what: str, *keys: str) -> None:
-        if name not in names:
-            place = source.place(keys)
-            raise InputError(
-                f"{place}: {'.'.join(keys)}: no {what} '{name}'; nearest: {nearest(name, names)}"
-            )
-
-    known(file.baseline, file.rows, "row", "baseline")
-    for profile_name, profile in file.profiles.items():
-        for row in profile.rows:
-            known(row, file.rows, "row", "profiles", profile_name, "rows", row)
-    for name, row in file.rows.items():
-        if row.paper is None:
-            continue
-        for metric in row.paper.figures:
-            known(metric, file.columns, "column", "rows", name, "paper", "figures", metric)
-            if file.columns[metric].paper is None:
-                where = source.place(["columns", metric])
-                raise InputError(
-                    f"{where}: columns.{metric}: row '{name}' has a figure of the paper, so `paper:`, "
-                    "the paper's heading of this column, is expected"
-                )
-        if (row.paper.table or file.table) is None:
-            raise InputError(
-                f"{source.place(['rows', name, 'paper'])}: rows.{name}.paper: figures without a table: "
-                "give `table:` here or for the study"
-            )
-    return file
-
-
-def _explain(error: ValidationError, source: Source) -> str:
-    first = error.errors()[0]
-    keys = [str(key) for key in first["loc"] if key != "[key]"]
-    place, key = source.place(keys), ".".join(keys)
-    if first["type"] == "extra_forbidden":
-        section = {
-            1: StudyFile,
-            3: {"rows": Row, "columns": Column, "profiles": Profile}.get(keys[0]),
-            4: PaperRow,
-        }
-        fields = section[len(keys)].model_fields
-        return f"{place}: no key '{key}' in a study; nearest: {nearest(keys[-1], fields)}"
-    return f"{place}: {key}: {_message(first)}"
-
-
-def _message(error: Mapping[str, Any]) -> str:
-    shown = "" if isinstance(error["input"], Mapping) else f" (given: {error['input']!r})"
-    return f"{error['msg'].removeprefix('Value error, ')}{shown}"
+__all__ = ["Study", "Trial", "load_study", "split_column"]

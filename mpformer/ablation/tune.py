@@ -7,6 +7,7 @@ its last checkpoint, and rows or seeds that were added later are simply runs tha
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,9 +24,16 @@ for _name, _value in {
 
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
+from ray.tune.integration.ray_train import TuneReportCallback  # noqa: E402
+from ray.tune.progress_reporter import TrialProgressCallback  # noqa: E402
+from ray.tune.schedulers import ASHAScheduler  # noqa: E402
 
 from mpformer.ablation.plan import DRIVER_CPUS, Capacity, threads_per_worker, trials_at_once  # noqa: E402
+from mpformer.ablation.search import STOPPED_FILE  # noqa: E402
 from mpformer.ablation.spec import Trial  # noqa: E402
+from mpformer.ablation.studyfile import Search, split_column  # noqa: E402
+from mpformer.config import duration_in_steps  # noqa: E402
+from mpformer.data.catalog import check_root  # noqa: E402
 from mpformer.train.launch import fit, start_ray  # noqa: E402
 from mpformer.types import InputError, RunError  # noqa: E402
 
@@ -40,26 +48,78 @@ class Failure:
     """The reason lies in the settings or the data, not in the run."""
 
 
+class _Evaluations(TuneReportCallback):
+    """Tells Tune of a run's evaluations, but for that of the last step: a scheduler would stop the run there
+    before it has written its summary."""
+
+    def __init__(self, total_steps: int) -> None:
+        super().__init__()
+        self.total_steps = total_steps
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if metrics[0]["step"] < self.total_steps:
+            super().after_report(run_context, metrics, checkpoint)
+
+
+@dataclass(frozen=True)
+class _Asha:
+    scheduler: ASHAScheduler
+    total_steps: int
+
+
+def _asha(search: Search, trial: Trial) -> _Asha | None:
+    """Tune's asynchronous successive halving over the evaluations that a run reports."""
+    if search.stop == "none":
+        return None
+    every, length = trial.config.evaluate.every, trial.config.train.length
+    if every is None or "epoch" in every + length:
+        raise InputError("search.stop: asha needs evaluate.every and train.length in steps or images")
+    batch = trial.config.train.batch_size
+    step, total = (duration_in_steps(duration, 0, batch) for duration in (every, length))
+    scheduler = ASHAScheduler(
+        time_attr="step",
+        metric=split_column(search.column)[1],
+        mode="max",
+        grace_period=step * search.grace,
+        max_t=total,
+        reduction_factor=search.reduction,
+    )
+    return _Asha(scheduler, total)
+
+
 def run_trials(
-    trials: Sequence[Trial], folder: Path, experiment: str, tracking_parent: str | None
+    trials: Sequence[Trial],
+    folder: Path,
+    experiment: str,
+    tracking_parent: str | None,
+    search: Search | None = None,
 ) -> list[Failure]:
     """Run or resume every trial that is not finished, as many at once as the cluster holds.
 
+    The samples of a `search` that lag behind are given up, if it says so; their folder notes it, and they are
+    not taken up again.
     Returns the failures; the other trials go on. Raises `InputError`, with the arithmetic, where not even one
-    trial fits into the cluster.
+    trial fits into the cluster, and at once where the data are not there.
     """
     pending = [trial for trial in trials if not trial.finished]
     if not pending:
         return []
+    for data in {trial.config.data.root: trial.config.data for trial in pending}.values():
+        check_root(data)
     start_ray()
     have = ray.cluster_resources()
     capacity = Capacity(have.get("CPU", 0.0), have.get("GPU", 0.0))
     at_once = trials_at_once(trials, capacity)
     configs = [threads_per_worker(trial.config, capacity, at_once) for trial in pending]
 
+    asha = _asha(search, pending[0]) if search else None
+    told_until = asha.total_steps if asha else None
+
     def drive(settings: dict[str, int]) -> dict[str, Any]:
+        callbacks = [] if told_until is None else [_Evaluations(told_until)]
+        config = configs[settings["trial"]]
         try:
-            fit(configs[settings["trial"]], experiment=experiment, tracking_parent=tracking_parent)
+            fit(config, experiment=experiment, tracking_parent=tracking_parent, callbacks=callbacks)
         except (InputError, RunError) as error:
             return {"failure": str(error), "bad_input": isinstance(error, InputError)}
         return {}
@@ -69,20 +129,37 @@ def run_trials(
         param_space={"trial": tune.grid_search(list(range(len(pending))))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=at_once,
-            reuse_actors=True,
+            # a driver that is stopped from outside must not be used again: its run may still be ending
+            reuse_actors=asha is None,
+            scheduler=asha.scheduler if asha else None,
             trial_name_creator=lambda trial: pending[trial.config["trial"]].label,
             trial_dirname_creator=lambda trial: pending[trial.config["trial"]].run_dir.name,
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(folder.resolve()), verbose=0),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=str(folder.resolve()), verbose=0, callbacks=[_Silent()]
+        ),
     )
     failures = []
     for result in tuner.fit():
         trial = pending[result.config["trial"]]
-        if result.error is not None:
+        if asha and result.error is None and not trial.finished and "failure" not in result.metrics:
+            step = result.metrics["step"]
+            (trial.run_dir / STOPPED_FILE).write_text(json.dumps({"by": "asha", "step": step}))
+        elif result.error is not None:
             failures.append(Failure(trial, _last_line(result.error), bad_input=False))
         elif "failure" in result.metrics:
             failures.append(Failure(trial, result.metrics["failure"], result.metrics["bad_input"]))
     return failures
+
+
+class _Silent(TrialProgressCallback):
+    """In the place of the callback with which Tune says that a trial is complete: `progress` says more."""
+
+    def on_trial_complete(self, *args: Any, **info: Any) -> None:
+        """Prints nothing."""
+
+    def log_result(self, *args: Any, **info: Any) -> None:
+        """Prints nothing."""
 
 
 def _last_line(error: BaseException) -> str:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mpformer.ablation.report import cells, estimate, markdown, mean_curve, paired_difference, write_report
+from mpformer.ablation.report import cells, markdown, write_report
 from mpformer.ablation.results import collect
 from mpformer.ablation.spec import Study, load_study
+from mpformer.ablation.statistics import estimate, mean_curve, paired_difference
 from mpformer.record import Part
 
 
@@ -115,9 +116,10 @@ def test_the_table_has_means_differences_and_dashes(study):
     assert table["plain", "val/PQ"].ours is None
     assert table["untrained", "val/AP"].ours.mean == 1.5
 
+    text = markdown(study, cells(study, collect(study)), collect(study))
     lines = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
-        for line in markdown(study, cells(study, collect(study))).splitlines()
+        for line in text.partition("\n## ")[0].splitlines()
         if line.startswith("|")
     }
     half = stats.t.ppf(0.975, 2) / math.sqrt(3)
@@ -128,14 +130,21 @@ def test_the_table_has_means_differences_and_dashes(study):
 
 def test_one_seed_is_marked(study):
     one = load_study(study.path, [f"storage={study.base.storage}", "seeds=1"])
-    text = markdown(one, cells(one, collect(one)))
+    text = markdown(one, cells(one, collect(one)), collect(one))
     assert "43.0 *" in text
     assert "* one seed: no interval." in text
 
 
 def test_the_report_is_written_as_markdown_csv_and_one_curve_per_column(study):
-    text, files = write_report(study)
-    assert [path.name for path in files] == ["table.md", "table.csv", "curve-AP.png", "curve-PQ.png"]
+    text, files = write_report(study, collect(study))
+    assert [path.name for path in files] == [
+        "table.md",
+        "table.csv",
+        "report.html",
+        "curve-AP.png",
+        "curve-AP-steps.png",
+        "curve-PQ.png",
+    ]
     assert files[0].read_text() == text
     with files[1].open() as file:
         rows = {(row["row"], row["metric"]): row for row in csv.DictReader(file)}
@@ -145,12 +154,12 @@ def test_the_report_is_written_as_markdown_csv_and_one_curve_per_column(study):
     assert float(plain["minus_paper"]) == pytest.approx(2.0)
     assert plain["paper_source"] == "Paper, Table 7, row 'first', column 'AP'"
     assert rows["never", "val/AP"]["mean"] == ""
-    for picture in files[2:]:
+    for picture in files[3:]:
         assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_curves_are_against_images_seen_or_steps(study):
-    run = collect(study)["plain"][0]
+    run = collect(study)["plain", ""][0]
     assert run.curve("val/AP", "images") == [(0, 0.5), (40, 20.0), (80, 40.0)]
     assert run.curve("val/AP", "steps") == [(0, 0.5), (10, 20.0), (20, 40.0)]
     assert run.curve("val/PQ", "images") == []
@@ -158,4 +167,4 @@ def test_curves_are_against_images_seen_or_steps(study):
 
 def test_a_row_without_any_run_still_has_its_place(tmp_path, study):
     fresh = load_study(study.path, [f"storage={tmp_path / 'empty'}"])
-    assert "not measured" in markdown(fresh, cells(fresh, collect(fresh)))
+    assert "not measured" in markdown(fresh, cells(fresh, collect(fresh)), collect(fresh))

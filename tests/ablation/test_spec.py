@@ -55,7 +55,7 @@ def study_file(tmp_path) -> Path:
 
 def test_rows_are_the_base_with_their_settings_laid_over(study_file):
     study = load_study(study_file)
-    plain, poly = study.rows["plain"], study.rows["poly"]
+    plain, poly = study.runs["plain", ""], study.runs["poly", ""]
     assert (plain.model.pilot.queries, poly.model.pilot.queries) == (0, 50)
     assert (plain.train.lr, poly.train.lr) == (0.002, 0.002)
     assert (plain.train.schedule.kind, poly.train.schedule.kind) == ("step", "poly")
@@ -68,10 +68,13 @@ def test_a_profile_is_weaker_than_a_row_and_its_rows_stronger_and_the_command_li
     study = load_study(study_file, ["profile=smoke", "train.lr=0.5"])
     assert study.seeds == (5,)
     assert study.name == "study-smoke"
-    assert (study.rows["plain"].train.batch_size, study.rows["poly"].train.batch_size) == (2, 8)
-    assert (study.rows["plain"].train.length, study.rows["poly"].train.length) == ("2 steps", "1 steps")
-    assert {row.train.lr for row in study.rows.values()} == {0.5}
-    assert load_study(study_file, ["profile=other"]).rows["plain"].train.length == "7 steps"
+    assert (study.runs["plain", ""].train.batch_size, study.runs["poly", ""].train.batch_size) == (2, 8)
+    assert (study.runs["plain", ""].train.length, study.runs["poly", ""].train.length) == (
+        "2 steps",
+        "1 steps",
+    )
+    assert {run.train.lr for run in study.runs.values()} == {0.5}
+    assert load_study(study_file, ["profile=other"]).runs["plain", ""].train.length == "7 steps"
     assert load_study(study_file, ["profile=smoke", "seeds=2"]).seeds == (0, 1)
 
 

@@ -1,0 +1,145 @@
+"""Means, differences and orderings over seeds, with their 95 % intervals (Student's t)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+Curve = Sequence[tuple[float, float]]
+"""(x, metric), x ascending."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` seeds; `half_width` of its 95 % interval, None where n is 1."""
+
+    mean: float
+    half_width: float | None
+    n: int
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.half_width is not None and abs(self.mean) > self.half_width
+
+
+def estimate(values: Iterable[float]) -> Estimate | None:
+    """Mean and 95 % t interval of independent values; None without any."""
+    array = np.asarray(list(values), dtype=np.float64)
+    n = len(array)
+    if n == 0:
+        return None
+    if n == 1:
+        return Estimate(float(array[0]), None, 1)
+    spread = array.std(ddof=1) / math.sqrt(n)
+    return Estimate(float(array.mean()), float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * spread), n)
+
+
+def paired_difference(ours: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
+    """`ours` minus `baseline` on the seeds that both have; None where there is no such seed."""
+    return estimate(ours[seed] - baseline[seed] for seed in sorted(ours.keys() & baseline.keys()))
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """How often two rows stand to each other as in the paper, of all pairs that the paper tells apart."""
+
+    pairs: int
+    as_in_paper: int
+    resolved_as_in_paper: int
+    """Of these, those whose difference on the same seeds has an interval without zero."""
+    resolved_against: int
+
+    @property
+    def reproduced(self) -> bool:
+        return self.as_in_paper == self.pairs
+
+
+def ordering(ours: Mapping[str, Mapping[int, float]], paper: Mapping[str, float]) -> Ordering | None:
+    """The order of the rows (means over the seeds that both rows of a pair have) against the paper's figures.
+
+    None where fewer than two rows that the paper tells apart have a common seed.
+    """
+    pairs = agree = resolved = against = 0
+    for a, b in itertools.combinations([row for row in paper if ours.get(row)], 2):
+        difference = paired_difference(ours[a], ours[b])
+        if difference is None or paper[a] == paper[b]:
+            continue
+        pairs += 1
+        same = (difference.mean > 0) == (paper[a] > paper[b]) and difference.mean != 0
+        agree += same
+        resolved += same and difference.resolved
+        against += not same and difference.resolved
+    return Ordering(pairs, agree, resolved, against) if pairs else None
+
+
+def first_reach(curve: Curve, target: float) -> float | None:
+    """Where a curve first reaches `target`, on the straight line between two points; None if nowhere."""
+    earlier: tuple[float, float] | None = None
+    for x, y in curve:
+        if y >= target:
+            if earlier is None or earlier[1] == y:
+                return x
+            x0, y0 = earlier
+            return x0 + (x - x0) * (target - y0) / (y - y0)
+        earlier = (x, y)
+    return None
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a row must train to be as good as the baseline at its end."""
+
+    amount: Estimate | None
+    """None unless all seeds reach it: a mean over those that do would flatter the row."""
+    share: Estimate | None
+    """Of the baseline's own amount, on the same seeds."""
+    reached: int
+    n: int
+
+
+def reach(curves: Mapping[int, Curve], baseline: Mapping[int, Curve]) -> Reach | None:
+    """Where a row's curve first has the baseline's final value of the same seed; None without such a seed."""
+    seeds = [seed for seed in sorted(curves.keys() & baseline.keys()) if curves[seed] and baseline[seed]]
+    if not seeds:
+        return None
+    found = {seed: first_reach(curves[seed], baseline[seed][-1][1]) for seed in seeds}
+    all_reach = None not in found.values()
+    shares = (found[s] / baseline[s][-1][0] for s in seeds) if all_reach else ()
+    return Reach(
+        estimate(found.values()) if all_reach else None,
+        estimate(shares),
+        sum(value is not None for value in found.values()),
+        len(seeds),
+    )
+
+
+def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, Estimate]]:
+    """The estimate over seeds at every x that any of the curves has."""
+    by_x: dict[float, list[float]] = {}
+    for curve in curves:
+        for x, y in curve:
+            if math.isfinite(y):
+                by_x.setdefault(x, []).append(y)
+    return [(x, estimate(values)) for x, values in sorted(by_x.items())]
+
+
+def aligned_curve(curves: Sequence[Curve], points: int = 60) -> list[tuple[float, Estimate]]:
+    """The same for curves whose points lie at different x (hours): each is read on straight lines at evenly
+    spaced x that all of them have."""
+    curves = [curve for curve in curves if len(curve) > 1]
+    if not curves:
+        return []
+    low, high = max(c[0][0] for c in curves), min(c[-1][0] for c in curves)
+    if low >= high:
+        return []
+    xs = np.linspace(low, high, points)
+    read = [np.interp(xs, *np.transpose(curve)) for curve in curves]
+    return [(float(x), estimate(ys)) for x, ys in zip(xs, np.transpose(read))]

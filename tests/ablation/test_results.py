@@ -1,0 +1,132 @@
+"""A study's results from its folder and from MLflow alone, a file or a server, are the same."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from mpformer.ablation.report import cells, markdown
+from mpformer.ablation.results import collect, collect_mlflow
+from mpformer.ablation.spec import load_study
+from mpformer.tracking import Tracker, attach_report, client, open_parent, prepare_store, store_uri
+from mpformer.types import RunError
+
+STUDY = """\
+title: A study
+parts:
+  instance: {base: recipe.yaml}
+  panoptic: {base: recipe.yaml, settings: {data.task: panoptic}}
+columns:
+  instance:val/AP: {title: AP}
+  panoptic:val/PQ: {title: PQ}
+baseline: plain
+seeds: 2
+rows:
+  plain: {settings: {model.pilot.queries: 0}}
+  pilots: {}
+"""
+
+
+def make(folder: Path, *settings: str):
+    (folder / "recipe.yaml").write_text("train: {batch_size: 4}\n")
+    (folder / "study.yaml").write_text(STUDY)
+    return load_study(folder / "study.yaml", [f"storage={folder / 'runs'}", *settings])
+
+
+def run_all(study) -> None:
+    """Every run as its workers would record it; the last one has not ended."""
+    uri = prepare_store(study.base, study.name)
+    parent = open_parent(study.folder, uri, study.name, {})
+    for number, trial in enumerate(study.trials()):
+        tracker = Tracker.open(
+            trial.run_dir,
+            trial.config,
+            start_step=0,
+            parent_run_id=parent,
+            mlflow_uri=uri,
+            experiment=study.name,
+            run_name=trial.label,
+        )
+        for step in (0, 10, 20):
+            amounts = {"speed/train_seconds": 36.0 * step}
+            values = {"val/AP": step + number, "val/PQ": 2 * step + number, "diag/layer_iou_1": 50 + number}
+            tracker.log(step, {**values, **amounts})
+        tracker.commit(20)
+        if number < len(study.trials()) - 1:
+            tracker.finish()
+            summary = {"metrics": values, "workers": 1, "train_seconds": 720, "images_seen": 80}
+            (trial.run_dir / "summary.json").write_text(json.dumps(summary))
+
+
+def same(study, uri: str) -> None:
+    here, there = collect(study), collect_mlflow(study, uri)
+    assert cells(study, there) == cells(study, here)
+    assert markdown(study, cells(study, there), there) == markdown(study, cells(study, here), here)
+    assert "layer 1" in markdown(study, cells(study, there), there)
+    run, mirror = here["pilots", "instance"][0], there["pilots", "instance"][0]
+    for x in ("images", "steps", "gpu_hours"):
+        assert mirror.curve("val/AP", x) == run.curve("val/AP", x)
+    assert run.curve("val/AP", "gpu_hours") == [(0, 2), (0.1, 12), (0.2, 22)]
+    assert run.metrics["speed/clock_hours"] == 0.2
+
+
+def test_the_store_alone_gives_the_same_report(tmp_path):
+    study = make(tmp_path)
+    run_all(study)
+    same(study, store_uri(study.base))
+    # ... wherever the study's folder has gone
+    here = cells(study, collect(study))
+    shutil.rmtree(study.folder)
+    assert cells(study, collect_mlflow(study, store_uri(study.base))) == here
+    assert all(cell.ours is None for cell in cells(study, collect(study)))
+    (tmp_path / "other.yaml").write_text(STUDY)
+    other = load_study(tmp_path / "other.yaml")
+    with pytest.raises(RunError, match="no experiment 'other'"):
+        collect_mlflow(other, store_uri(study.base))
+
+
+def test_the_report_becomes_artefacts_of_the_parent_run(tmp_path):
+    study = make(tmp_path)
+    assert attach_report(study.folder, []) is None  # nothing is tracked there
+    uri = prepare_store(study.base, study.name)
+    parent = open_parent(study.folder, uri, study.name, {})
+    page = tmp_path / "report.html"
+    page.write_text("<html>")
+    assert attach_report(study.folder, [page]) is None
+    assert [file.path for file in client(uri).list_artifacts(parent, "report")] == ["report/report.html"]
+    (study.folder / "mlflow.json").write_text(json.dumps({"uri": uri, "run_id": "0" * 32}))
+    assert "it does not have the report" in attach_report(study.folder, [page])
+
+
+@pytest.mark.slow
+def test_a_server_gives_the_same_report(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = f"sqlite:///{tmp_path / 'server.db'}"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                urllib.request.urlopen(f"{uri}/health", timeout=2).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                assert server.poll() is None
+                time.sleep(0.3)
+        study = make(tmp_path, f"tracking.mlflow={uri}")
+        run_all(study)
+        same(study, uri)
+    finally:
+        server.terminate()
+        server.wait(20)
