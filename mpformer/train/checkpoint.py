@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -27,7 +28,7 @@ from mpformer.model.weights import MODEL_FILE, checkpoint_metadata
 from mpformer.types import InputError, RunError
 
 _OPTIMIZER_FILE = "optimizer.safetensors"
-_STATE_FILE = "state.json"
+STATE_FILE = "state.json"
 _NAME = re.compile(r"^step-(\d{8})$")
 
 
@@ -71,7 +72,7 @@ def save(
             "batch_size": config.train.batch_size,
             "sha256": {f.name: _digest(f) for f in sorted(partial.iterdir())},
         }
-        (partial / _STATE_FILE).write_text(json.dumps(content, indent=1))
+        (partial / STATE_FILE).write_text(json.dumps(content, indent=1))
         for file in partial.iterdir():
             _flush(file)
         if final.exists():
@@ -80,8 +81,10 @@ def save(
         _flush(folder)
         for old in complete(run_dir)[: -config.train.keep_checkpoints]:
             shutil.rmtree(old)
-    except OSError as error:
-        raise RunError(f"{final}: the checkpoint cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # the latter is what a full disk is to safetensors
+        shutil.rmtree(partial, ignore_errors=True)  # so that there is room to say what has happened
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{final}: the checkpoint cannot be written: {reason}") from error
     return Checkpoint(final, step, content)
 
 
@@ -105,7 +108,7 @@ def latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def _read(path: Path) -> Checkpoint:
     try:
-        content = json.loads((path / _STATE_FILE).read_text())
+        content = json.loads((path / STATE_FILE).read_text())
         for name, digest in content["sha256"].items():
             if _digest(path / name) != digest:
                 raise RunError(f"{path / name}: damaged: its content is not what was written")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import time
 import uuid
@@ -15,6 +16,8 @@ from typing import Any
 from mpformer.config import Config, dump_yaml, run_name
 from mpformer.data.catalog import open_split
 from mpformer.tracking import close_run, prepare_store
+from mpformer.train import checkpoint
+from mpformer.train.mirror import Mirror
 from mpformer.train.summary import read_summary
 from mpformer.types import InputError, RunError
 
@@ -35,6 +38,8 @@ from ray.train.torch import TorchTrainer  # noqa: E402
 
 from mpformer.train.loop import FAILURE_FILE, Job, run_worker  # noqa: E402
 
+log = logging.getLogger(__name__)
+
 SECONDS_OF_AN_ORPHAN = 20.0
 
 
@@ -50,7 +55,9 @@ def start_ray() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
     else:
-        ray.init(num_cpus=max(2, os.cpu_count() or 1), include_dashboard=False, **quiet)
+        # a cluster that happens to run on this machine is joined only when RAY_ADDRESS says so
+        cpus = max(2, os.cpu_count() or 1)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
 
 
 def run_directory(config: Config) -> Path:
@@ -72,7 +79,12 @@ def fit(
     where the run fails or another process is at work on it.
     """
     run_dir = run_directory(config)
+    mirror = Mirror(config.cluster.mirror, run_dir) if config.cluster.mirror else None
+    if mirror:
+        mirror.pull()
     if (summary := read_summary(run_dir)) is not None:
+        if mirror:
+            mirror.finish()
         return summary
     splits = {name: open_split(config.data, name) for name in ("train", "val")}
     if not splits["train"].records:
@@ -80,6 +92,8 @@ def fit(
     run_dir.mkdir(parents=True, exist_ok=True)
     with _only_driver(run_dir):
         (run_dir / "config.yaml").write_text(dump_yaml(config))
+        for line in checkpoint.latest(run_dir)[1]:
+            log.warning("%s. The run goes on from the checkpoint before", line)
         start_ray()
         scaling = _scaling(config)
         experiment = experiment or config.name
@@ -115,6 +129,8 @@ def fit(
             _raise_noted_failure(run_dir, job.token)
             raise RunError(f"{run_dir.name}: {_reason(error)}") from error
         _raise_noted_failure(run_dir, job.token)
+        if mirror:
+            mirror.pull()
         summary = read_summary(run_dir)
     if summary is None:
         raise RunError(f"{run_dir}: the workers ended without a summary")
@@ -130,19 +146,18 @@ def _scaling(config: Config) -> ScalingConfig:
         )
     have = ray.cluster_resources()
     gpus, cpus = have.get("GPU", 0), have.get("CPU", 0)
-    use_gpu = cluster.gpu == "yes" or (cluster.gpu == "auto" and gpus >= cluster.workers)
-    if use_gpu and gpus < cluster.workers:
-        raise InputError(
-            f"cluster.workers: {cluster.workers} workers need a GPU each; the cluster has {gpus:g}"
-        )
-    needed = cluster.workers * cluster.cpus_per_worker
+    least = cluster.min_workers or cluster.workers
+    use_gpu = cluster.gpu == "yes" or (cluster.gpu == "auto" and gpus >= least)
+    if use_gpu and gpus < least:
+        raise InputError(f"cluster.workers: {least} workers need a GPU each; the cluster has {gpus:g}")
+    needed = least * cluster.cpus_per_worker
     if needed + 1 > cpus:
         raise InputError(
-            f"cluster.workers: {cluster.workers} workers x {cluster.cpus_per_worker:g} CPU + 1 for data "
+            f"cluster.workers: {least} workers x {cluster.cpus_per_worker:g} CPU + 1 for data "
             f"= {needed + 1:g} CPUs, but the cluster has {cpus:g}"
         )
     return ScalingConfig(
-        num_workers=cluster.workers,
+        num_workers=cluster.workers if least == cluster.workers else (least, cluster.workers),
         use_gpu=use_gpu,
         resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
     )

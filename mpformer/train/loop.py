@@ -32,6 +32,8 @@ from mpformer.evaluate.pages import write_page
 from mpformer.model.segmenter import Segmenter, build_model
 from mpformer.tracking import Tracker
 from mpformer.train import checkpoint
+from mpformer.train.execution import prepare
+from mpformer.train.mirror import Mirror
 from mpformer.train.optim import build_optimizer, rate_factor, set_rates
 from mpformer.train.step import StepResult, train_step
 from mpformer.train.summary import write_summary
@@ -113,6 +115,9 @@ class _Run:
         self.plan = Plan.of(self.config, len(self.train_split.records))
         self.timers = Timers()
         self.skipped: list[str] = []
+        uri = self.config.cluster.mirror
+        self.mirror = Mirror(uri, self.run_dir) if uri else None
+        self.warned = False
 
     def run(self) -> None:
         config = self.config
@@ -120,6 +125,7 @@ class _Run:
         model = build_model(config.model, self.train_split.classes).to(self.device)
         optimizer = build_optimizer(model, config.train)
         start, self.train_seconds = self._restore(model, optimizer)
+        prepare(model, config.train)
         wrapped = self._distribute(model)
         tracker = self._open_tracker(start)
         autocast = use_bfloat16(config.train.precision, self.device)
@@ -135,6 +141,8 @@ class _Run:
             if tracker:
                 tracker.finish("FAILED")
             raise
+        if tracker and self.mirror:
+            self.mirror.finish()
 
     def _train(
         self,
@@ -171,10 +179,20 @@ class _Run:
                 self._evaluate(model, tracker, done)
                 wrapped.train()
                 since.go_on()
-            if done % plan.checkpoint == 0 or done == plan.total:
+            if done % plan.checkpoint == 0 or done == plan.total or self._is_first_warning(done):
                 self.train_seconds += since.pause()
                 self._checkpoint(model, optimizer, tracker, done)
                 since.go_on()
+
+    def _is_first_warning(self, done: int) -> bool:
+        """Whether a machine of this run is about to be taken away, and no checkpoint was made of that yet.
+
+        All workers ask together, whenever they log: it is a barrier between them.
+        """
+        if self.warned or done % self.config.train.log_every:
+            return False
+        self.warned = ray.train.get_preemption_info() is not None
+        return self.warned
 
     def _batches(self, start: int) -> Iterator[tuple[int, Batch]]:
         stream = train_batches(
@@ -197,6 +215,8 @@ class _Run:
     def _restore(self, model: Segmenter, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
         """The step to go on from, and the seconds of training that led there."""
         with self.timers("restore"):
+            if self.mirror:
+                self._fetch()
             found, damaged = checkpoint.latest(self.run_dir)
             for line in damaged:
                 print(line, flush=True)
@@ -206,6 +226,14 @@ class _Run:
         if self.rank == 0:
             self.skipped = list(found.state["skipped"])
         return found.step, found.state["train_seconds"]
+
+    def _fetch(self) -> None:
+        """The run from its mirror, one worker after the other: those of one machine share a folder."""
+        for rank in range(self.world):
+            if rank == self.rank:
+                self.mirror.pull()
+            if self.world > 1:
+                dist.barrier()
 
     def _distribute(self, model: Segmenter) -> nn.Module:
         if self.world == 1:
@@ -302,6 +330,8 @@ class _Run:
                 state = {"train_seconds": self.train_seconds, "skipped": skipped}
                 checkpoint.save(self.run_dir, done, model, optimizer, self.config, state)
                 tracker.commit(done)
+                if self.mirror:
+                    self.mirror.push()
 
     def _gather(self, items: list[Any]) -> list[Any]:
         """All workers' items in rank order on rank 0; an empty list elsewhere."""

@@ -16,6 +16,7 @@ from mpformer.model.losses import (
     consistency_losses,
     count_for_normalizers,
     matching_losses,
+    per_pixel_losses,
     pilot_losses,
 )
 from mpformer.model.matcher import NonFiniteError, match, match_pilots
@@ -54,7 +55,7 @@ def train_step(
     is not finite anywhere.
     """
     micro_batches = batch.split(config.train.micro_batch or len(batch))
-    normalizers = _global_normalizers(micro_batches, config, batch.images.device)
+    normalizers = _global_normalizers(micro_batches, config, classes, batch.images.device)
     losses: dict[str, Tensor] = {}
     for micro in micro_batches:
         last = micro is micro_batches[-1]
@@ -106,10 +107,20 @@ def _losses(
     pilot_draws: SampleRandom,
     timers: Timers,
 ) -> dict[str, Tensor]:
-    """Weighted losses of all heads; those of the last head have no 'head_i/' before their name."""
+    """Weighted losses of all heads; those of the last head have no 'head_i/' before their name.
+
+    Head i stands after layer i, head 0 before layer 1.
+    """
     targets, valid_sizes, settings = batch.targets, batch.valid_sizes, config.model.loss
-    names = [f"head_{index}/" for index in range(len(output.heads) - 1)] + [""]
+    layers = config.model.decoder.layers
+    names = [f"head_{layer}/" for layer in range(layers + 1 - len(output.heads), layers)] + [""]
     losses: dict[str, Tensor] = {}
+    if config.model.output == "per_pixel":
+        with timers("losses"):
+            for name, head in zip(names, output.heads):
+                parts = per_pixel_losses(head, targets, normalizers, settings)
+                losses.update({f"{name}loss_{kind}": value for kind, value in parts.items()})
+        return losses
     last_matches = None
     if settings.matching == "last_head":
         with timers("match"):
@@ -140,9 +151,11 @@ def _losses(
     return losses
 
 
-def _global_normalizers(micro_batches: Sequence[Batch], config: Config, device: torch.device) -> Normalizers:
+def _global_normalizers(
+    micro_batches: Sequence[Batch], config: Config, classes: int, device: torch.device
+) -> Normalizers:
     """Sums over all workers and micro-batches, known from the targets before the forward."""
-    counts = [count_for_normalizers(micro.targets, config.model) for micro in micro_batches]
+    counts = [count_for_normalizers(micro.targets, config.model, classes) for micro in micro_batches]
     total = torch.tensor(counts, dtype=torch.float64, device=device).sum(0)
     if dist.is_initialized():
         dist.all_reduce(total)

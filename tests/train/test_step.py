@@ -1,6 +1,7 @@
 """One training step: every switch, every batch, however it is dealt out to micro-batches and workers."""
 
 import copy
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -15,6 +16,7 @@ from mpformer.model.segmenter import build_model
 from mpformer.train.optim import build_optimizer
 from mpformer.train.step import train_step
 from mpformer.train.timing import Timers
+from mpformer.types import Batch, Target
 from tests.train.conftest import make_batch
 
 CLASSES = 3
@@ -30,8 +32,10 @@ def settings(**model) -> Config:
         "loss": {"points": 32},
     }
     for section, values in model.items():
-        base[section] = {**base[section], **values}
-    return Config.model_validate({"model": base, "train": {"lr": 1e-3, "clip_norm": 1.0}})
+        base[section] = {**base[section], **values} if isinstance(values, dict) else values
+    by_class = base.get("output") == "per_pixel" or base["loss"].get("assignment") == "fixed"
+    data = {"task": "semantic" if by_class else "instance"}
+    return Config.model_validate({"model": base, "data": data, "train": {"lr": 1e-3, "clip_norm": 1.0}})
 
 
 def gradients_of_step(config, batch, micro_batch=None, model=None):
@@ -56,6 +60,25 @@ class _Keep:
         pass
 
 
+MASKFORMER = {
+    "pixel_decoder": {"kind": "fpn"},
+    "decoder": {
+        "layers": 2,
+        "attention": "cross",
+        "features": "stride_32",
+        "memory": "backbone",
+        "query_features": "zero",
+        "order": "self_first",
+    },
+    "loss": {"mask_loss": "focal", "points": None},
+}
+PER_PIXEL = {
+    "output": "per_pixel",
+    "pixel_decoder": {"kind": "fpn"},
+    "decoder": {"layers": 0},
+    "pilot": {"queries": 0},
+}
+
 SWITCHES = {
     "mp-former": {},
     "mask2former": {"pilot": {"queries": 0}},
@@ -75,12 +98,66 @@ SWITCHES = {
     "fixed matching": {"loss": {"matching": "last_head"}},
     "layer consistency": {"loss": {"consistency_weight": 1.0}},
     "full masks": {"loss": {"points": None, "consistency_weight": 1.0}},
+    "shared pilot points": {"loss": {"shared_pilot_points": True}},
     "padding ignored": {"loss": {"padding": "ignored"}},
     "frozen statistics": {"backbone": {"norm": "frozen_bn"}},
     "live statistics": {"backbone": {"norm": "bn"}},
     "output norms": {"backbone": {"output_norms": True}},
     "drop path": {"backbone": {"drop_path": 0.2}},
+    "cross-attention": {"decoder": {"attention": "cross"}},
+    "smca": {"decoder": {"attention": "smca"}},
+    "mask pooling": {"decoder": {"attention": "mask_pooling"}},
+    "all scales": {"decoder": {"features": "all_scales"}},
+    "medium": {"decoder": {"features": "stride_16"}},
+    "learned queries": {"decoder": {"query_features": "learned"}},
+    "zero queries": {"decoder": {"query_features": "zero"}},
+    "self-attention first": {"decoder": {"order": "self_first"}},
+    "no self-attention": {"decoder": {"self_attention": False}},
+    "no layers": {"decoder": {"layers": 0}},
+    "encoder": {"decoder": {"encoder_layers": 2}},
+    "fpn": {"pixel_decoder": {"kind": "fpn"}},
+    "fpn as printed": {"pixel_decoder": {"kind": "fpn", "last_kernel": 1}},
+    "semantic fpn": {"pixel_decoder": {"kind": "semantic_fpn"}},
+    "bifpn": {"pixel_decoder": {"kind": "bifpn"}},
+    "fapn": {"pixel_decoder": {"kind": "fapn"}},
+    "focal": {"loss": {"mask_loss": "focal"}},
+    "match masks": {"loss": {"match_points": None}},
+    "match points, learn masks": {"loss": {"points": None, "match_points": 32}},
+    "boxes": {"loss": {"match_by": "boxes"}},
+    "matched by boxes": {"loss": {"match_by": "boxes"}, "pilot": {"assignment": "match"}},
+    "piloted maskformer": MASKFORMER,
+    "maskformer": {**MASKFORMER, "pilot": {"queries": 0}},
+    "maskformer, encoder": {
+        **MASKFORMER,
+        "decoder": {**MASKFORMER["decoder"], "encoder_layers": 2, "dropout": 0.1},
+    },
+    "maskformer, fixed": {
+        **MASKFORMER,
+        "pilot": {"queries": 0},
+        "loss": {**MASKFORMER["loss"], "assignment": "fixed"},
+    },
+    "per-pixel baseline": PER_PIXEL,
+    "per-pixel baseline+": {**PER_PIXEL, "decoder": MASKFORMER["decoder"]},
+    "per-pixel baseline+, focal and dice": {
+        **PER_PIXEL,
+        "decoder": MASKFORMER["decoder"],
+        "loss": {"per_pixel": "focal_dice", "mask_loss": "focal"},
+    },
 }
+
+
+def one_object_per_class(batch: Batch) -> Batch:
+    """The ground truth of a semantic task: regions of a class are one, and no two classes overlap."""
+    targets = []
+    for target in batch.targets:
+        labels = target.labels.unique()
+        masks = [target.masks[target.labels == label].any(0) for label in labels]
+        free = torch.ones(batch.images.shape[2:], dtype=torch.bool)
+        for mask in masks:
+            mask &= free
+            free &= ~mask
+        targets.append(Target(labels, torch.stack(masks) if masks else target.masks))
+    return replace(batch, targets=tuple(targets))
 
 
 COUNTS = ([3, 0], [0, 0], [5, 120])
@@ -97,7 +174,10 @@ ALWAYS = ("mp-former", "mask2former", "released", "matched pilots")
 )
 def test_every_parameter_gets_a_finite_gradient(switch, counts):
     config = settings(**SWITCHES[switch])
-    result, gradients = gradients_of_step(config, make_batch(counts, classes=CLASSES))
+    batch = make_batch(counts, classes=CLASSES)
+    if config.data.task == "semantic":
+        batch = one_object_per_class(batch)
+    result, gradients = gradients_of_step(config, batch)
     assert torch.isfinite(result.losses["loss"])
     assert [n for n, g in gradients.items() if g is None] == []
     assert [n for n, g in gradients.items() if not torch.isfinite(g).all()] == []

@@ -1,0 +1,125 @@
+"""Times inference with instance post-processing: ours beside transformers' Mask2Former.
+
+    OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/inference.py
+
+From a normalised or a byte image to the masks of the best 100 (query, class) pairs at the image's size, in
+float32. Random weights would keep nothing above a usual threshold, so both keep all 100.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from contenders import (
+    TRANSFORMERS,
+    Stopwatch,
+    arguments,
+    interleave,
+    machine,
+    normalized,
+    our_config,
+    our_model,
+    own_peak,
+    peak_memory,
+    print_memory,
+    print_parts,
+    print_times,
+    scenes,
+    their_model,
+)
+
+from mpformer.model.postprocess import Sizes, View, instance
+from mpformer.types import Batch
+
+OURS = "ours"
+Pass = Callable[[], dict[str, float]]
+
+
+def our_pass(batch: Batch, tiny: bool) -> Pass:
+    model = our_model(our_config({}, tiny)).eval()
+    watch = Stopwatch(
+        {"backbone": model.backbone, "pixel decoder": model.pixel_decoder, "decoder": model.decoder}
+    )
+    size = (batch.images.shape[2], batch.images.shape[3])
+
+    @torch.inference_mode()
+    def run() -> dict[str, float]:
+        (head,) = model(batch.images).heads
+        start = time.perf_counter()
+        for b in range(len(batch)):
+            found = list(instance(View(head.class_logits[b], head.mask_logits[b], Sizes(size, size, size))))
+            assert len(found) > 0
+        end = time.perf_counter()
+        return {**watch.take(end), "post-processing": end - start}
+
+    return run
+
+
+def their_pass(batch: Batch, tiny: bool) -> Pass:
+    import transformers
+
+    model = their_model(tiny)
+    processor = transformers.Mask2FormerImageProcessor()
+    images = normalized(batch.images)
+    level = model.model.pixel_level_module
+    watch = Stopwatch(
+        {
+            "backbone": level.encoder,
+            "pixel decoder": level.decoder,
+            "decoder": model.model.transformer_module,
+        }
+    )
+    sizes = [(batch.images.shape[2], batch.images.shape[3])] * len(batch)
+
+    @torch.inference_mode()
+    def run() -> dict[str, float]:
+        outputs = model(pixel_values=images)
+        start = time.perf_counter()
+        processor.post_process_instance_segmentation(
+            outputs, threshold=0.0, target_sizes=sizes, return_binary_maps=True
+        )
+        end = time.perf_counter()
+        return {**watch.take(end), "post-processing": end - start}
+
+    return run
+
+
+def contender(name: str, batch: Batch, tiny: bool) -> Pass:
+    return their_pass(batch, tiny) if name == TRANSFORMERS else our_pass(batch, tiny)
+
+
+def _recording(run: Pass, taken: list[dict[str, float]]) -> Callable[[], None]:
+    return lambda: taken.append(run())
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = arguments(__doc__.split("\n")[0])
+    parser.add_argument("--objects", type=int, default=5, help="unused objects of the generated scenes")
+    given = parser.parse_args()
+    batch = scenes(given.images, given.objects, given.size)
+    if given.memory_of:
+        run = contender(given.memory_of, batch, given.tiny)
+        for _ in range(3):
+            run()
+        print(own_peak())
+        return
+
+    print(machine())
+    names = given.only.split(",") if given.only else [TRANSFORMERS, OURS]
+    print(f"\n## {given.images} x {given.size}x{given.size}, float32")
+    if not given.no_memory:
+        used = {name: peak_memory(__file__, name, given, given.objects) for name in names}
+    runs = {name: contender(name, batch, given.tiny) for name in names}
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    passes = {name: _recording(run, taken[name]) for name, run in runs.items()}
+    print_times(interleave(passes, given.repetitions), {OURS: TRANSFORMERS})
+    print_parts({name: parts[1:] for name, parts in taken.items()})
+    if not given.no_memory:
+        print_memory(used)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""How a model is executed in training: compiled, or with activations computed twice. Neither changes what it
+computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from mpformer.config import Train as TrainConfig
+from mpformer.model.segmenter import Segmenter
+
+
+def prepare(model: Segmenter, config: TrainConfig) -> None:
+    """Apply `train.activation_checkpointing` and `train.compile` to the parts of a model, in place.
+
+    Parameters keep their names. A part is compiled when it first meets a shape, and once more for shapes of
+    any size; fixed crops need no more than that.
+    """
+    parts = [model.backbone, model.encoder, model.pixel_decoder, model.decoder]
+    if config.activation_checkpointing:
+        for part in parts[1:]:
+            for layer in getattr(part, "layers", ()):
+                layer.forward = _computed_again(layer.forward)
+    if config.compile:
+        for part in parts:
+            if part is not None:
+                part.compile()
+
+
+def _computed_again(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A layer's forward that keeps nothing but its inputs for the backward pass."""
+
+    def run(*inputs: object) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return forward(*inputs)
+        return checkpoint(forward, *inputs, use_reentrant=False)
+
+    return run

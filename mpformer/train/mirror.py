@@ -1,0 +1,145 @@
+"""A copy of a run's folder on another file system: object storage or a shared disk, whatever pyarrow opens.
+
+The run itself is written to its storage folder. After each checkpoint what is new there is copied, a
+checkpoint's `state.json` last: one without it is not complete. A folder that lacks the run fetches it from
+the copy. A store that refuses stops no training; what it missed goes there with the next checkpoint, at the
+latest at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pyarrow import fs
+
+from mpformer.train import checkpoint
+from mpformer.train.summary import SUMMARY_FILE
+from mpformer.types import InputError, RunError
+
+log = logging.getLogger(__name__)
+
+SECONDS_OF_PATIENCE = 600.0
+"""How long the end of a run waits for a store that refuses."""
+_GROWING = ("config.yaml", "mlflow.json", "failure.json")
+
+
+class Mirror:
+    """The copy of one run at `uri/RUN`. Raises `InputError` for a URI that pyarrow does not open."""
+
+    def __init__(self, uri: str, run_dir: Path) -> None:
+        self.run_dir = Path(run_dir)
+        self.uri = f"{uri.rstrip('/').partition('?')[0]}/{self.run_dir.name}"
+        try:
+            if "://" in uri:
+                self._files, base = fs.FileSystem.from_uri(uri)
+            else:
+                self._files, base = fs.LocalFileSystem(), str(Path(uri).resolve())
+        except (ValueError, OSError) as error:
+            raise InputError(f"cluster.mirror: {self.uri}: {_line(error)}") from None
+        self._base = f"{base.rstrip('/')}/{self.run_dir.name}"
+        self._copied: dict[str, int] = {}
+        """Size of each file when it was last copied."""
+
+    def push(self) -> bool:
+        """Copy what is new; False, with a warning, where the store refuses."""
+        try:
+            self._push()
+        except OSError as error:
+            log.warning("%s: %s. The next checkpoint tries again", self.uri, _line(error))
+            return False
+        return True
+
+    def finish(self) -> None:
+        """Copy all that is left. Raises `RunError` where the store refuses for ten minutes on end."""
+        hint = f"the run is whole in {self.run_dir}; the same command copies the rest"
+        self._patiently(self._push, hint)
+
+    def pull(self) -> None:
+        """Fetch the run where the copy is further than the folder. Raises `RunError` as `finish` does."""
+        self._patiently(self._pull, "nothing was changed")
+
+    def _patiently(self, act: Callable[[], None], hint: str) -> None:
+        deadline, pause = time.monotonic() + SECONDS_OF_PATIENCE, 1.0
+        while True:
+            try:
+                return act()
+            except OSError as error:
+                if time.monotonic() + pause > deadline:
+                    raise RunError(f"{self.uri}: {_line(error)}; {hint}") from error
+                log.warning("%s: %s. Trying again in %g s", self.uri, _line(error), pause)
+            time.sleep(pause)
+            pause = min(2 * pause, 30.0)
+
+    def _pull(self) -> None:
+        there = self._there()
+        mine = max((path.name for path in checkpoint.complete(self.run_dir)), default="")
+        complete = [Path(name).parent.name for name in there if Path(name).name == checkpoint.STATE_FILE]
+        theirs = max(complete, default="")
+        finished = SUMMARY_FILE in there and not (self.run_dir / SUMMARY_FILE).exists()
+        if theirs <= mine and not finished:
+            return
+        for name in there:
+            if not name.startswith("checkpoints/") and name != SUMMARY_FILE:
+                self._fetch(name)
+        # by these others see that something is complete
+        if theirs > mine:
+            self._fetch_checkpoint(theirs, there)
+        if finished:
+            self._fetch(SUMMARY_FILE)
+
+    def _there(self) -> list[str]:
+        selector = fs.FileSelector(self._base, recursive=True, allow_not_found=True)
+        infos = self._files.get_file_info(selector)
+        return [i.path[len(self._base) + 1 :] for i in infos if i.type == fs.FileType.File]
+
+    def _fetch_checkpoint(self, name: str, there: list[str]) -> None:
+        final = self.run_dir / "checkpoints" / name
+        partial = final.with_name(f".partial-{name}")
+        for file in there:
+            if file.startswith(f"checkpoints/{name}/"):
+                self._fetch(file, partial / Path(file).name)
+        partial.rename(final)
+
+    def _fetch(self, name: str, target: Path | None = None) -> None:
+        target = target or self.run_dir / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_name(f".{target.name}.fetched")
+        with self._files.open_input_stream(f"{self._base}/{name}") as source, fresh.open("wb") as file:
+            while block := source.read(1 << 22):
+                file.write(block)
+        fresh.replace(target)
+
+    def _push(self) -> None:
+        kept = checkpoint.complete(self.run_dir)
+        files = [self.run_dir / name for name in _GROWING]
+        files += sorted((self.run_dir / "metrics").glob("*.jsonl"))
+        files += sorted(path for path in (self.run_dir / "pictures").rglob("*") if path.is_file())
+        for folder in kept:
+            files += sorted(folder.iterdir(), key=lambda path: path.name == checkpoint.STATE_FILE)
+        for path in [*files, self.run_dir / SUMMARY_FILE]:
+            if path.is_file():
+                self._send(path)
+        folder = f"{self._base}/checkpoints"
+        for info in self._files.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
+            # only what is older than all that is kept: another start of the run may be ahead of this folder
+            if kept and info.base_name < kept[0].name:
+                self._files.delete_dir(info.path)
+
+    def _send(self, path: Path) -> None:
+        name = path.relative_to(self.run_dir).as_posix()
+        content = path.stat()
+        if name not in _GROWING and self._copied.get(name) == content.st_size:
+            return
+        target = f"{self._base}/{name}"
+        self._files.create_dir(target.rpartition("/")[0], recursive=True)
+        with path.open("rb") as source, self._files.open_output_stream(target) as file:
+            while block := source.read(1 << 22):
+                file.write(block)
+        self._copied[name] = content.st_size
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

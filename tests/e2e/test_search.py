@@ -1,0 +1,58 @@
+"""A search with ASHA through Tune: samples that lag behind are stopped, and none is run a second time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mpformer.ablation.search import samples
+from mpformer.ablation.spec import load_study
+from tests.e2e.conftest import run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+STUDY = """\
+title: A search
+base: tiny.yaml
+settings: {train.length: 12 steps, evaluate.every: 3 steps}
+columns:
+  val/mIoU: {title: mIoU}
+baseline: piloted
+rows:
+  piloted: {}
+search:
+  row: piloted
+  column: val/mIoU
+  samples: 4
+  space:
+    train.lr: {loguniform: [1e-5, 1e-2]}
+    model.pilot.layers: {choice: [first, all]}
+  stop: asha
+  reduction: 2
+"""
+
+
+def test_a_search_stops_samples_and_does_not_run_any_twice(recipe: Path) -> None:
+    path = recipe.parent / "study.yaml"
+    path.write_text(STUDY)
+    done = run("ablate", path, timeout=700)
+    assert done.returncode == 0, done.stderr
+    found = samples(load_study(path))
+    ended = [one for one in found if one.trial.finished]
+    stopped = [one for one in found if one.stopped_at is not None]
+    assert len(ended) + len(stopped) == 4
+    assert ended
+    assert all(one.stopped_at in (3, 6, 9) for one in stopped)
+    best = max(
+        json.loads((o.trial.run_dir / "summary.json").read_text())["metrics"]["val/mIoU"] for o in ended
+    )
+    table = (load_study(path).folder / "search.md").read_text()
+    assert f"{best:.2f} |" in table.splitlines()[2]
+
+    before = {p: p.stat().st_mtime_ns for p in load_study(path).folder.rglob("*.jsonl")}
+    again = run("ablate", path, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert "4 samples of row piloted, 0 to run" in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in load_study(path).folder.rglob("*.jsonl")} == before

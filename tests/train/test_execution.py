@@ -1,0 +1,70 @@
+"""Compiled, or with activations computed twice: the same losses and gradients."""
+
+import pytest
+import torch
+
+from mpformer.model.segmenter import build_model
+from mpformer.train.execution import prepare
+from tests.train.conftest import make_batch
+from tests.train.test_step import CLASSES, gradients_of_step, settings
+
+
+def prepared(config, **train):
+    torch.manual_seed(0)
+    model = build_model(config.model, CLASSES)
+    names = list(model.state_dict())
+    prepare(model, config.train.model_copy(update=train))
+    assert list(model.state_dict()) == names
+    return model
+
+
+def stored_bytes(run):
+    """What autograd keeps for the backward pass of everything in `run`."""
+    sizes = []
+
+    def pack(tensor):
+        sizes.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    return result, sum(sizes)
+
+
+def test_activation_checkpointing_keeps_less_and_changes_nothing():
+    config = settings(pixel_decoder={"layers": 3}, decoder={"dropout": 0.1})
+    batch = make_batch([3, 1])
+
+    def run(**train):
+        model = prepared(config, **train).train()
+        features = model.backbone(batch.images.float())
+        torch.manual_seed(1)  # of dropout
+        return stored_bytes(lambda: model.decoder(*model.pixel_decoder(features)))
+
+    (plain, kept), (again, kept_less) = run(), run(activation_checkpointing=True)
+    assert kept_less < 0.8 * kept
+    for a, b in zip(plain.heads, again.heads):
+        assert torch.equal(a.mask_logits, b.mask_logits)
+    config = settings()
+    (one, expected), (other, gradients) = (
+        gradients_of_step(config, batch, model=prepared(config, activation_checkpointing=value))
+        for value in (False, True)
+    )
+    assert float(one.losses["loss"]) == float(other.losses["loss"])
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_compiled_steps_have_the_same_losses_and_gradients():
+    """Also with another number of pilots, which is another shape."""
+    torch.compiler.reset()
+    config = settings(backbone={"norm": "frozen_bn"}, decoder={"layers": 2})
+    compiled = prepared(config, compile=True)
+    for counts in ([3, 1], [5, 2]):
+        batch = make_batch(counts)
+        plain, expected = gradients_of_step(config, batch, model=prepared(config))
+        compiled.zero_grad()
+        result, gradients = gradients_of_step(config, batch, model=compiled)
+        assert float(result.losses["loss"]) == pytest.approx(float(plain.losses["loss"]), rel=1e-4)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-3, rtol=1e-2)

@@ -1,0 +1,132 @@
+"""The copy of a run on other file systems: a folder, and a real S3 protocol served on this machine."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from pyarrow import fs
+
+from mpformer.train import checkpoint, mirror
+from mpformer.train.mirror import Mirror
+from mpformer.types import InputError, RunError
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """The URI of a bucket, and the environment that opens it."""
+    server = pytest.importorskip("moto.server", reason="moto[server] is not installed: no local S3")
+    served = server.ThreadedMotoServer("127.0.0.1", port=0)
+    served.start()
+    host, port = served.get_host_and_port()
+    patch = pytest.MonkeyPatch()
+    for key, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        patch.setenv(key, value)
+    where = {"region": "us-east-1", "scheme": "http", "endpoint_override": f"{host}:{port}"}
+    fs.S3FileSystem(allow_bucket_creation=True, **where).create_dir("results")
+    yield "s3://results/study?" + "&".join(f"{key}={value}" for key, value in where.items())
+    patch.undo()
+    served.stop()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def uri(request, tmp_path):
+    return str(tmp_path / "copy") if request.param == "folder" else request.getfixturevalue("s3")
+
+
+def write(run_dir: Path, step: int) -> None:
+    """What a run leaves: a checkpoint, a longer record, settings."""
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes([step]) * 1000)
+    (folder / checkpoint.STATE_FILE).write_text(json.dumps({"step": step}))
+    for old in checkpoint.complete(run_dir)[:-2]:
+        for file in old.iterdir():
+            file.unlink()
+        old.rmdir()
+    (run_dir / "metrics").mkdir(exist_ok=True)
+    with (run_dir / "metrics" / "0001.jsonl").open("a") as file:
+        file.write(f"{step}\n")
+    (run_dir / "config.yaml").write_text("name: run\n")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_another_machine_fetches_what_was_copied(uri, tmp_path, request):
+    here, there = tmp_path / "here" / request.node.name, tmp_path / "there" / request.node.name
+    first, other = Mirror(uri, here), Mirror(uri, there)
+    other.pull()  # nothing was copied yet
+    assert not there.exists()
+    for step in (1, 2, 3):
+        write(here, step)
+        assert first.push()
+    other.pull()
+    assert checkpoint.complete(there) == [there / "checkpoints" / "step-00000003"]
+    assert all(content(here)[name] == data for name, data in content(there).items())
+
+    (here / "summary.json").write_text("{}")
+    first.finish()
+    other.pull()
+    assert (there / "summary.json").read_text() == "{}"
+    kept = {Path(name).parent.name for name in other._there() if name.endswith("state.json")}
+    assert kept == {"step-00000002", "step-00000003"}
+
+
+def test_a_folder_that_is_ahead_is_not_set_back(uri, tmp_path, request):
+    run_dir = tmp_path / request.node.name
+    copy = Mirror(uri, run_dir)
+    write(run_dir, 1)
+    copy.push()
+    write(run_dir, 2)
+    before = content(run_dir)
+    copy.pull()
+    assert content(run_dir) == before
+
+
+def test_a_checkpoint_that_was_torn_on_its_way_is_not_fetched(uri, tmp_path, request, monkeypatch):
+    here, there = tmp_path / "here" / request.node.name, tmp_path / "there" / request.node.name
+    copy = Mirror(uri, here)
+    write(here, 1)
+    copy.push()
+    write(here, 2)
+    sends = itertools.count()
+    send = Mirror._send
+
+    def torn(self, path):
+        if path.name == checkpoint.STATE_FILE and next(sends) == 1:
+            raise OSError("Connection refused")
+        send(self, path)
+
+    monkeypatch.setattr(Mirror, "_send", torn)
+    assert not copy.push()
+    Mirror(uri, there).pull()
+    assert [path.name for path in checkpoint.complete(there)] == ["step-00000001"]
+    assert copy.push()
+    Mirror(uri, there).pull()
+    assert [path.name for path in checkpoint.complete(there)][-1] == "step-00000002"
+
+
+def test_a_store_that_refuses_is_waited_for_and_then_an_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    copy = Mirror(str(tmp_path / "file"), tmp_path / "run")  # a file where a folder should be
+    write(tmp_path / "run", 1)
+    waited = []
+    monkeypatch.setattr(mirror.time, "sleep", waited.append)
+    monkeypatch.setattr(mirror, "SECONDS_OF_PATIENCE", 5.0)
+    monkeypatch.setattr(mirror.time, "monotonic", lambda: sum(waited))
+    with pytest.raises(RunError, match="the run is whole in"):
+        copy.finish()
+    assert waited == [1.0, 2.0]
+
+
+def test_a_uri_that_nothing_opens(tmp_path):
+    with pytest.raises(InputError, match=r"cluster\.mirror: nowhere://x/run"):
+        Mirror("nowhere://x", tmp_path / "run")
