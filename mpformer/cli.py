@@ -12,14 +12,15 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mpformer import __version__, commands
+from mpformer import __version__, commands, commands_data
 from mpformer.types import InputError, RunError
 
 SETTINGS = "settings to change, for instance train.lr=2e-4"
+BENCH = "how fast the data comes, stage by stage and through the loader, with no model"
 CHECK = "what a data set holds and what is wrong with it, in words"
 PACK = "a data set as Parquet shards, for disks and object stores"
 SAMPLES = "pictures of images with their masks, and of training samples as the model gets them"
-IMPORT = "an official Mask2Former or MP-Former file, or a Hugging Face folder, as a checkpoint of ours"
+IMPORT = "an official Mask2Former, MP-Former or MaskFormer file, or a Hugging Face folder, as our checkpoint"
 EXPORT = "a checkpoint as a Hugging Face folder"
 SYNTH = "generate a data set in COCO's layout: train=400 val=60 seed=0 size=128 things=5"
 
@@ -48,8 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     train = command("train", "one run; the same command again resumes it", "RECIPE")
     ablate = command("ablate", "a table; the same command again resumes it", "STUDY")
     ablate.add_argument("--plan", action="store_true", help="only say what would be done")
-    ablate.add_argument("--only", metavar="ROW", help="the runs of one row")
-    report = command("report", "a study's table (Markdown, CSV) and training-speed curves (PNG)", "STUDY")
+    ablate.add_argument("--only", metavar="ROW", help="the runs of one row, or of several: A,B")
+    report = command("report", "tables, training-speed curves, one HTML page; of a study or a run", "STUDY")
     command("sync", "bring to MLflow what it could not take", "RUN")
     evaluate = command("evaluate", "AP / PQ / mIoU, images/s, peak memory", "CHECKPOINT")
     evaluate.add_argument("--data", metavar="D", help="a data folder, or a recipe to take the data of")
@@ -72,6 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     samples = data.add_parser("show", help=SAMPLES, description=SAMPLES)
     samples.add_argument("data", metavar="D", help="a data folder, or a recipe")
     samples.add_argument("--out", metavar="DIR", required=True)
+    bench = data.add_parser("bench", help=BENCH, description=BENCH)
+    bench.add_argument("data", metavar="D", help="a data folder, or a recipe")
     weights = command("weights", "other programs' models")
     forms = weights.add_subparsers(dest="weights_command", required=True, metavar="COMMAND")
     take = forms.add_parser("import", help=IMPORT, description=IMPORT)
@@ -94,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         check,
         pack,
         samples,
+        bench,
         show,
     ):
         takes_settings.add_argument("settings", metavar="key=value", nargs="*", help=SETTINGS)
@@ -144,13 +148,15 @@ def _run(arguments: argparse.Namespace) -> None:
 def _run_data(arguments: argparse.Namespace) -> None:
     match arguments.data_command:
         case "synth":
-            commands.data_synth(arguments.out, arguments.settings)
+            commands_data.data_synth(arguments.out, arguments.settings)
         case "check":
-            commands.data_check(arguments.data, arguments.settings)
+            commands_data.data_check(arguments.data, arguments.settings)
         case "pack":
-            commands.data_pack(arguments.data, arguments.out, arguments.settings)
+            commands_data.data_pack(arguments.data, arguments.out, arguments.settings)
         case "show":
-            commands.data_show(arguments.data, arguments.out, arguments.settings)
+            commands_data.data_show(arguments.data, arguments.out, arguments.settings)
+        case "bench":
+            commands_data.data_bench(arguments.data, arguments.settings)
 
 
 def _run_weights(arguments: argparse.Namespace) -> None:

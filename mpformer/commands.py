@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,6 @@ from mpformer.ablation.plan import plan_text, show_value, state_text
 from mpformer.ablation.spec import Study, Trial, load_study
 from mpformer.config import (
     Config,
-    Data,
     build_config,
     diff,
     dump_yaml,
@@ -22,12 +21,14 @@ from mpformer.config import (
     read_recipe,
     run_name,
 )
+from mpformer.size import size_line
 from mpformer.types import InputError, RunError
-from mpformer.yamlfile import Source, nearest
+from mpformer.yamlfile import Source
 
 if TYPE_CHECKING:
     import torch
 
+    from mpformer.ablation.studyfile import Search
     from mpformer.ablation.tune import Failure
     from mpformer.data.catalog import Catalog
     from mpformer.model.segmenter import Segmenter
@@ -71,8 +72,12 @@ def ablate(study_file: str, settings: Sequence[str], only: str | None, plan: boo
         return
     study = _load_study(study_file, settings)
     trials = study.trials(only)
+    _generate_data(study)
     say(f"{study.name}: {len(trials)} runs in {study.folder}: {state_text(trials)}")
     failures = _run_study(study, trials) if not all(trial.finished for trial in trials) else []
+    _diagnose_pilots(study, trials)
+    if study.file.search and only is None:
+        failures += _search(study)
     report(study)
     for trial in trials:
         _tell_mlflow_problem(trial.run_dir)
@@ -84,7 +89,51 @@ def ablate(study_file: str, settings: Sequence[str], only: str | None, plan: boo
         raise kind(f"{len(failures)} of {len(trials)} runs failed, {first.trial.label}: {first.reason}")
 
 
-def _run_study(study: Study, trials: Sequence[Trial]) -> list[Failure]:
+def _diagnose_pilots(study: Study, trials: Sequence[Trial]) -> None:
+    """Figures of the pilots (columns `diag/pilot_...`) of finished runs that lack them."""
+    if not any("diag/pilot_" in column for column in study.file.columns):
+        return
+    from mpformer.evaluate import diagnostics
+    from mpformer.train import checkpoint
+
+    for trial in trials:
+        path = trial.run_dir / "diagnose.json"
+        last = checkpoint.latest(trial.run_dir)[0] if trial.finished and not path.exists() else None
+        if last is None or trial.config.model.pilot.queries == 0:
+            continue
+        model, split, config, device = _open_checkpoint(str(last.path), None, [])
+        chosen = range(len(split.records))[: config.evaluate.limit]
+        found = diagnostics.diagnose(model, split, config, chosen, device, quality=False)
+        figures = {f"diag/{key}": value for key, value in found.metrics().items() if "pilot" in key}
+        path.write_text(json.dumps(figures))
+        say(f"{trial.label}: figures of the pilots measured")
+
+
+def _search(study: Study) -> list[Failure]:
+    """The samples of the study's search, those that exist left as they are; then their table."""
+    from mpformer.ablation.results import read_run
+    from mpformer.ablation.search import samples, table
+    from mpformer.ablation.studyfile import split_column
+
+    search = study.file.search
+    found = samples(study)
+    open_ones = [one.trial for one in found if not one.trial.finished and one.stopped_at is None]
+    say(f"search: {len(found)} samples of row {search.row}, {len(open_ones)} to run")
+    failures = _run_study(study, open_ones, search) if open_ones else []
+    metric = split_column(search.column)[1]
+    values = [
+        read_run(one.trial.run_dir, one.trial.config.train.batch_size).metrics.get(metric)
+        if one.trial.finished
+        else None
+        for one in found
+    ]
+    text = table(list(zip(found, values)), study.file.columns[search.column].title)
+    (study.folder / "search.md").write_text(text + "\n", encoding="utf-8")
+    say(f"\n{text}\n")
+    return failures
+
+
+def _run_study(study: Study, trials: Sequence[Trial], search: Search | None = None) -> list[Failure]:
     from mpformer.ablation.tune import run_trials
     from mpformer.progress import Follower, follow
     from mpformer.tracking import close_parent, open_parent, prepare_store
@@ -94,7 +143,7 @@ def _run_study(study: Study, trials: Sequence[Trial]) -> list[Failure]:
     trials = [_tracked_in(trial, uri) for trial in trials]
     followers = [Follower(trial.label, trial.run_dir, trial.config.train.batch_size) for trial in trials]
     with follow(followers, say):
-        failures = run_trials(trials, study.folder, study.name, parent)
+        failures = run_trials(trials, study.folder, study.name, parent, search)
     if parent:
         close_parent(uri, parent, "FAILED" if failures else "FINISHED")
     return failures
@@ -106,17 +155,45 @@ def _tracked_in(trial: Trial, uri: str | None) -> Trial:
     return replace(trial, config=trial.config.model_copy(update={"tracking": tracking}))
 
 
-def report(study: Study) -> None:
-    """A study's table and curves, from what its runs have measured so far."""
-    from mpformer.ablation.report import write_report
+def _generate_data(study: Study) -> None:
+    """The generated data set of the study's size, if that has one and the study still reads it."""
+    generate = study.file.profiles[study.profile].generate if study.profile else None
+    if generate is None or study.base.data.root != generate.root:
+        return
+    from mpformer.data.synthetic import generate as make
 
-    text, files = write_report(study)
+    settings = generate.model_dump(exclude={"root", "train", "val"})
+    fresh = make(Path(generate.root), {"train": generate.train, "val": generate.val}, **settings)
+    say(f"data in {generate.root}" + (", generated" if fresh else ", as it was"))
+
+
+def report(study: Study, from_mlflow: bool = False) -> None:
+    """A study's table and curves, from what its runs have measured so far: in its folder, or in MLflow."""
+    from mpformer.ablation.report import write_report
+    from mpformer.ablation.results import collect, collect_mlflow
+    from mpformer.tracking import attach_report, store_uri
+
+    uri = store_uri(study.base) if from_mlflow else None
+    text, files = write_report(study, collect_mlflow(study, uri) if uri else collect(study))
     say(f"\n{text}")
     say("written: " + ", ".join(map(str, files)))
+    if (problem := attach_report(study.folder, files)) is not None:
+        say(problem)
 
 
-def report_file(study_file: str, settings: Sequence[str]) -> None:
-    report(_load_study(study_file, settings))
+def report_file(place: str, settings: Sequence[str]) -> None:
+    """The report of a study file, with `from=mlflow` from its MLflow store alone; or of one run's folder."""
+    if Path(place).is_dir():
+        from mpformer.ablation.runpage import write_run_report
+
+        text, files = write_run_report(Path(place))
+        say(f"\n{text}")
+        say("written: " + ", ".join(map(str, files)))
+        return
+    source = [text for text in settings if text.startswith("from=")]
+    if any(text != "from=mlflow" for text in source):
+        raise InputError(f"setting '{source[0]}': from=mlflow is expected, or nothing for the study's folder")
+    report(_load_study(place, [text for text in settings if text not in source]), from_mlflow=bool(source))
 
 
 def quickstart(settings: Sequence[str]) -> None:
@@ -155,8 +232,8 @@ def _stored_absolutely(config: Config) -> Config:
 
 def _load_study(path: str | Path, settings: Sequence[str]) -> Study:
     study = load_study(path, settings)
-    rows = {row: _stored_absolutely(config) for row, config in study.rows.items()}
-    return replace(study, base=_stored_absolutely(study.base), rows=rows)
+    bases = {part: _stored_absolutely(config) for part, config in study.bases.items()}
+    return replace(study, bases=bases, runs={key: _stored_absolutely(c) for key, c in study.runs.items()})
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -177,9 +254,11 @@ def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
     for key, text in found.facts().items():
         say(f"{key:24} {text:>8}")
     if config.evaluate.pictures:
-        folder = _picture_folder(checkpoint, split.name, "evaluate")
+        origin = _origin(checkpoint)
+        folder = origin.pictures("evaluate", split.name)
         page = found.write(folder, f"{checkpoint}: {split.name}", split, config.evaluate.pictures)[0]
         say(str(page))
+        _attach(origin, {}, folder)
 
 
 def diagnose(checkpoint: str, data: str | None, settings: Sequence[str]) -> None:
@@ -192,7 +271,8 @@ def diagnose(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
     report = _progress()
     found = diagnostics.diagnose(model, split, config, chosen, device, report=report)
     say(found.table())
-    folder = _picture_folder(checkpoint, split.name, "diagnose")
+    origin = _origin(checkpoint)
+    folder = origin.pictures("diagnose", split.name)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "layers.json").write_text(json.dumps({"images": found.images, **found.metrics()}, indent=1))
     say(str(folder / "layers.json"))
@@ -202,6 +282,8 @@ def diagnose(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
             path = folder / f"layers-{split.records[index].image_id}.png"
             write_png(path, picture)
             say(str(path))
+    # figures of other data would pass for the run's own
+    _attach(origin, {f"diag/{k}": v for k, v in found.metrics().items()} if data is None else {}, folder)
 
 
 def _open_checkpoint(
@@ -238,12 +320,39 @@ def _progress() -> Callable[..., None]:
     return report
 
 
-def _picture_folder(checkpoint: str, split: str, what: str) -> Path:
-    """In the checkpoint's run, else beside its file; one folder for each checkpoint and split."""
-    path = Path(checkpoint).resolve()
-    run = next((p for p in path.parents if (p / "config.yaml").is_file()), path.parent)
-    name = "-".join([what, path.stem, *split.split()])
-    return run / "pictures" / name
+@dataclass(frozen=True)
+class _Origin:
+    """Where a checkpoint comes from."""
+
+    run: Path | None
+    """The folder of its run, if it lies in one."""
+    folder: Path
+    """Where files about it go."""
+    name: str
+    step: int
+
+    def pictures(self, what: str, split: str) -> Path:
+        """One folder for each kind of picture, checkpoint and split."""
+        return self.folder / "pictures" / "-".join([what, self.name, *split.split()])
+
+
+def _origin(checkpoint: str) -> _Origin:
+    from mpformer.model.weights import model_file
+
+    file = model_file(Path(checkpoint)).resolve()
+    run = next((p for p in file.parents if (p / "config.yaml").is_file()), None)
+    if run is None:
+        return _Origin(None, file.parent, file.stem, 0)
+    name = file.parent.name
+    return _Origin(run, run, name, int(name.rpartition("-")[2]))
+
+
+def _attach(origin: _Origin, values: dict[str, float], folder: Path) -> None:
+    """To the MLflow run that mirrors the checkpoint's, if there is one."""
+    from mpformer.tracking import attach
+
+    if origin.run is not None and (told := attach(origin.run, origin.step, values, folder)) is not None:
+        say(told)
 
 
 def predict(checkpoint: str, images: Sequence[str], out: str, settings: Sequence[str]) -> None:
@@ -266,9 +375,10 @@ def _for_evaluation(trained: Config, checkpoint: str, data: str | None, settings
     if data is not None and Path(data).is_dir():
         source.set(["data", "root"], data, f"--data {data}")
     elif data is not None:
-        source = source.laid_under(
-            Source(Path(data), {"data": read_recipe(Path(data)).tree.get("data", {})}, {})
-        )
+        other = read_recipe(Path(data)).tree.get("data", {})
+        if "dataset" in other:
+            source.tree["data"].pop("dataset")  # the other one stands for itself
+        source = source.laid_under(Source(Path(data), {"data": other}, {}))
     return build_config(inline_dataset(source.overridden(settings), Path()))
 
 
@@ -288,86 +398,15 @@ def weights_export(checkpoint: str, folder: str) -> None:
     say(folder)
 
 
-# --- data and settings ----------------------------------------------------------------------------
-
-
-def data_synth(out: str, settings: Sequence[str]) -> None:
-    """Generate a data set; `settings`: train=, val= (images), seed=, size= (pixels), things= (per image)."""
-    from mpformer.data.synthetic import generate
-
-    chosen = {"train": 400, "val": 60, "seed": 0, "size": 128, "things": 5}
-    for text in settings:
-        key, _, value = text.partition("=")
-        if key not in chosen:
-            raise InputError(f"setting '{text}': no such setting here; nearest: {nearest(key, chosen)}")
-        if not value.isdecimal():
-            raise InputError(f"setting '{text}': a whole number is expected")
-        chosen[key] = int(value)
-    images = {split: chosen.pop(split) for split in ("train", "val")}
-    fresh = generate(Path(out), images, **chosen)
-    say(
-        f"{out}: {images['train']} training and {images['val']} validation images"
-        + ("" if fresh else ", as it was")
-    )
-
-
-def data_check(place: str, settings: Sequence[str]) -> None:
-    """What a data set holds and what is wrong with it, in words; then the command that trains on it."""
-    from mpformer.data.check import check, report_text, training_command
-
-    data = _data_at(place, settings)
-    say(report_text(check(data)))
-    recipe = place if Path(place).is_file() else "experiments/recipes/coco-tiny.yaml"
-    say(f"\ntrain on it: {training_command(data, recipe)}")
-
-
-def data_pack(place: str, out: str, settings: Sequence[str]) -> None:
-    """Both splits as Parquet shards; the same command again finishes what was interrupted."""
-    from mpformer.data.pack import pack
-
-    counts = pack(_data_at(place, settings), out)
-    say(f"{out}: {counts['train']} training and {counts['val']} validation images")
-    say(f"in a recipe: data: {{root: {out}, dataset: {{format: packed}}}}")
-
-
-def data_show(place: str, out: str, settings: Sequence[str]) -> None:
-    """Pictures of both splits with their masks, and of the first training samples as the model gets them."""
-    from mpformer.data.catalog import open_split
-    from mpformer.data.pictures import batch_pictures, catalog_sheet
-    from mpformer.data.pipeline import train_batches
-    from mpformer.draw import side_by_side, write_png
-
-    data = _data_at(place, settings)
-    splits = {name: open_split(data, name) for name in ("train", "val")}
-    sheets = {name: catalog_sheet(split) for name, split in splits.items()}
-    inline = data.model_copy(update={"loader": "inline"})
-    [batch] = train_batches(
-        inline, splits["train"], seed=0, batch_size=8, start_step=0, stop_step=1, rank=0, world=1
-    )
-    samples = batch_pictures(batch, splits["train"].classes)
-    sheets["samples"] = side_by_side(samples, batch.image_ids, columns=4)
-    for name, sheet in sheets.items():
-        write_png(Path(out) / f"{name}.png", sheet)
-        say(f"{Path(out) / name}.png")
-
-
-def _data_at(place: str, settings: Sequence[str]) -> Data:
-    """The data of a recipe, or of a folder that is looked through for its annotations."""
-    if not Path(place).is_dir():
-        return load_config(place, settings).data
-    from mpformer.data.detect import detect
-
-    found = detect(Path(place))
-    task = "panoptic" if found.format == "coco_panoptic" else "instance"
-    source = Source(Path(place), {"data": {"root": place, "task": task, "dataset": found.model_dump()}}, {})
-    return build_config(inline_dataset(source.overridden(settings), Path())).data
+# --- settings --------------------------------------------------------------------------------------
 
 
 def show(recipe: str, other: str | None, settings: Sequence[str]) -> None:
-    """The resolved settings of a recipe, or the settings in which two recipes differ."""
+    """The resolved settings of a recipe and its model's size, or the settings in which two recipes differ."""
     config = load_config(recipe, settings)
     if other is None:
         say(dump_yaml(config).rstrip())
+        say(f"# {size_line(config)}")
         return
     changed = diff(config, load_config(other, settings))
     width = max(map(len, changed), default=0)

@@ -12,9 +12,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qs, urlsplit
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from mpformer.config_data import (  # noqa: F401
     Data,
@@ -87,6 +89,11 @@ class Train(Section):
     """auto: bfloat16 autocast on GPUs that have it, else float32."""
     micro_batch: Count | None = setting(None)
     """Most images of one forward; null: the worker's whole share of the global batch."""
+    compile: bool = setting(False)
+    """torch.compile of backbone, pixel decoder and decoder: for long runs, with fixed crops."""
+    activation_checkpointing: bool = setting(False)
+    """Layers of the pixel decoder and the decoder keep only their inputs for the backward pass, and are
+    computed again there: less memory, more time."""
     checkpoint_every: Duration = setting("1 epoch")
     keep_checkpoints: Count = setting(2)
     log_every: Count = setting(20)
@@ -108,6 +115,9 @@ class Evaluate(Section):
     """Panoptic: a query below this class probability is dropped."""
     overlap: Fraction = 0.8
     """Panoptic: a segment that keeps less than this share of its mask is dropped."""
+    panoptic: Literal["general", "detr"] = "general"
+    """Panoptic segments by class times mask probability (MaskFormer section 3.4), or as DETR finds them
+    (its class_confidence: 0.85): each pixel to its largest mask, specks dropped, `overlap` unused."""
     semantic: Literal["marginalise", "general"] = "marginalise"
     """Semantic labels from all queries' probabilities, or the one best query's (MaskFormer section 3.4)."""
     general_confidence: Fraction = 0.3
@@ -120,8 +130,15 @@ class Evaluate(Section):
     """Also measure boundary AP."""
     layers: bool = True
     """Also measure the decoder's layers: mIoU-L and query utilisation (MP-Former section 3)."""
+    batch: Count = setting(1)
+    """`predict`: images of one size that go through the model together (evaluation takes one at a time)."""
     pictures: Annotated[int, Field(ge=0)] = 8
     """Overlays drawn at the end of a run."""
+
+
+def _yes_or_no(value: Any) -> Any:
+    """YAML reads a bare yes or no as a truth value."""
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
 
 class Cluster(Section):
@@ -129,17 +146,48 @@ class Cluster(Section):
     """Training workers; the global batch does not change with them."""
     cpus_per_worker: Positive = 0.5
     """Logical CPUs a worker claims; the rest is Ray Data's."""
-    gpu: Literal["auto", "yes", "no"] = "auto"
+    gpu: Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)] = "auto"
     """Whether each worker takes a GPU; auto: when the cluster has one for each."""
     threads: Count | None = None
     """CPU threads of a worker that trains on the CPU; null: the machine's cores shared among the workers."""
+    min_workers: Count | None = None
+    """With how many workers a run may start, or go on after a loss; null: with `workers` only."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Restarts of a run after worker failures; -1: without limit."""
+    """Restarts of a run after worker failures; -1: without limit. Machines that the cloud takes back do not
+    count."""
+    mirror: str | None = None
+    """Folder or URI (s3://bucket/path, gs://bucket/path) that each run is copied to at its checkpoints, and
+    fetched from where the storage folder lacks it; null: none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Cluster:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers: {self.min_workers} is more than workers: {self.workers}")
+        if self.mirror is not None:
+            _without_password("cluster.mirror", self.mirror)
+        return self
 
 
 class Tracking(Section):
     mlflow: str | None = "auto"
     """MLflow store: 'auto' is sqlite in the storage folder, null none, else a tracking URI."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Tracking:
+        if self.mlflow is not None:
+            _without_password("tracking.mlflow", self.mlflow)
+        return self
+
+
+def _without_password(key: str, uri: str) -> None:
+    """Settings are written to run folders and to MLflow: a secret in them would be, too."""
+    parts = urlsplit(uri)
+    secret = {"access_key", "secret_key", "password", "token", "session_token"} & set(parse_qs(parts.query))
+    if parts.password is not None or secret:
+        raise ValueError(
+            f"{key} holds a secret: leave it out, and set MLFLOW_TRACKING_USERNAME and _PASSWORD, "
+            "PGPASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
+        )
 
 
 class Config(Section):
@@ -155,6 +203,16 @@ class Config(Section):
     tracking: Tracking = Tracking()
     storage: str = "runs"
     """Folder of the runs."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        for asked, name in (
+            (self.model.output == "per_pixel", "model.output: per_pixel"),
+            (self.model.loss.assignment == "fixed", "model.loss.assignment: fixed"),
+        ):
+            if asked and self.data.task != "semantic":
+                raise ValueError(f"{name} needs one object per class: data.task must be semantic")
+        return self
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -179,11 +237,18 @@ def read_recipe(path: Path) -> Source:
             raise InputError(
                 f"{parent.path}: a base has no base of its own; lay {path.name} over {parent.tree['base']}"
             )
+        if isinstance(_section(source, "data").get("dataset"), str):
+            _section(parent, "data").pop("dataset", None)  # nothing of the base's data set stays
         source = inline_dataset(parent, parent.path.parent).laid_under(inline_dataset(source, path.parent))
     else:
         source = inline_dataset(source, path.parent)
     source.tree.setdefault("name", path.stem)
     return source
+
+
+def _section(source: Source, name: str) -> dict[str, Any]:
+    found = source.tree.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def inline_dataset(source: Source, folder: Path) -> Source:
@@ -217,15 +282,28 @@ def build_config(source: Source) -> Config:
 def _explain(error: ValidationError, source: Source) -> str:
     first = error.errors()[0]
     keys = _written_keys(first["loc"], source.tree, first["type"] == "missing")
+    if first["type"] == "union_tag_invalid":
+        keys.append(first["ctx"]["discriminator"].strip("'"))
     key = ".".join(keys)
     place = source.place(keys)
     if first["type"] == "extra_forbidden":
         known = flatten(Config().model_dump())
         return f"{place}: no setting '{key}'; nearest: {nearest(key, known, sections=True)}"
+    if first["type"] in ("union_tag_invalid", "literal_error"):
+        return f"{place}: {_explain_choice(key, first)}"
     message = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     shown = "" if isinstance(given, BaseModel | dict) else f" (given: {given!r})"
     return f"{place}: {key + ': ' if key else ''}{message}{shown}"
+
+
+def _explain_choice(key: str, error: ErrorDetails) -> str:
+    """A value that is none of those there are, with the nearest of them."""
+    context = error["ctx"]
+    given = context.get("tag", error["input"])
+    expected = context.get("expected_tags") or context["expected"]
+    names = re.findall(r"'([^']*)'", expected)
+    return f"{key}: {given!r} is none of {expected}; nearest: {nearest(str(given), names)}"
 
 
 def _written_keys(location: Sequence[int | str], tree: Any, missing: bool) -> list[str]:

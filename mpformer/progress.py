@@ -16,6 +16,8 @@ from mpformer.record import Point, parts, read_part
 from mpformer.types import RunError
 
 SECONDS_BETWEEN_LOOKS = 1.0
+LONGEST_WAIT = 0.1
+"""Share of a step that waiting for data may take before a line warns of it."""
 
 
 class Follower:
@@ -53,7 +55,9 @@ class Follower:
         if speed := values.get("speed/images_per_second"):
             texts.append(f"{speed:.1f} images/s")
             if (wait := values.get("time/data_wait")) is not None:
-                texts.append(f"data wait {100 * wait * speed / self.batch_size:.0f} %")
+                share = wait * speed / self.batch_size
+                warning = " (too long: see mpformer data bench)" if share > LONGEST_WAIT else ""
+                texts.append(f"data wait {100 * share:.0f} %{warning}")
             if total:
                 texts.append(f"{_duration((total - entry.step) * self.batch_size / speed)} left")
         texts += [f"{key} {values[key]:.1f}" for key in ("val/AP", "val/PQ", "val/mIoU") if key in values]

@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpformer.commit import git_commit
 from mpformer.config import Config, config_hash, diff
 from mpformer.record import Part, Point, merge_steps, parts, read_metrics, read_points
 from mpformer.types import InputError, RunError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Link",
     "Tracker",
+    "attach",
     "close_run",
     "git_commit",
     "open_parent",
@@ -208,6 +209,7 @@ class _Mirror:
             self._connect()
             self._send()
             if self.link.status != "RUNNING":
+                self._send_pictures()
                 self._client.set_terminated(self.link.run_id, self.link.status)
         except failures as error:
             reason = first_line(error)
@@ -273,6 +275,51 @@ class _Mirror:
         self._sent_until.update({metric.key: metric.step for metric in metrics})
         self._pending = [point for point in self._pending if point.step > self.link.committed_step]
 
+    def _send_pictures(self) -> None:
+        """The pictures and pages of the run's evaluations, as they lie in its folder."""
+        pictures = self.run_dir / "pictures"
+        if pictures.is_dir():
+            self._client.log_artifacts(self.link.run_id, str(pictures), "pictures")
+
+
+def attach(run_dir: Path, step: int, values: Mapping[str, float], folder: Path) -> str | None:
+    """Bring to MLflow what was found out about a checkpoint of a mirrored run after its training.
+
+    `folder`, below `RUN/pictures`, becomes an artefact; of the figures `values`, measured after `step`
+    optimiser steps, those that the run's own record does not have become metrics. One line that says where,
+    or why not; None for a run that is not mirrored. Raises nothing.
+    """
+    link = Link.read(run_dir)
+    if link is None or link.run_id is None:
+        return None
+    from mlflow.entities import Metric
+
+    recorded = {key for _, point in read_metrics(run_dir) for key in point}
+    now = time.time_ns() // 1_000_000
+    metrics = [Metric(key, value, now, step) for key, value in values.items() if key not in recorded]
+    failures = mlflow_failures()
+    try:
+        store = client(link.uri)
+        store.log_artifacts(link.run_id, str(folder), f"pictures/{folder.name}")
+        store.log_batch(link.run_id, metrics=metrics)
+    except failures as error:
+        return f"MLflow {link.uri}: {first_line(error)}: it does not have {folder}"
+    return f"MLflow run {link.run_id} at {link.uri} has it, too"
+
+
+def attach_report(folder: Path, files: Iterable[Path]) -> str | None:
+    """Bring a study's report to its parent run as artefacts; why not, where that fails, else None."""
+    if not (path := Path(folder) / "mlflow.json").exists():
+        return None
+    parent = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        store = client(parent["uri"])
+        for file in files:
+            store.log_artifact(parent["run_id"], str(file), "report")
+    except mlflow_failures() as error:
+        return f"MLflow {parent['uri']}: {first_line(error)}: it does not have the report"
+    return None
+
 
 def sync(run_dir: Path) -> str:
     """Bring to MLflow what it lacks of a run's record; one line that says what it has now.
@@ -313,11 +360,9 @@ def prepare_store(config: Config, experiment: str, nodes: int = 1) -> str | None
     Raises `InputError` for a store that MLflow does not know and for a file on this machine when there are
     more `nodes` than one. A server that is down is noted, and raises nothing.
     """
-    uri = config.tracking.mlflow
+    uri = store_uri(config)
     if uri is None:
         return None
-    if uri == "auto":
-        uri = f"sqlite:///{Path(config.storage).resolve() / 'mlflow.db'}"
     scheme = uri.partition("://")[0] if "://" in uri else "file"
     if scheme.partition("+")[0] not in (
         "http",
@@ -345,6 +390,13 @@ def prepare_store(config: Config, experiment: str, nodes: int = 1) -> str | None
     except failures as error:
         log.warning("MLflow %s: %s. Runs go on without it; later: mpformer sync RUN", uri, first_line(error))
     return uri
+
+
+def store_uri(config: Config) -> str | None:
+    """The tracking URI that a run's settings mean; None switches MLflow off."""
+    if config.tracking.mlflow == "auto":
+        return f"sqlite:///{Path(config.storage).resolve() / 'mlflow.db'}"
+    return config.tracking.mlflow
 
 
 def open_parent(folder: Path, uri: str, experiment: str, tags: Mapping[str, str]) -> str | None:
@@ -414,12 +466,19 @@ def experiment_id(store: MlflowClient, name: str) -> str:
     found = store.get_experiment_by_name(name)
     if found is None:
         try:
-            return store.create_experiment(name)
+            return store.create_experiment(name, artifact_location=_artifact_folder(store.tracking_uri))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was first
                 raise
             found = store.get_experiment_by_name(name)
     return found.experiment_id
+
+
+def _artifact_folder(uri: str) -> str | None:
+    """Beside a database file; MLflow's own default is the working folder, and workers stand elsewhere."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
 
 
 def _tags(config: Config, study: str | None) -> dict[str, str]:
@@ -433,21 +492,6 @@ def _tags(config: Config, study: str | None) -> dict[str, str]:
     if (commit := git_commit()) is not None:
         tags["git_commit"] = tags["mlflow.source.git.commit"] = commit
     return tags
-
-
-def git_commit() -> str | None:
-    """The commit of the source tree that runs, '-dirty' added for changed files; None outside a git tree."""
-    here = Path(__file__).resolve().parent
-    try:
-        commit = _git(here, "rev-parse", "HEAD")
-        return commit + ("-dirty" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 def first_line(error: BaseException) -> str:

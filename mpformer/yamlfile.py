@@ -130,8 +130,11 @@ def _collect_places(node: yaml.Node, path: Path, prefix: str, places: dict[str, 
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `under`, mappings merged key by key; a mapping of another `kind` replaces the whole."""
-    if "kind" in over and over["kind"] != under.get("kind", over["kind"]):
+    """`over` laid on `under`, mappings merged key by key.
+
+    One of another `kind` (a data set: `format`) replaces the whole.
+    """
+    if any(tag in over and over[tag] != under.get(tag, over[tag]) for tag in ("kind", "format")):
         return copy.deepcopy(over)
     result = copy.deepcopy(under)
     for key, value in over.items():

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "mpformer").rglob("*.py"))
 
 SETTINGS = {"section", "config_data", "config_model", "config"}
-LEAVES = {"types", "yamlfile", *SETTINGS, "draw", "record", "progress", "tracking"}
+LEAVES = {"types", "yamlfile", *SETTINGS, "commit", "draw", "record", "progress", "tracking"}
 ALLOWED = {
     "types": set(),
     "yamlfile": {"types"},
@@ -20,10 +20,11 @@ ALLOWED = {
     "config_data": {"section"},
     "config_model": {"types", "section"},
     "config": {"types", "yamlfile", "section", "config_data", "config_model"},
+    "commit": set(),
     "draw": {"types"},
     "record": {"types"},
     "progress": {"types", "record"},
-    "tracking": {"types", "record", *SETTINGS},
+    "tracking": {"types", "commit", "record", *SETTINGS},
     "ops": LEAVES,
     "model": LEAVES | {"ops"},
     "data": LEAVES,
@@ -31,8 +32,10 @@ ALLOWED = {
     "train": LEAVES | {"ops", "model", "data", "evaluate"},
     "ablation": LEAVES | {"ops", "model", "data", "evaluate", "train"},
     "doctor": LEAVES | {"ops", "model"},
-    "commands": LEAVES | {"ops", "model", "data", "evaluate", "train", "ablation", "doctor"},
-    "cli": LEAVES | {"commands"},
+    "size": LEAVES | {"model", "data"},
+    "commands": LEAVES | {"ops", "model", "data", "evaluate", "train", "ablation", "doctor", "size"},
+    "commands_data": LEAVES | {"commands", "model", "data", "train"},
+    "cli": LEAVES | {"commands", "commands_data"},
     "__main__": {"cli"},
     "__init__": {"config", "model", "evaluate", "ops"},
 }
@@ -44,19 +47,32 @@ FENCES = {
     "sqlalchemy": {"tracking"},
     "timm": {"model/backbone"},
     "torchvision": {"model/backbone"},
-    "scipy": {"model/matcher", "ablation/report", "data/matfile"},
+    "scipy": {"model/matcher", "ablation/statistics", "data/matfile"},
     "PIL": {"data/images"},
     "pycocotools": {"data/masks", "evaluate/instance"},
     "cv2": {"draw", "data/*", "evaluate/instance"},
     "matplotlib": {"draw"},
-    "pydantic": {*SETTINGS, "ablation/spec"},
+    "pydantic": {*SETTINGS, "ablation/spec", "ablation/studyfile", "ablation/cost"},
     "yaml": {"config", "yamlfile"},
     "safetensors": {"model/*", "train/checkpoint"},
     "psutil": {"doctor", "train/loop"},
 }
 """The only files that may import a third party."""
 
-TORCH_FREE = {*LEAVES - {"draw"}, "cli", "commands", "__main__", "__init__", "ablation/spec", "ablation/plan"}
+TORCH_FREE = {
+    *LEAVES - {"draw"},
+    "cli",
+    "commands",
+    "commands_data",
+    "__main__",
+    "__init__",
+    "ablation/spec",
+    "ablation/studyfile",
+    "ablation/plan",
+    "ablation/cost",
+    "ablation/search",
+    "ablation/makespan",
+}
 """Files that load torch and ray, if at all, inside a function."""
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ SURFACE = {
     "data check": ["D", "key=value"],
     "data pack": ["D", "OUT", "key=value"],
     "data show": ["D", "--out DIR", "key=value"],
+    "data bench": ["D", "key=value"],
     "weights import": ["SRC", "OUT.safetensors"],
     "weights export": ["CHECKPOINT", "DIR"],
     "doctor": [],
@@ -85,6 +87,11 @@ def test_settings_may_stand_anywhere_after_the_command():
         (["predict", "nowhere", "image.jpg", "--out", "out"], "nowhere: no checkpoint"),
         (["weights", "import", "nowhere.pkl", "out.safetensors"], "nowhere.pkl"),
         (["weights", "export", "nowhere", "out"], "nowhere: no checkpoint"),
+        (["train", TINY, "data.loader=rya"], "'rya' is none of 'ray', 'torch' or 'inline'; nearest: ray"),
+        (
+            ["data", "check", TINY, "data.dataset.format=coco_panoptc"],
+            "setting 'data.dataset.format=coco_panoptc': data.dataset.format: 'coco_panoptc' is none of",
+        ),
         (["data", "check", "."], "no COCO annotations in it"),
         (["data", "show", "nowhere.yaml", "--out", "out"], "no file nowhere.yaml"),
         (["data", "synth", "out", "sise=3"], "no such setting here; nearest: size"),
@@ -126,8 +133,14 @@ def test_show_prints_settings_that_load_to_the_same_run(capsys, tmp_path):
     from mpformer.config import load_config, run_name
 
     assert main(["show", TINY, "train.lr=3e-4"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"^# [0-9.]+ M parameters, [0-9.]+ G multiply-adds for an image of \d+ x \d+, 80 classes \(assumed",
+        printed,
+        re.MULTILINE,
+    )
     shown = tmp_path / "shown.yaml"
-    shown.write_text(capsys.readouterr().out)
+    shown.write_text(printed)
     assert load_config(shown) == load_config(TINY, ["train.lr=3e-4"])
     assert run_name(load_config(shown)) == run_name(load_config(TINY, ["train.lr=3e-4"]))
 
@@ -154,19 +167,28 @@ def test_data_synth_writes_a_data_set_and_leaves_a_finished_one(capsys, tmp_path
     assert main([*line, "seed=1"]) == 2
 
 
-def test_data_check_pack_and_show_understand_a_folder(capsys, tmp_path):
+def test_data_commands_understand_a_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = str(tmp_path / "scenes")
     assert main(["data", "synth", folder, "train=8", "val=2", "size=64"]) == 0
     assert main(["data", "check", folder]) == 0
     told = capsys.readouterr().out
     assert "8 images" in told
-    assert f"mpformer train experiments/recipes/coco-tiny.yaml data.root={folder}" in told
+    assert f"mpformer train experiments/recipes/coco-tiny.yaml data.root={folder}" in told.splitlines()[-1]
+    assert (tmp_path / "scenes-samples.png").is_file()
     assert main(["data", "pack", folder, str(tmp_path / "packed")]) == 0
     assert "8 training and 2 validation images" in capsys.readouterr().out
+    assert main(["data", "check", str(tmp_path / "packed")]) == 0
+    assert "data.dataset=experiments/data/packed.yaml" in capsys.readouterr().out.splitlines()[-1]
     settings = ["data.augment.size=[64, 64]"]
     assert main(["data", "show", folder, "--out", str(tmp_path / "out"), *settings]) == 0
     pictures = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert pictures == ["samples.png", "train.png", "val.png"]
+    assert pictures == ["pilots.png", "samples.png", "train.png", "val.png"]
+    capsys.readouterr()
+    assert main(["data", "bench", folder, "data.loader=inline", "train.batch_size=2", *settings]) == 0
+    told = capsys.readouterr().out
+    assert "whole sample" in told
+    assert "loader inline: " in told
 
 
 def test_evaluation_takes_its_data_from_the_run_a_folder_or_a_recipe(tmp_path):

@@ -99,7 +99,11 @@ def test_a_data_set_file_of_the_command_line_is_relative_to_the_working_folder(r
         ("lr: 5e-4", "lr: fast", r"recipe\.yaml:6: train\.lr: .*number.*\(given: 'fast'\)"),
         ("lr: 5e-4", "lr: -1", r"recipe\.yaml:6: train\.lr: .*greater than 0 \(given: -1\)"),
         ("at: [0.5]", "at: [1.5]", r"recipe\.yaml:9: train\.schedule\.at\.0: .*less than or equal to 1"),
-        ("kind: step", "kind: cosine", r"recipe\.yaml:7: train\.schedule"),
+        (
+            "kind: step",
+            "kind: cosine",
+            r"recipe\.yaml:8: train\.schedule\.kind: 'cosine' is none of 'step', 'poly'; nearest: step",
+        ),
         ("queries: 10", "querys: 10", r"recipe\.yaml:11: no setting .*nearest: model\.pilot\.queries$"),
         (
             "queries: 10",
@@ -219,3 +223,43 @@ def test_the_nearest_name_prefers_the_same_last_word():
     assert nearest("pilot.queries", names) == "model.pilot.queries"
     assert nearest("trian.lr", names) == "train.lr"
     assert nearest("modell", names, sections=True) == "model"
+
+
+MASKFORMER = {"features": "stride_32", "memory": "backbone", "query_features": "zero"}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"decoder": {"memory": "backbone"}}, "decoder.features must be stride_32"),
+        ({"decoder": {"layers": 0, "query_features": "zero"}}, "only supervised query_features predict"),
+        ({"decoder": MASKFORMER, "pilot": {"query_positions": False}}, "all queries the same"),
+        ({"output": "per_pixel"}, "pilot.queries: a per-pixel model has no objects"),
+        ({"output": "per_pixel", "pilot": {"queries": 0}}, "data.task must be semantic"),
+        ({"loss": {"assignment": "fixed"}}, "data.task must be semantic"),
+        ({"loss": {"assignment": "fixed", "match_by": "boxes"}}, "nothing is matched"),
+    ],
+)
+def test_settings_of_the_family_that_contradict_each_other(model, message):
+    with pytest.raises(ValueError, match=message):
+        Config.model_validate({"model": model})
+
+
+def test_heads_and_queries_follow_from_the_settings():
+    def model(**sections):
+        return Config.model_validate({"data": {"task": "semantic"}, "model": sections}).model
+
+    assert (model().heads, model().queries(7)) == (10, 100)
+    assert model(decoder={**MASKFORMER, "layers": 6}).heads == 6
+    per_pixel = {"output": "per_pixel", "pilot": {"queries": 0}}
+    assert model(**per_pixel, decoder={"layers": 0}).heads == 1
+    assert model(**per_pixel, decoder={**MASKFORMER, "layers": 6}).queries(7) == 7
+    assert model(loss={"assignment": "fixed"}).queries(7) == 7
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"), [("yes", "yes"), ("no", "no"), ("auto", "auto"), ("'yes'", "yes")]
+)
+def test_yes_and_no_need_no_quotes(recipe, written, expected):
+    """YAML's own reading of a bare yes is a truth value."""
+    assert load_config(recipe, [f"cluster.gpu={written}"]).cluster.gpu == expected

@@ -21,6 +21,16 @@ def test_a_training_point_tells_loss_speed_wait_and_time_left(tmp_path):
     assert line == "tiny s0  step 20/100  loss 43.212  4.0 images/s  data wait 5 %  2:40 min left"
 
 
+def test_waiting_for_data_is_warned_of_above_a_tenth_of_the_step(tmp_path):
+    following = follower(tmp_path)
+    part = Part(tmp_path, 0)
+    for step, wait in ((20, 0.2), (40, 0.22)):
+        part.add(step, {"train/loss": 1.0, "speed/images_per_second": 4.0, "time/data_wait": wait})
+    _, short, long = following.lines()
+    assert "data wait 10 %  " in short
+    assert "data wait 11 % (too long: see mpformer data bench)  " in long
+
+
 def test_an_evaluation_tells_its_figures(tmp_path):
     following = follower(tmp_path)
     Part(tmp_path, 0).add(50, {"val/AP": 12.34, "val/PQ": 20.0, "val/AP50": 30.0, "speed/images_seen": 400})

@@ -18,7 +18,7 @@ import pytest
 
 from mpformer import tracking
 from mpformer.config import Config
-from mpformer.tracking import Link, Tracker, prepare_store, read_metrics, sync
+from mpformer.tracking import Link, Tracker, attach, prepare_store, read_metrics, sync
 from mpformer.types import InputError, RunError
 
 
@@ -364,3 +364,42 @@ def test_a_record_that_cannot_be_written_is_a_run_error(tmp_path):
     (tmp_path / "run").write_text("a file where a folder should be")
     with pytest.raises(RunError, match="cannot be written"):
         begin(tmp_path, uri=None)
+
+
+def artifacts(storage: Path) -> set[str]:
+    return {str(p.relative_to(storage)) for p in (storage / "mlartifacts").rglob("*") if p.is_file()}
+
+
+def test_pictures_and_later_findings_become_artefacts(storage):
+    """Beside the database, whatever folder the process stands in; figures of the record stay as they are."""
+    tracker = begin(storage)
+    tracker.log(4, {"train/loss": 1.0, "diag/layer_iou_1": 50.0})
+    pictures = storage / "run" / "pictures"
+    pictures.mkdir()
+    (pictures / "evaluation.html").write_text("page")
+    tracker.finish()
+    run_id = tracker.mlflow_run_id
+    assert artifacts(storage) == {f"mlartifacts/{run_id}/artifacts/pictures/evaluation.html"}
+
+    found = pictures / "diagnose-step-4"
+    found.mkdir()
+    (found / "layers.json").write_text("{}")
+    told = attach(storage / "run", 4, {"diag/layer_iou_1": 60.0, "diag/PQ_1": 7.0}, found)
+    assert run_id in told
+    assert f"mlartifacts/{run_id}/artifacts/pictures/diagnose-step-4/layers.json" in artifacts(storage)
+    held = in_mlflow(storage, run_id)
+    assert held["diag/PQ_1", 4] == held["diag/layer_iou_1", 4] == 1
+    assert (
+        tracking.client(f"sqlite:///{storage / 'mlflow.db'}").get_run(run_id).data.metrics["diag/PQ_1"] == 7
+    )
+    assert attach(storage, 4, {}, found) is None
+
+
+def test_later_findings_survive_a_store_that_is_gone(storage):
+    tracker = begin(storage)
+    tracker.finish()
+    (storage / "run" / "pictures").mkdir()
+    (storage / "mlflow.db").unlink()
+    (storage / "mlflow.db").mkdir()
+    told = attach(storage / "run", 0, {"diag/PQ_1": 7.0}, storage / "run" / "pictures")
+    assert "does not have" in told

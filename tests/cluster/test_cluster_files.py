@@ -1,0 +1,240 @@
+"""The files of `cluster/`: of the right form, at the tested versions, with guards, and shut to the world."""
+
+from __future__ import annotations
+
+import copy
+import http.server
+import importlib.util
+import re
+import subprocess
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "cluster"
+LAUNCHED = ["aws", "gcp", "azure", "onpremise"]
+CLOUDS = ["aws", "gcp", "azure"]
+VERSIONS = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+
+
+def read(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CLUSTER / f"{name}.yaml").read_text())
+
+
+def load(path: Path) -> ModuleType:
+    """A file of `cluster/` as a module; they belong to no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_ray_accepts_the_cluster_file(name):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(copy.deepcopy(read(name))))
+
+
+def test_ray_refuses_a_misspelt_one():
+    from jsonschema import ValidationError
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    wrong = read("aws") | {"idle_timeout": 10}
+    with pytest.raises(ValidationError):
+        validate_config(prepare_config(wrong))
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_a_cluster_file_opens_nothing_to_the_world(name):
+    tree, text = read(name), (CLUSTER / f"{name}.yaml").read_text()
+    assert "0.0.0.0" not in text
+    head = next(line for line in tree["head_start_ray_commands"] if "ray start --head" in line)
+    assert "--dashboard-host=127.0.0.1" in head
+    assert "RAY_AUTH_MODE=token" in text
+    assert "~/.ray/auth_token" in tree["file_mounts"]
+    # no secret has its place in a file that lies in a repository
+    assert not re.search(r"(?i)(secret|password|access_key|auth_token=|api_key)\S*\s*[:=]\s*\S", text)
+
+
+def test_no_machine_on_aws_takes_the_group_that_ray_makes():
+    """Left to itself, Ray makes a security group that admits SSH from 0.0.0.0/0."""
+    for node in read("aws")["available_node_types"].values():
+        assert node["node_config"]["SecurityGroupIds"] == ["<group>"]
+        assert node["node_config"]["MetadataOptions"] == {"HttpTokens": "required"}
+
+
+def test_what_aws_needs_is_made_once_and_shut(monkeypatch, tmp_path):
+    """Against moto's AWS: twice, from two addresses; the file that comes out is one that Ray accepts."""
+    boto3 = pytest.importorskip("boto3", reason="boto3 is not installed")
+    moto = pytest.importorskip("moto", reason="moto is not installed: no AWS to try it on")
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "test")
+    for name in ("aws.yaml", "aws_prepare.py"):
+        (tmp_path / name).write_text((CLUSTER / name).read_text())
+    prepare = load(tmp_path / "aws_prepare.py")
+    monkeypatch.setattr(prepare, "IMAGE", "/image")
+    with moto.mock_aws():
+        boto3.client("ssm", "eu-west-1").put_parameter(Name="/image", Value="ami-1", Type="String")
+        for address in ("198.51.100.1", "198.51.100.2"):
+            monkeypatch.setattr("sys.argv", ["x", "--region", "eu-west-1", "--address", address])
+            prepare.main()
+        ec2 = boto3.client("ec2", "eu-west-1")
+        named = [{"Name": "group-name", "Values": ["mpformer-fleet"]}]
+        (group,) = ec2.describe_security_groups(Filters=named)["SecurityGroups"]
+        from_outside = [r["CidrIp"] for p in group["IpPermissions"] for r in p["IpRanges"]]
+        assert from_outside == ["198.51.100.2/32"]
+        (bucket,) = boto3.client("s3").list_buckets()["Buckets"]
+        shut = boto3.client("s3").get_public_access_block(Bucket=bucket["Name"])
+        assert all(shut["PublicAccessBlockConfiguration"].values())
+        (files,) = boto3.client("efs", "eu-west-1").describe_file_systems()["FileSystems"]
+        assert files["Encrypted"]
+    text = (tmp_path / "aws.mine.yaml").read_text()
+    tree = yaml.safe_load(text)
+    assert not re.search(r"<[\w-]+>", "\n".join(li for li in text.splitlines() if not li.startswith("#")))
+    assert tree["provider"]["region"] == "eu-west-1"
+    assert tree["available_node_types"]["worker"]["node_config"]["SecurityGroupIds"] == [group["GroupId"]]
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_a_cloud_s_bill_has_an_upper_bound(name):
+    tree = read(name)
+    types = tree["available_node_types"]
+    assert tree["max_workers"] <= 8
+    assert tree["idle_timeout_minutes"] <= 10
+    assert types["worker"]["min_workers"] == 0
+    assert types["worker"]["max_workers"] <= tree["max_workers"]
+    assert tree["provider"]["cache_stopped_nodes"] is False
+    assert tree["head_node_type"] == "head"
+    head, worker = yaml.safe_dump(types["head"]).lower(), yaml.safe_dump(types["worker"]).lower()
+    assert "spot" in worker
+    assert "spot" not in head
+
+
+@pytest.mark.parametrize("name", [*LAUNCHED, "kubernetes/cluster", "kubernetes/job"])
+def test_each_file_says_what_to_change_and_what_guards_it(name):
+    comments = "\n".join(
+        line for line in (CLUSTER / f"{name}.yaml").read_text().splitlines() if line.startswith("#")
+    )
+    assert "CHANGE" in comments
+    assert "GUARDS" in comments
+    placeholders = set(re.findall(r"<[\w-]+>", (CLUSTER / f"{name}.yaml").read_text()))
+    assert all(placeholder in comments for placeholder in placeholders)
+
+
+# --- Kubernetes: KubeRay's own schema is not in Ray's package ---------------------------------------
+
+
+def check_ray_cluster(spec: dict[str, Any]) -> None:
+    """What KubeRay's RayCluster must have, and may have, as far as these files use it."""
+    allowed = {
+        "rayVersion",
+        "enableInTreeAutoscaling",
+        "autoscalerOptions",
+        "headGroupSpec",
+        "workerGroupSpecs",
+    }
+    assert set(spec) <= allowed
+    assert spec["rayVersion"] == VERSIONS["ray"]
+    assert set(spec["headGroupSpec"]) <= {"serviceType", "rayStartParams", "template"}
+    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    groups = spec["workerGroupSpecs"]
+    for group in groups:
+        assert set(group) <= {
+            *("groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template")
+        }
+        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"] <= 8
+    for group in (spec["headGroupSpec"], *groups):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        pod = group["template"]["spec"]
+        claimed = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            assert container["image"].endswith(f"-ray{VERSIONS['ray']}")
+            assert container["resources"]["limits"] == container["resources"]["requests"]
+            assert {mount["name"] for mount in container["volumeMounts"]} <= claimed
+            env = {entry["name"]: entry for entry in container["env"]}
+            assert env["RAY_AUTH_MODE"]["value"] == "token"
+            assert "secretKeyRef" in env["RAY_AUTH_TOKEN"]["valueFrom"]
+
+
+def test_the_ray_cluster_of_kubernetes():
+    cluster, policy = yaml.safe_load_all((CLUSTER / "kubernetes" / "cluster.yaml").read_text())
+    assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
+    check_ray_cluster(cluster["spec"])
+    assert policy["kind"] == "NetworkPolicy"
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    assert all("ipBlock" not in peer for rule in policy["spec"]["ingress"] for peer in rule["from"])
+
+
+def test_the_ray_job_of_kubernetes_takes_its_cluster_down():
+    job = read("kubernetes/job")
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    spec = job["spec"]
+    assert set(spec) <= {
+        *("entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "activeDeadlineSeconds"),
+        *("backoffLimit", "rayClusterSpec"),
+    }
+    assert spec["shutdownAfterJobFinishes"] is True
+    check_ray_cluster(spec["rayClusterSpec"])
+    cluster = next(yaml.safe_load_all((CLUSTER / "kubernetes" / "cluster.yaml").read_text()))
+    assert spec["rayClusterSpec"] == cluster["spec"]
+
+
+# --- what runs on the machines ----------------------------------------------------------------------
+
+
+def test_the_image_copies_what_is_there():
+    text = (CLUSTER / "Dockerfile").read_text()
+    for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE):
+        sources = [word for word in line.split()[:-1] if not word.startswith("--")]
+        assert all((ROOT / source).exists() for source in sources), line
+    assert "USER ray" in text
+    assert "_deform_attn_cpu" in text
+
+
+def test_the_slurm_script_is_shell():
+    subprocess.run(["bash", "-n", CLUSTER / "slurm.sh"], check=True)
+
+
+@pytest.fixture
+def metadata():
+    """The service that tells a spot machine of its end: its address, and what it answers."""
+    answers: dict[str, tuple[int, str]] = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, text = answers.get(self.path, (404, ""))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        do_PUT = do_GET
+
+        def log_message(self, *_args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", answers
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_cloud_s_warning_is_understood(metadata):
+    spot = load(CLUSTER / "spot_warning.py")
+    address, answers = metadata
+    answers["/latest/api/token"] = (200, "a token")
+    assert not spot.warned("aws", address)
+    answers["/latest/meta-data/spot/instance-action"] = (200, '{"action": "terminate"}')
+    assert spot.warned("aws", address)
+    preempted = "/computeMetadata/v1/instance/preempted"
+    answers[preempted] = (200, "FALSE")
+    assert not spot.warned("gcp", address)
+    answers[preempted] = (200, "TRUE")
+    assert spot.warned("gcp", address)
+    assert not spot.warned("aws", "http://127.0.0.1:1")  # nobody there is no warning
