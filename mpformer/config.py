@@ -74,6 +74,10 @@ class PolySchedule(Section):
 
 class Train(Section):
     seed: Annotated[int, Field(ge=0)] = 0
+    init: str | None = None
+    """Weights of a whole model to start from: a run, a checkpoint, or what `mpformer weights import` wrote.
+    What does not fit, such as the class head for other classes, starts anew and is listed. null: a random
+    model with the backbone that `model.backbone.pretrained` says."""
     length: Duration = "50 epochs"
     batch_size: Count = 16
     """Images of the global batch, whatever the number of workers."""

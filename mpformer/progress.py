@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mpformer.record import Point, parts, read_part
+from mpformer.record import INIT_FILE, Point, parts, read_part
 from mpformer.types import RunError
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -46,7 +46,7 @@ class Follower:
 
     def _line(self, entry: Point | int) -> str:
         if isinstance(entry, int):
-            return f"{self.label}  goes on from step {entry}" if entry else f"{self.label}  starts"
+            return f"{self.label}  goes on from step {entry}" if entry else f"{self.label}  {self._start()}"
         total = self._total_steps()
         values = entry.values
         texts = [f"{self.label}  step {entry.step}" + (f"/{total}" if total else "")]
@@ -62,6 +62,11 @@ class Follower:
                 texts.append(f"{_duration((total - entry.step) * self.batch_size / speed)} left")
         texts += [f"{key} {values[key]:.1f}" for key in ("val/AP", "val/PQ", "val/mIoU") if key in values]
         return "  ".join(texts)
+
+    def _start(self) -> str:
+        """With what became of the weights that it starts from, if it starts from any."""
+        path = self.run_dir / INIT_FILE
+        return "starts from " + "; ".join(path.read_text().splitlines()) if path.exists() else "starts"
 
     def _total_steps(self) -> int | None:
         path = self.run_dir / "progress.json"

@@ -18,6 +18,9 @@ from typing import Any
 
 from mpformer.types import RunError
 
+INIT_FILE = "init.txt"
+"""In a run's folder: what it took from the weights of `train.init`."""
+
 
 @dataclass(frozen=True)
 class Point:

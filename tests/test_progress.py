@@ -3,7 +3,7 @@
 import json
 
 from mpformer.progress import Follower, follow
-from mpformer.record import Part
+from mpformer.record import INIT_FILE, Part
 
 
 def follower(tmp_path) -> Follower:
@@ -54,6 +54,15 @@ def test_each_point_is_told_once_and_a_restart_is_announced(tmp_path):
         "step 3/100",
     ]
     assert following.lines() == []
+
+
+def test_a_start_from_other_weights_says_what_was_taken(tmp_path):
+    following = follower(tmp_path)
+    (tmp_path / INIT_FILE).write_text("/w/model.safetensors\n9 tensors loaded\n2 re-initialised: a, b\n")
+    Part(tmp_path, 0)
+    assert following.lines() == [
+        "tiny s0  starts from /w/model.safetensors; 9 tensors loaded; 2 re-initialised: a, b"
+    ]
 
 
 def test_a_line_being_written_waits_for_its_end(tmp_path):

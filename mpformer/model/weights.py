@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mpformer.config import Config
+from mpformer.config_model import Model as ModelConfig
 from mpformer.model.segmenter import Segmenter, build_model
 from mpformer.model.tensorfile import read_tensors
 from mpformer.model.weights_huggingface import read_huggingface, write_huggingface
@@ -95,22 +96,28 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
     """
     file = model_file(Path(path))
     config, classes = read_metadata(file)
-    # every weight comes from the file: nothing to fetch for the backbone
-    backbone = config.model.backbone.model_copy(update={"pretrained": None})
-    model = build_model(config.model.model_copy(update={"backbone": backbone}), classes)
+    model = build_model(nothing_fetched(config.model), classes)
     model.load_state_dict(load_file(file))
     return model.to(device).eval(), config
+
+
+def nothing_fetched(config: ModelConfig) -> ModelConfig:
+    """Without a backbone's pretrained weights, which others are about to replace."""
+    return config.model_copy(update={"backbone": config.backbone.model_copy(update={"pretrained": None})})
 
 
 def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
     """Load a safetensors file of our names into a model as far as names and shapes fit.
 
-    Raises `InputError` where nothing fits.
+    A class head is taken only for the same classes: where both class tables have names, for the same names
+    in the same order, else for the same number. Raises `InputError` where nothing fits.
     """
     file = model_file(Path(path))
     stored = read_tensors(file)
     own = model.state_dict()
     fitting = {k: v for k, v in stored.items() if k in own and own[k].shape == v.shape}
+    if _other_classes(model, file):
+        fitting = {k: v for k, v in fitting.items() if not _OF_CLASSES.intersection(k.split("."))}
     if not fitting:
         raise InputError(
             f"{file}: none of its {len(stored)} tensors fits the model; `mpformer weights import` reads "
@@ -120,6 +127,21 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
     return LoadReport(
         tuple(fitting), tuple(k for k in own if k not in fitting), tuple(k for k in stored if k not in own)
     )
+
+
+_OF_CLASSES = frozenset({"class_embed", "predictor", "pilot_embed"})
+"""Modules with a row per class."""
+
+
+def _other_classes(model: nn.Module, file: Path) -> bool:
+    """Whether a file is known to be of other classes than the model."""
+    with safe_open(file, "pt") as tensors:
+        header = tensors.metadata() or {}
+    if header.get("format") != _FORMAT or not isinstance(model, Segmenter):
+        return False
+    theirs = ClassTable.from_dict(json.loads(header["classes"])).names
+    numbered = ClassTable.numbered(len(theirs)).names
+    return theirs != model.classes.names and numbered not in (theirs, model.classes.names)
 
 
 def import_weights(source: str | Path, out: str | Path) -> LoadReport:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mpformer.config import Config, dump_yaml, run_name
 from mpformer.data.catalog import open_split
+from mpformer.model.weights import model_file
 from mpformer.tracking import close_run, prepare_store
 from mpformer.train import checkpoint
 from mpformer.train.mirror import Mirror
@@ -92,8 +93,11 @@ def fit(
     run_dir.mkdir(parents=True, exist_ok=True)
     with _only_driver(run_dir):
         (run_dir / "config.yaml").write_text(dump_yaml(config))
-        for line in checkpoint.latest(run_dir)[1]:
+        begun, damaged = checkpoint.latest(run_dir)
+        for line in damaged:
             log.warning("%s. The run goes on from the checkpoint before", line)
+        # a run that has begun does without the file, which may be gone
+        init = model_file(Path(config.train.init)).resolve() if config.train.init and not begun else None
         start_ray()
         scaling = _scaling(config)
         experiment = experiment or config.name
@@ -107,6 +111,7 @@ def fit(
             experiment,
             prepare_store(config, experiment, nodes),
             tracking_parent,
+            init,
         )
         trainer = TorchTrainer(
             run_worker,

@@ -30,6 +30,8 @@ from mpformer.evaluate.layers import summarize
 from mpformer.evaluate.metrics import score
 from mpformer.evaluate.pages import write_page
 from mpformer.model.segmenter import Segmenter, build_model
+from mpformer.model.weights import load_weights, nothing_fetched
+from mpformer.record import INIT_FILE
 from mpformer.tracking import Tracker
 from mpformer.train import checkpoint
 from mpformer.train.execution import prepare
@@ -57,6 +59,8 @@ class Job:
     experiment: str
     mlflow_uri: str | None
     mlflow_parent: str | None
+    init: Path | None
+    """The file of `train.init`; None: no such start, or the run has begun."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +126,12 @@ class _Run:
     def run(self) -> None:
         config = self.config
         torch.manual_seed(config.train.seed)
-        model = build_model(config.model, self.train_split.classes).to(self.device)
+        with self.timers("restore"):
+            found = self._latest_checkpoint()
+        model = self._build_model(found is not None).to(self.device)
         optimizer = build_optimizer(model, config.train)
-        start, self.train_seconds = self._restore(model, optimizer)
+        with self.timers("restore"):
+            start, self.train_seconds = self._restore(found, model, optimizer)
         prepare(model, config.train)
         wrapped = self._distribute(model)
         tracker = self._open_tracker(start)
@@ -143,6 +150,18 @@ class _Run:
             raise
         if tracker and self.mirror:
             self.mirror.finish()
+
+    def _build_model(self, begun: bool) -> Segmenter:
+        """With the weights that a run starts from; one that has begun has its own, and fetches none."""
+        config, classes = self.config.model, self.train_split.classes
+        if not begun and self.job.init is None:
+            return build_model(config, classes)
+        model = build_model(nothing_fetched(config), classes)
+        if not begun:
+            report = load_weights(model, self.job.init)
+            if self.rank == 0:
+                (self.run_dir / INIT_FILE).write_text(f"{self.job.init}\n{report}\n", encoding="utf-8")
+        return model
 
     def _train(
         self,
@@ -212,17 +231,21 @@ class _Run:
                 batch = batch.to(self.device, non_blocking=True)
             yield step, batch
 
-    def _restore(self, model: Segmenter, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    def _latest_checkpoint(self) -> checkpoint.Checkpoint | None:
+        if self.mirror:
+            self._fetch()
+        found, damaged = checkpoint.latest(self.run_dir)
+        for line in damaged:
+            print(line, flush=True)
+        return found
+
+    def _restore(
+        self, found: checkpoint.Checkpoint | None, model: Segmenter, optimizer: torch.optim.Optimizer
+    ) -> tuple[int, float]:
         """The step to go on from, and the seconds of training that led there."""
-        with self.timers("restore"):
-            if self.mirror:
-                self._fetch()
-            found, damaged = checkpoint.latest(self.run_dir)
-            for line in damaged:
-                print(line, flush=True)
-            if found is None:
-                return 0, 0.0
-            checkpoint.restore(found, model, optimizer)
+        if found is None:
+            return 0, 0.0
+        checkpoint.restore(found, model, optimizer)
         if self.rank == 0:
             self.skipped = list(found.state["skipped"])
         return found.step, found.state["train_seconds"]

@@ -84,3 +84,26 @@ def test_two_workers_compute_what_one_computes(recipe: Path) -> None:
     # rounding, unless it takes a mask logit across the threshold of masked attention: with seed 3 it does so
     # in step 5 (1.3e-4), with this one it does not.
     assert losses[2] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_run_starts_from_the_weights_of_another(recipe: Path, tmp_path: Path) -> None:
+    first = ["train.length=3 steps", "train.checkpoint_every=3 steps"]
+    assert run("train", recipe, *first, timeout=300).returncode == 0
+    origin = _run_dir(recipe, *first)
+    second = [*first, f"train.init={origin}", "evaluate.at_start=true"]
+    finished = run("train", recipe, *second, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    assert f"starts from {checkpoint.latest(origin)[0].path / 'model.safetensors'}" in finished.stdout
+    assert "re-initialised" not in finished.stdout
+    before, after = (
+        {k: v for p in read_points(_run_dir(recipe, *s)) if p.step == step for k, v in p.values.items()}
+        for s, step in ((first, 3), (second, 0))
+    )
+    figures = [key for key in before if key.startswith("val/")]
+    assert "val/PQ" in figures
+    assert before["val/mIoU"] > 0
+    assert {key: after[key] for key in figures} == {key: before[key] for key in figures}
+
+    absent = run("train", recipe, *first, "train.init=nowhere", timeout=60)
+    assert absent.returncode == 2
+    assert "nowhere: no checkpoint" in absent.stderr

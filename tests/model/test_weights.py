@@ -9,12 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from mpformer.config import Config
 from mpformer.config_model import Backbone, Decoder, Model, Pilot, PixelDecoder
 from mpformer.model.segmenter import build_model
-from mpformer.model.weights import import_weights, load_checkpoint, load_weights, read_metadata
+from mpformer.model.weights import (
+    checkpoint_metadata,
+    import_weights,
+    load_checkpoint,
+    load_weights,
+    read_metadata,
+)
 from mpformer.model.weights_names import official_names
-from mpformer.types import InputError
+from mpformer.types import ClassInfo, ClassTable, InputError
 from tests.model.hugging_face import SMALL, random_mask2former, to_ours
 
 SWIN_LARGE = Backbone(name="swin_large_patch4_window12_384", pretrained=None)
@@ -250,3 +258,32 @@ def test_a_class_head_of_another_data_set_is_left_as_it_was(tmp_path):
     assert torch.equal(model.decoder.query_feat.weight, imported.decoder.query_feat.weight)
     with pytest.raises(InputError, match=r"none of its .* tensors fits"):
         load_weights(torch.nn.Linear(2, 2), tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [(("cat", "dog"), True), (("dog", "cat"), False), (None, True)],
+)
+def test_a_class_head_goes_with_the_names_of_its_classes(tmp_path, names, taken):
+    """As many classes are not the same classes; a file without names is believed."""
+    config = Config(
+        model=Model(
+            backbone=Backbone(name="resnet10t", pretrained=None, norm="group_norm"),
+            pixel_decoder=PixelDecoder(channels=16, layers=1, heads=2, ffn=16),
+            decoder=Decoder(queries=4, layers=1, heads=2, ffn=16),
+        )
+    )
+
+    def table(*names: str) -> ClassTable:
+        return ClassTable(tuple(ClassInfo(name, i + 1, True, (0, 0, i)) for i, name in enumerate(names)))
+
+    saved = build_model(config.model, table("cat", "dog"))
+    save_file(saved.state_dict(), tmp_path / "a.safetensors", checkpoint_metadata(config, saved.classes))
+    model = build_model(config.model, table(*names) if names else ClassTable.numbered(2))
+    report = load_weights(model, tmp_path / "a.safetensors")
+    of_classes = {
+        f"decoder.{name}" for name in ("class_embed.weight", "class_embed.bias", "pilot_embed.weight")
+    }
+    assert set(report.reinitialized) == (set() if taken else of_classes)
+    assert torch.equal(model.decoder.class_embed.weight, saved.decoder.class_embed.weight) == taken
+    assert torch.equal(model.decoder.query_feat.weight, saved.decoder.query_feat.weight)
