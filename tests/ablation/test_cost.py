@@ -1,6 +1,7 @@
 """Hours and money against hand-worked cases and the hours that MP-Former prints."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,20 @@ from mpformer.ablation.spec import load_study
 from mpformer.types import InputError
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+GUIDE = EXPERIMENTS.parent / "docs" / "ablations.md"
 COSTS = yaml.safe_load((EXPERIMENTS / "costs.yaml").read_text())
 
 
 def test_an_unknown_option_names_the_nearest():
     with pytest.raises(InputError, match=r"plan\.gpu.*nearest: plan\.gpus"):
         PlanOptions.read({"gpu": 3})
+
+
+def test_the_guide_lists_every_option_with_its_default():
+    rows = re.findall(r"^\| `plan\.(\w+)` \| (.+?) \|", GUIDE.read_text(), re.MULTILINE)
+    defaults = {name: field.default for name, field in PlanOptions.model_fields.items()}
+    shown = {name: "none" if value is None else f"{value:g}" for name, value in defaults.items()}
+    assert dict(rows) == {**shown, "costs": "`costs.yaml`"}
 
 
 def speeds() -> dict[tuple[str, str, bool], float]:

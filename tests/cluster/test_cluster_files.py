@@ -26,6 +26,10 @@ def read(name: str) -> dict[str, Any]:
     return yaml.safe_load((CLUSTER / f"{name}.yaml").read_text())
 
 
+def read_all(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((CLUSTER / f"{name}.yaml").read_text()))
+
+
 def load(path: Path) -> ModuleType:
     """A file of `cluster/` as a module; they belong to no package."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -162,17 +166,27 @@ def check_ray_cluster(spec: dict[str, Any]) -> None:
             assert "secretKeyRef" in env["RAY_AUTH_TOKEN"]["valueFrom"]
 
 
+def check_policy(policy: dict[str, Any], cluster: dict[str, Any]) -> None:
+    """It holds for every pod of the cluster, and admits chosen pods alone, its own among them."""
+    assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    chosen = policy["spec"]["podSelector"]["matchLabels"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert chosen.items() <= group["template"]["metadata"]["labels"].items()
+    (rule,) = policy["spec"]["ingress"]
+    assert {"podSelector": {"matchLabels": chosen}} in rule["from"]
+    assert all(peer["podSelector"]["matchLabels"] and "ipBlock" not in peer for peer in rule["from"])
+
+
 def test_the_ray_cluster_of_kubernetes():
-    cluster, policy = yaml.safe_load_all((CLUSTER / "kubernetes" / "cluster.yaml").read_text())
+    cluster, policy = read_all("kubernetes/cluster")
     assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
     check_ray_cluster(cluster["spec"])
-    assert policy["kind"] == "NetworkPolicy"
-    assert policy["spec"]["policyTypes"] == ["Ingress"]
-    assert all("ipBlock" not in peer for rule in policy["spec"]["ingress"] for peer in rule["from"])
+    check_policy(policy, cluster["spec"])
 
 
 def test_the_ray_job_of_kubernetes_takes_its_cluster_down():
-    job = read("kubernetes/job")
+    job, policy = read_all("kubernetes/job")
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     spec = job["spec"]
     assert set(spec) <= {
@@ -181,8 +195,11 @@ def test_the_ray_job_of_kubernetes_takes_its_cluster_down():
     }
     assert spec["shutdownAfterJobFinishes"] is True
     check_ray_cluster(spec["rayClusterSpec"])
-    cluster = next(yaml.safe_load_all((CLUSTER / "kubernetes" / "cluster.yaml").read_text()))
-    assert spec["rayClusterSpec"] == cluster["spec"]
+    assert spec["rayClusterSpec"] == read_all("kubernetes/cluster")[0]["spec"]
+    check_policy(policy, spec["rayClusterSpec"])
+    # the pod that submits is no pod of the cluster: KubeRay's job has the RayJob's name
+    peers = [peer["podSelector"]["matchLabels"] for peer in policy["spec"]["ingress"][0]["from"]]
+    assert {"batch.kubernetes.io/job-name": job["metadata"]["name"]} in peers
 
 
 # --- what runs on the machines ----------------------------------------------------------------------
