@@ -288,6 +288,10 @@ class Model(Section):
     pilot: Pilot = Pilot()
     loss: Loss = Loss()
 
+    def without_pretrained(self) -> Model:
+        """The same model with nothing to fetch: other weights are about to be loaded, or none are needed."""
+        return self.model_copy(update={"backbone": self.backbone.model_copy(update={"pretrained": None})})
+
     def queries(self, classes: int) -> int:
         """Queries of the matching part for a data set of that many classes."""
         by_class = self.output == "per_pixel" or self.loss.assignment == "fixed"

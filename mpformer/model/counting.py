@@ -32,9 +32,8 @@ def count_size(config: ModelConfig, classes: int, height: int, width: int, task:
     queries' class and mask probabilities at full size is: with it the figures are those of Mask2Former's
     Table V, without it those of its other tables.
     """
-    bare = config.model_copy(update={"backbone": config.backbone.model_copy(update={"pretrained": None})})
     with torch.device("meta"):
-        model = build_model(bare, classes).eval()
+        model = build_model(config.without_pretrained(), classes).eval()
         images = torch.zeros(1, 3, height, width)
     parameters = count_parameters(model)
     model.requires_grad_(False)

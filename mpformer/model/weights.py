@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mpformer.config import Config
-from mpformer.config_model import Model as ModelConfig
 from mpformer.model.segmenter import Segmenter, build_model
 from mpformer.model.tensorfile import read_tensors
 from mpformer.model.weights_huggingface import read_huggingface, write_huggingface
@@ -96,14 +95,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
     """
     file = model_file(Path(path))
     config, classes = read_metadata(file)
-    model = build_model(nothing_fetched(config.model), classes)
+    model = build_model(config.model.without_pretrained(), classes)
     model.load_state_dict(load_file(file))
     return model.to(device).eval(), config
-
-
-def nothing_fetched(config: ModelConfig) -> ModelConfig:
-    """Without a backbone's pretrained weights, which others are about to replace."""
-    return config.model_copy(update={"backbone": config.backbone.model_copy(update={"pretrained": None})})
 
 
 def load_weights(model: nn.Module, path: str | Path) -> LoadReport:

@@ -30,7 +30,7 @@ from mpformer.evaluate.layers import summarize
 from mpformer.evaluate.metrics import score
 from mpformer.evaluate.pages import write_page
 from mpformer.model.segmenter import Segmenter, build_model
-from mpformer.model.weights import load_weights, nothing_fetched
+from mpformer.model.weights import load_weights
 from mpformer.record import INIT_FILE
 from mpformer.tracking import Tracker
 from mpformer.train import checkpoint
@@ -156,7 +156,7 @@ class _Run:
         config, classes = self.config.model, self.train_split.classes
         if not begun and self.job.init is None:
             return build_model(config, classes)
-        model = build_model(nothing_fetched(config), classes)
+        model = build_model(config.without_pretrained(), classes)
         if not begun:
             report = load_weights(model, self.job.init)
             if self.rank == 0:
