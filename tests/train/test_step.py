@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from mpformer.config import Config
+from mpformer.data.pipeline import rank_positions
 from mpformer.model.matcher import NonFiniteError
 from mpformer.model.segmenter import build_model
 from mpformer.train.optim import build_optimizer
@@ -270,47 +271,62 @@ def test_an_inference_before_does_not_disturb_training():
     assert all(g is not None and torch.isfinite(g).all() for g in gradients.values())
 
 
-# --- two workers ----------------------------------------------------------------------------------
+# --- any number of workers ------------------------------------------------------------------------
 
-WORKERS = {
-    "one rank without objects": [5, 2, 0, 0],
-    "both with objects": [5, 0, 3, 30],
-    "no objects at all": [0, 0, 0, 0],
+SEVEN_IMAGES = {
+    "with objects": [5, 0, 3, 30, 1, 2, 4],
+    "first workers only": [5, 2, 0, 0, 0, 0, 0],
+    "no objects at all": [0, 0, 0, 0, 0, 0, 0],
 }
+"""Object counts; 2, 3 and 4 workers cannot share seven images evenly."""
+MICRO_BATCHES = (None, 1, 2)
 
 
-def _work(rank, store, batch, config, results):
+def _step_in_double(rank, world, config, counts):
+    """Loss share, gradient norm and gradients of a worker's slice of the global batch, in float64."""
+    torch.manual_seed(0)
+    model = build_model(config.model, CLASSES).double().train()
+    share = make_batch(counts).select(rank_positions(0, len(counts), rank, world))
+    wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    result = train_step(wrapped, _Keep(), share, config, Timers(), classes=CLASSES)
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    return float(result.losses["loss"]), float(result.grad_norm), gradients
+
+
+def _with_micro_batch(micro_batch):
+    train = {"clip_norm": 0.0, "micro_batch": micro_batch}
+    config = settings()
+    return config.model_copy(update={"train": config.train.model_copy(update=train)})
+
+
+def _work(rank, world, store, results):
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
     )
     try:
-        torch.manual_seed(0)
-        model = build_model(config.model, CLASSES).train()
-        wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-        share = batch.select(range(rank * 2, rank * 2 + 2))
-        result = train_step(wrapped, _Keep(), share, config, Timers(), classes=CLASSES)
-        gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
-        results[rank] = (float(result.losses["loss"]), float(result.grad_norm), gradients)
+        for case, counts in SEVEN_IMAGES.items():
+            for micro_batch in MICRO_BATCHES:
+                config = _with_micro_batch(micro_batch)
+                results[case, micro_batch, rank] = _step_in_double(rank, world, config, counts)
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("micro_batch", [None, 1])
-@pytest.mark.parametrize("case", WORKERS)
-def test_two_workers_equal_one(case, micro_batch, tmp_path):
-    config = settings()
-    batch = make_batch(WORKERS[case])
-    whole, expected = gradients_of_step(config, batch)
-    train = config.train.model_copy(update={"clip_norm": 0.0, "micro_batch": micro_batch})
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_any_number_of_workers_computes_the_step_of_one(world, tmp_path):
+    """One global batch dealt out unevenly, each share accumulated from micro-batches: the same gradient."""
     with mp.Manager() as manager:
         results = manager.dict()
-        arguments = (str(tmp_path / "store"), batch, config.model_copy(update={"train": train}), results)
-        mp.spawn(_work, arguments, nprocs=2)
+        mp.spawn(_work, (world, str(tmp_path / "store"), results), nprocs=world)
         shares = dict(results)
-    assert shares[0][0] + shares[1][0] == pytest.approx(float(whole.losses["loss"]), rel=1e-5)
-    for _, grad_norm, gradients in shares.values():
-        assert grad_norm == pytest.approx(float(whole.grad_norm), rel=1e-4)
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, expected[name], atol=2e-5, rtol=1e-3)
+    for case, counts in SEVEN_IMAGES.items():
+        loss, norm, expected = _step_in_double(0, 1, _with_micro_batch(None), counts)
+        for micro_batch in MICRO_BATCHES:
+            parts = [shares[case, micro_batch, rank] for rank in range(world)]
+            assert sum(part[0] for part in parts) == pytest.approx(loss, rel=1e-12), (case, micro_batch)
+            for _, grad_norm, gradients in parts:
+                assert grad_norm == pytest.approx(norm, rel=1e-12), (case, micro_batch)
+                for name, gradient in gradients.items():
+                    torch.testing.assert_close(gradient, expected[name], atol=1e-12, rtol=1e-12)
