@@ -180,6 +180,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a folder that cannot be written, a disk that is full; of ours only with a name
+        if error.filename is None or error.strerror is None:
+            raise
+        return _fail(1, f"{error.filename}: {error.strerror}")
     return 0
 
 

@@ -120,6 +120,15 @@ def test_a_failed_run_is_one_line_and_exit_code_1(capsys, monkeypatch):
     assert capsys.readouterr().err == "mpformer: step 7: the loss is not finite\n"
 
 
+def test_a_folder_that_cannot_be_written_is_one_line_that_names_it(capsys, tmp_path):
+    (tmp_path / "runs").write_text("a file where a folder should be")
+    assert main(["data", "synth", str(tmp_path / "runs" / "scenes"), "train=1", "val=1"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"mpformer: {tmp_path / 'runs'}")
+    assert told.endswith(": Not a directory\n")
+    assert told.count("\n") == 1
+
+
 def test_an_interrupted_run_says_how_it_goes_on(capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
