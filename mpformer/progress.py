@@ -7,6 +7,7 @@ worker of Ray, in a trial of Ray Tune, or on another machine that writes to the 
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,10 +19,24 @@ from mpformer.types import RunError
 SECONDS_BETWEEN_LOOKS = 1.0
 LONGEST_WAIT = 0.1
 """Share of a step that waiting for data may take before a line warns of it."""
+WARNINGS_FILE = "warnings.log"
+
+
+@contextmanager
+def kept_warnings(run_dir: Path) -> Iterator[None]:
+    """While the body runs, what a process without a terminal warns of goes to `RUN/warnings.log`."""
+    handler = logging.FileHandler(Path(run_dir) / WARNINGS_FILE, encoding="utf-8", delay=True)
+    logger = logging.getLogger("mpformer")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 class Follower:
-    """Follows one run's record from now on; what it held before is not told again."""
+    """Follows one run's record and warnings from now on; what they held before is not told again."""
 
     def __init__(self, label: str, run_dir: Path, batch_size: int) -> None:
         self.label = label
@@ -30,9 +45,11 @@ class Follower:
         self._told = set(parts(run_dir))
         self._part: Path | None = None
         self._offset = 0
+        self._warnings = run_dir / WARNINGS_FILE
+        self._warned = self._warnings.stat().st_size if self._warnings.exists() else 0
 
     def lines(self) -> list[str]:
-        """One line for each point, and each start, since the last call."""
+        """One line for each point, each start, and each warning since the last call."""
         lines = []
         for part in parts(self.run_dir):
             if part in self._told:
@@ -42,7 +59,17 @@ class Follower:
                 self._part, self._offset = part, 0
             entries, self._offset = read_part(part, self._offset)
             lines += [text for entry in entries if (text := self._line(entry))]
-        return lines
+        return lines + self._new_warnings()
+
+    def _new_warnings(self) -> list[str]:
+        if not self._warnings.exists():
+            return []
+        with self._warnings.open("rb") as file:
+            file.seek(self._warned)
+            content = file.read()
+        content = content[: content.rfind(b"\n") + 1]
+        self._warned += len(content)
+        return [f"{self.label}  {line}" for line in content.decode(errors="replace").splitlines()]
 
     def _line(self, entry: Point | int) -> str:
         if isinstance(entry, int):

@@ -1,8 +1,9 @@
 """The lines that a run's record is turned into."""
 
 import json
+import logging
 
-from mpformer.progress import Follower, follow
+from mpformer.progress import Follower, follow, kept_warnings
 from mpformer.record import INIT_FILE, Part
 
 
@@ -63,6 +64,19 @@ def test_a_start_from_other_weights_says_what_was_taken(tmp_path):
     assert following.lines() == [
         "tiny s0  starts from /w/model.safetensors; 9 tensors loaded; 2 re-initialised: a, b"
     ]
+
+
+def test_what_a_worker_warns_of_is_told_once(tmp_path):
+    log = logging.getLogger("mpformer.train.mirror")
+    with kept_warnings(tmp_path):
+        log.warning("s3://results: refused an hour ago")
+    following = follower(tmp_path)
+    with kept_warnings(tmp_path):
+        log.warning("s3://results: %s. Trying again in 2 s", "closed")
+        log.info("nobody need know")
+    log.warning("of another process")
+    assert following.lines() == ["tiny s0  s3://results: closed. Trying again in 2 s"]
+    assert following.lines() == []
 
 
 def test_a_line_being_written_waits_for_its_end(tmp_path):

@@ -7,6 +7,7 @@ again with any number of workers.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import time
@@ -31,6 +32,7 @@ from mpformer.evaluate.metrics import score
 from mpformer.evaluate.pages import write_page
 from mpformer.model.segmenter import Segmenter, build_model
 from mpformer.model.weights import load_weights
+from mpformer.progress import kept_warnings
 from mpformer.record import INIT_FILE
 from mpformer.tracking import Tracker
 from mpformer.train import checkpoint
@@ -41,6 +43,8 @@ from mpformer.train.step import StepResult, train_step
 from mpformer.train.summary import write_summary
 from mpformer.train.timing import Timers
 from mpformer.types import Batch, InputError, RunError
+
+log = logging.getLogger(__name__)
 
 FAILURE_FILE = "failure.json"
 
@@ -95,11 +99,21 @@ def run_worker(settings: dict[str, Job]) -> None:
     if failure.exists() and json.loads(failure.read_text())["token"] == job.token:
         return
     try:
-        _Run(job).run()
+        with kept_warnings(job.run_dir):
+            _Run(job).run()
     except (InputError, RunError) as error:
-        note = {"token": job.token, "kind": type(error).__name__, "message": str(error)}
-        failure.write_text(json.dumps(note))
+        _note(failure, {"token": job.token, "kind": type(error).__name__, "message": str(error)})
         raise
+
+
+def _note(failure: Path, content: dict[str, str]) -> None:
+    """Whole or not at all: a torn note on a full disk would stop the run when there is room again."""
+    fresh = failure.with_name(f".{failure.name}")
+    try:
+        fresh.write_text(json.dumps(content))
+        fresh.replace(failure)
+    except OSError as error:  # Ray then tries again what cannot work, and ends with the failure itself
+        log.warning("%s: cannot be written: %s", failure, error.strerror)
 
 
 class _Run:

@@ -1,4 +1,4 @@
-"""One driver at a time on a run."""
+"""One driver at a time on a run, and what it is told of its workers' failures."""
 
 import fcntl
 import threading
@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from mpformer.train import launch
+from mpformer.train import launch, loop
 from mpformer.types import RunError
 
 
@@ -24,3 +24,11 @@ def test_a_second_driver_waits_for_an_orphan_s_end_but_not_for_ever(tmp_path, mo
         other = (tmp_path / ".lock").open("w")
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_full_disk_tears_no_note_of_a_failure(tmp_path, caplog):
+    """An empty note would stop every later start of the run, with room on the disk or without."""
+    (tmp_path / ".failure.json").symlink_to("/dev/full")
+    loop._note(tmp_path / "failure.json", {"token": "a", "message": "step 7: the loss is not finite"})
+    assert not (tmp_path / "failure.json").exists()
+    assert "No space left on device" in caplog.text
