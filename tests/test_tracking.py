@@ -5,12 +5,9 @@ import math
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-import time
-import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from mpformer import tracking
 from mpformer.config import Config
 from mpformer.tracking import Link, Tracker, attach, prepare_store, read_metrics, sync
 from mpformer.types import InputError, RunError
+from tests.servers import MlflowServer, closed_port
 
 
 @pytest.fixture(scope="session")
@@ -259,12 +257,6 @@ def test_child_runs_stand_in_the_study_s_experiment_with_tags_and_changed_settin
     assert run.data.params == {"name": "tiny", "storage": str(storage), "train.seed": "3"}
 
 
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_a_dead_server_stops_nothing_and_sync_brings_everything_later(storage, caplog):
     dead = f"http://127.0.0.1:{closed_port()}"
     tracker = begin(storage, uri=dead)
@@ -290,58 +282,24 @@ def test_a_dead_server_stops_nothing_and_sync_brings_everything_later(storage, c
 
 @pytest.mark.slow
 def test_a_server_that_dies_and_comes_back_during_a_run(storage):
-    port = closed_port()
-    uri = f"http://127.0.0.1:{port}"
-    server = serve(storage, port)
+    server = MlflowServer(storage)
+    server.start()
     try:
-        tracker = begin(storage, uri=uri)
+        tracker = begin(storage, uri=server.uri)
         log_steps(tracker, 0, 9)
         tracker.commit(5)
         run_id = tracker.mlflow_run_id
         assert {step for _, step in in_mlflow(storage, run_id)} == set(range(6))
-        stop(server)
+        server.kill()
         tracker.commit(9)
         log_steps(tracker, 10, 14)
         tracker.finish()
         assert {step for _, step in in_mlflow(storage, run_id)} == set(range(6))
-        server = serve(storage, port)
+        server.start()
         sync(storage / "run")
         assert in_mlflow(storage, run_id) == in_record(storage)
     finally:
-        stop(server)
-
-
-def serve(storage: Path, port: int) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        f"sqlite:///{storage}/mlflow.db",
-    ]
-    command += ["--artifacts-destination", str(storage), "--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen(
-        [*command, "--workers", "1"],
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                return server
-        except OSError:
-            time.sleep(0.5)
-    stop(server)
-    raise AssertionError("the MLflow server did not come up")
-
-
-def stop(server: subprocess.Popen) -> None:
-    if server.poll() is None:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+        server.kill()
 
 
 def test_a_store_that_mlflow_does_not_know_and_a_local_file_for_many_nodes_are_refused(tmp_path):

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from pyarrow import fs
 
@@ -19,29 +20,36 @@ from mpformer.train import checkpoint
 from mpformer.train.summary import SUMMARY_FILE
 from mpformer.types import InputError, RunError
 
+_T = TypeVar("_T")
+
 log = logging.getLogger(__name__)
 
 SECONDS_OF_PATIENCE = 600.0
 """How long the end of a run waits for a store that refuses."""
+_UNCHANGED = "nothing was changed"
 _GROWING = ("config.yaml", "mlflow.json", "failure.json")
 
 
 class Mirror:
-    """The copy of one run at `uri/RUN`. Raises `InputError` for a URI that pyarrow does not open."""
+    """The copy of one run at `uri/RUN`. Raises `InputError` for a URI that pyarrow does not know, and
+    `RunError` as `finish` does: to open a bucket is to ask where it lies."""
 
     def __init__(self, uri: str, run_dir: Path) -> None:
         self.run_dir = Path(run_dir)
         self.uri = f"{uri.rstrip('/').partition('?')[0]}/{self.run_dir.name}"
-        try:
-            if "://" in uri:
-                self._files, base = fs.FileSystem.from_uri(uri)
-            else:
-                self._files, base = fs.LocalFileSystem(), str(Path(uri).resolve())
-        except (ValueError, OSError) as error:
-            raise InputError(f"cluster.mirror: {self.uri}: {_line(error)}") from None
+        if "://" in uri:
+            self._files, base = self._patiently(lambda: self._open(uri), _UNCHANGED)
+        else:
+            self._files, base = fs.LocalFileSystem(), str(Path(uri).resolve())
         self._base = f"{base.rstrip('/')}/{self.run_dir.name}"
         self._copied: dict[str, int] = {}
         """Size of each file when it was last copied."""
+
+    def _open(self, uri: str) -> tuple[fs.FileSystem, str]:
+        try:
+            return fs.FileSystem.from_uri(uri)
+        except ValueError as error:
+            raise InputError(f"cluster.mirror: {self.uri}: {_line(error)}") from None
 
     def push(self) -> bool:
         """Copy what is new; False, with a warning, where the store refuses."""
@@ -59,9 +67,9 @@ class Mirror:
 
     def pull(self) -> None:
         """Fetch the run where the copy is further than the folder. Raises `RunError` as `finish` does."""
-        self._patiently(self._pull, "nothing was changed")
+        self._patiently(self._pull, _UNCHANGED)
 
-    def _patiently(self, act: Callable[[], None], hint: str) -> None:
+    def _patiently(self, act: Callable[[], _T], hint: str) -> _T:
         deadline, pause = time.monotonic() + SECONDS_OF_PATIENCE, 1.0
         while True:
             try:

@@ -12,27 +12,18 @@ from pyarrow import fs
 from mpformer.train import checkpoint, mirror
 from mpformer.train.mirror import Mirror
 from mpformer.types import InputError, RunError
+from tests.servers import S3Server
 
 
 @pytest.fixture(scope="module")
 def s3():
     """The URI of a bucket, and the environment that opens it."""
-    server = pytest.importorskip("moto.server", reason="moto[server] is not installed: no local S3")
-    served = server.ThreadedMotoServer("127.0.0.1", port=0)
-    served.start()
-    host, port = served.get_host_and_port()
-    patch = pytest.MonkeyPatch()
-    for key, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        patch.setenv(key, value)
-    where = {"region": "us-east-1", "scheme": "http", "endpoint_override": f"{host}:{port}"}
-    fs.S3FileSystem(allow_bucket_creation=True, **where).create_dir("results")
-    yield "s3://results/study?" + "&".join(f"{key}={value}" for key, value in where.items())
-    patch.undo()
-    served.stop()
+    server = S3Server()
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in server.environment.items():
+            patch.setenv(key, value)
+        yield server.uri
+    server.close()
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -130,3 +121,23 @@ def test_a_store_that_refuses_is_waited_for_and_then_an_error(tmp_path, monkeypa
 def test_a_uri_that_nothing_opens(tmp_path):
     with pytest.raises(InputError, match=r"cluster\.mirror: nowhere://x/run"):
         Mirror("nowhere://x", tmp_path / "run")
+
+
+def test_a_store_that_cannot_be_asked_where_it_lies_is_waited_for(tmp_path, monkeypatch):
+    """Amazon's buckets are asked for their region when they are opened; a run must not end of that."""
+    write(tmp_path / "run", 1)
+    refusals = [OSError("When resolving region: Could not resolve hostname")] * 2
+
+    class Buckets:
+        @staticmethod
+        def from_uri(uri):
+            if refusals:
+                raise refusals.pop()
+            return fs.LocalFileSystem(), str(tmp_path / "copy")
+
+    monkeypatch.setattr(mirror.fs, "FileSystem", Buckets)
+    waited = []
+    monkeypatch.setattr(mirror.time, "sleep", waited.append)
+    assert Mirror("s3://results", tmp_path / "run").push()
+    assert waited == [1.0, 2.0]
+    assert content(tmp_path / "copy" / "run") == content(tmp_path / "run")
