@@ -67,6 +67,19 @@ def recipe(tmp_path: Path, scenes: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def unbroken(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of the recipe that nothing happened to."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    path = folder / "tiny.yaml"
+    data = {**RECIPE["data"], "root": str(scenes)}
+    path.write_text(yaml.safe_dump({**RECIPE, "data": data, "storage": str(folder / "runs")}))
+    done = run("train", path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (summary,) = folder.glob("runs/*/summary.json")
+    return summary.parent
+
+
 def start(*arguments: str | Path) -> subprocess.Popen[str]:
     """`python -m mpformer ...` in a process group of its own."""
     return subprocess.Popen(

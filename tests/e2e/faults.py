@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -24,13 +25,24 @@ def run_dir_of(recipe: Path, *settings: str) -> Path:
     return Path(config.storage) / run_name(config)
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 240) -> None:
+def wait_for(
+    condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 240, pause: float = 0.05
+) -> None:
     """Until it holds, while the process runs."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(pause)
+
+
+@contextlib.contextmanager
+def held(process: subprocess.Popen[str]) -> Iterator[None]:
+    """While the body runs, the one training worker below the driver does nothing."""
+    (worker,) = training_workers(process.pid)
+    worker.suspend()
+    yield
+    worker.resume()
 
 
 def at_step(run_dir: Path, step: int) -> Callable[[], bool]:

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from mpformer.train import checkpoint
 from tests.e2e.conftest import run, start
@@ -22,20 +21,6 @@ from tests.e2e.faults import (
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def unbroken(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing happened to."""
-    from tests.e2e.conftest import RECIPE
-
-    folder = tmp_path_factory.mktemp("unbroken")
-    path = folder / "tiny.yaml"
-    data = {**RECIPE["data"], "root": str(scenes)}
-    path.write_text(yaml.safe_dump({**RECIPE, "data": data, "storage": str(folder / "runs")}))
-    done = run("train", path, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return run_dir_of(path)
 
 
 def test_a_killed_worker_is_replaced(recipe: Path, unbroken: Path) -> None:
