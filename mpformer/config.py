@@ -156,6 +156,9 @@ class Cluster(Section):
     """CPU threads of a worker that trains on the CPU; null: the machine's cores shared among the workers."""
     min_workers: Count | None = None
     """With how many workers a run may start, or go on after a loss; null: with `workers` only."""
+    evaluators: Annotated[int, Field(ge=0)] = 0
+    """Tasks that evaluate beside training, each claiming what a worker claims; 0: training waits, and its
+    workers evaluate. A run's last evaluation is its workers' either way."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Restarts of a run after worker failures; -1: without limit. Machines that the cloud takes back do not
     count."""

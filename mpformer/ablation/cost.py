@@ -186,8 +186,9 @@ def cost_lines(trials: Sequence[Trial], costs: Costs, options: PlanOptions) -> l
             f"{options.checkpoint_minutes:g} min and {options.restart_minutes:g} min to start again: "
             f"x {expected / total:.3f} = {expected:,.1f} GPU-hours"
         )
-    span = makespan(spent, widths, options.gpus)
-    lines.append(f"on {options.gpus} GPUs, {_widths(widths)} a run: {span:,.1f} hours from start to end")
+    held = [width + trial.config.cluster.evaluators for trial, width in zip(known, widths)]
+    span = makespan(spent, held, options.gpus)
+    lines.append(f"on {options.gpus} GPUs, {_widths(held)} a run: {span:,.1f} hours from start to end")
     if options.instance is not None:
         instance = costs.file.instances[options.instance]
         machines = math.ceil(options.gpus / instance.gpus)

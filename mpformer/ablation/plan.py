@@ -110,30 +110,34 @@ class Capacity:
 def trials_at_once(trials: Sequence[Trial], capacity: Capacity) -> int:
     """How many trials of a study fit into the cluster together, at least 1 and at most all.
 
-    A trial claims `cluster.workers` x `cluster.cpus_per_worker` CPUs, and a GPU per worker where it trains on
-    GPUs; on CPUs each worker has a core of its own. What is left must hold a task of Ray Data, which would
-    else wait for ever: one CPU, or a tenth per worker on a machine of few cores. Raises `InputError`, with
-    the arithmetic, where not even one trial fits.
+    A trial claims `cluster.cpus_per_worker` CPUs for each of its workers and evaluators, and a GPU each where
+    it trains on GPUs; on CPUs each has a core of its own. What is left must hold a task of Ray Data, which
+    would else wait for ever: one CPU, or a tenth per worker on a machine of few cores. Raises `InputError`,
+    with the arithmetic, where not even one trial fits.
     """
     return min(len(trials), *(_fitting(trial, capacity) for trial in trials))
 
 
 def _fitting(trial: Trial, capacity: Capacity) -> int:
     cluster = trial.config.cluster
-    claim = cluster.workers * cluster.cpus_per_worker + DRIVER_CPUS
+    members = cluster.workers + cluster.evaluators
+    claim = members * cluster.cpus_per_worker + DRIVER_CPUS
     if capacity.cpus >= 4 * cluster.workers:
         by_cpus = int((capacity.cpus - 1) / claim + 1e-9)
     else:
         by_cpus = int(capacity.cpus / (claim + FEW_CORES_DATA_CPUS * cluster.workers) + 1e-9)
     if uses_gpus(trial.config, capacity):
-        own, what = int(capacity.gpus) // cluster.workers, "GPU"
+        own, what = int(capacity.gpus) // members, "GPU"
     else:
-        own, what = int(capacity.cpus) // cluster.workers, "core"
+        own, what = int(capacity.cpus) // members, "core"
     if min(by_cpus, own) < 1:
+        who = f"{cluster.workers} workers"
+        if cluster.evaluators:
+            who = f"({who} + {cluster.evaluators} evaluators)"
         raise InputError(
-            f"row {trial.row} cannot run here: {cluster.workers} workers x {cluster.cpus_per_worker:g} CPU + "
+            f"row {trial.row} cannot run here: {who} x {cluster.cpus_per_worker:g} CPU + "
             f"{DRIVER_CPUS} for their driver = {claim:g} CPUs, some more for data, and a {what} per worker = "
-            f"{cluster.workers}; the cluster has {capacity.cpus:g} CPUs and {capacity.gpus:g} GPUs: "
+            f"{members}; the cluster has {capacity.cpus:g} CPUs and {capacity.gpus:g} GPUs: "
             "lower cluster.workers"
         )
     return min(by_cpus, own)
@@ -150,5 +154,5 @@ def threads_per_worker(config: Config, capacity: Capacity, at_once: int) -> Conf
     cluster = config.cluster
     if cluster.threads is not None or uses_gpus(config, capacity):
         return config
-    threads = max(1, int(capacity.cpus) // (at_once * cluster.workers))
+    threads = max(1, int(capacity.cpus) // (at_once * (cluster.workers + cluster.evaluators)))
     return config.model_copy(update={"cluster": cluster.model_copy(update={"threads": threads})})

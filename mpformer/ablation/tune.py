@@ -71,6 +71,8 @@ def _asha(search: Search, trial: Trial) -> _Asha | None:
     """Tune's asynchronous successive halving over the evaluations that a run reports."""
     if search.stop == "none":
         return None
+    if trial.config.cluster.evaluators:
+        raise InputError("search.stop: asha stops a run at its evaluations, so it needs cluster.evaluators=0")
     every, length = trial.config.evaluate.every, trial.config.train.length
     if every is None or "epoch" in every + length:
         raise InputError("search.stop: asha needs evaluate.every and train.length in steps or images")

@@ -115,15 +115,14 @@ def predict_on_workers(
 ) -> Iterator[Prediction]:
     """`predict_records` by Ray tasks, each an equal share of `indices`; the order is theirs taken in turn.
 
-    A task takes a GPU where the cluster has one for each, else `cluster.cpus_per_worker` CPUs. Needs
-    `ray.init`. Raises what a task raised.
+    A task takes `cluster.cpus_per_worker` CPUs, and a GPU where the cluster has one for each, unless
+    `cluster.gpu` is no. Needs `ray.init`. Raises what a task raised.
     """
     import ray
     from ray.exceptions import RayTaskError
 
-    gpus = ray.cluster_resources().get("GPU", 0)
-    needs = {"num_gpus": 1} if gpus >= workers else {"num_cpus": config.cluster.cpus_per_worker}
-    share = ray.remote(**needs)(_predict_share)
+    use_gpu = config.cluster.gpu != "no" and ray.cluster_resources().get("GPU", 0) >= workers
+    share = ray.remote(num_cpus=config.cluster.cpus_per_worker, num_gpus=int(use_gpu))(_predict_share)
     placed = ray.put((copy.deepcopy(model).cpu(), catalog))
     threads = config.cluster.threads or max(1, (os.cpu_count() or 1) // workers)
     streams = [

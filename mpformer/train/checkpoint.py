@@ -29,6 +29,8 @@ from mpformer.types import InputError, RunError
 
 _OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+EVALUATIONS = "evaluations"
+"""Folder, in a run's, of weights that are yet to be evaluated (`mpformer.train.beside`)."""
 _NAME = re.compile(r"^step-(\d{8})$")
 
 
@@ -63,8 +65,7 @@ def save(
         for leftover in folder.glob(".partial-*"):
             shutil.rmtree(leftover)
         partial.mkdir()
-        tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
-        save_file(tensors, partial / MODEL_FILE, checkpoint_metadata(config, model.classes))
+        _write_model(partial / MODEL_FILE, model, config)
         save_file(_optimizer_tensors(model, optimizer), partial / _OPTIMIZER_FILE)
         content = {
             **state,
@@ -86,6 +87,21 @@ def save(
         reason = getattr(error, "strerror", None) or error
         raise RunError(f"{final}: the checkpoint cannot be written: {reason}") from error
     return Checkpoint(final, step, content)
+
+
+def save_weights(path: Path, model: Segmenter, config: Config) -> None:
+    """Write the weights alone; the file appears when complete. Raises `RunError` where the disk refuses."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_model(partial, model, config)
+        _flush(partial)
+        partial.rename(path)
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{path}: the weights cannot be written: {reason}") from error
 
 
 def complete(run_dir: Path) -> list[Path]:
@@ -133,6 +149,11 @@ def restore(checkpoint: Checkpoint, model: Segmenter, optimizer: torch.optim.Opt
             kept = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
             if kept:
                 optimizer.state[parameter] = kept
+
+
+def _write_model(path: Path, model: Segmenter, config: Config) -> None:
+    tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+    save_file(tensors, path, checkpoint_metadata(config, model.classes))
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

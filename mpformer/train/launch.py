@@ -152,13 +152,15 @@ def _scaling(config: Config) -> ScalingConfig:
     have = ray.cluster_resources()
     gpus, cpus = have.get("GPU", 0), have.get("CPU", 0)
     least = cluster.min_workers or cluster.workers
+    claims = least + cluster.evaluators
+    who = f"{least} workers" + (f" and {cluster.evaluators} evaluators" if cluster.evaluators else "")
     use_gpu = cluster.gpu == "yes" or (cluster.gpu == "auto" and gpus >= least)
-    if use_gpu and gpus < least:
-        raise InputError(f"cluster.workers: {least} workers need a GPU each; the cluster has {gpus:g}")
-    needed = least * cluster.cpus_per_worker
+    if use_gpu and gpus < claims:
+        raise InputError(f"cluster.workers: {who} need a GPU each; the cluster has {gpus:g}")
+    needed = claims * cluster.cpus_per_worker
     if needed + 1 > cpus:
         raise InputError(
-            f"cluster.workers: {least} workers x {cluster.cpus_per_worker:g} CPU + 1 for data "
+            f"cluster.workers: {who} x {cluster.cpus_per_worker:g} CPU + 1 for data "
             f"= {needed + 1:g} CPUs, but the cluster has {cpus:g}"
         )
     return ScalingConfig(

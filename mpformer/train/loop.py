@@ -27,7 +27,6 @@ from mpformer.config import Config, duration_in_steps
 from mpformer.data.catalog import Catalog
 from mpformer.data.pipeline import train_batches
 from mpformer.evaluate.inference import predict_records
-from mpformer.evaluate.layers import summarize
 from mpformer.evaluate.metrics import score
 from mpformer.evaluate.pages import write_page
 from mpformer.model.segmenter import Segmenter, build_model
@@ -36,6 +35,7 @@ from mpformer.progress import kept_warnings
 from mpformer.record import INIT_FILE
 from mpformer.tracking import Tracker
 from mpformer.train import checkpoint
+from mpformer.train.beside import Beside, figures
 from mpformer.train.execution import prepare
 from mpformer.train.mirror import Mirror
 from mpformer.train.optim import build_optimizer, rate_factor, set_rates
@@ -135,6 +135,7 @@ class _Run:
         self.skipped: list[str] = []
         uri = self.config.cluster.mirror
         self.mirror = Mirror(uri, self.run_dir) if uri else None
+        self.beside: Beside | None = None
         self.warned = False
 
     def run(self) -> None:
@@ -149,8 +150,12 @@ class _Run:
         prepare(model, config.train)
         wrapped = self._distribute(model)
         tracker = self._open_tracker(start)
+        if tracker and config.cluster.evaluators:
+            self.beside = Beside(self.run_dir, config, self.job.val, tracker)
         autocast = use_bfloat16(config.train.precision, self.device)
         try:
+            if self.beside:
+                self.beside.resume(start)
             if start == 0 and config.evaluate.at_start:
                 self._evaluate(model, tracker, 0)
             self._train(wrapped, model, optimizer, tracker, start, autocast)
@@ -320,6 +325,8 @@ class _Run:
             point["speed/images_per_second"] = steps * self.config.train.batch_size / since.total
             point |= self._amounts(done)
             tracker.log(done, point)
+        if self.beside:
+            self.beside.collect(wait=False)
 
     def _amounts(self, done: int) -> dict[str, float]:
         amounts = {"speed/images_seen": float(done * self.config.train.batch_size)}
@@ -329,9 +336,20 @@ class _Run:
         return amounts
 
     def _evaluate(self, model: Segmenter, tracker: Tracker | None, done: int) -> None:
-        """Each worker predicts its part of the split; rank 0 puts them in order and measures."""
+        """Each worker predicts its part of the split; rank 0 puts them in order and measures.
+
+        With `cluster.evaluators`, others do that while training goes on; but for the last evaluation.
+        """
+        if self.config.cluster.evaluators and done < self.plan.total:
+            if self.beside:
+                with self.timers("evaluate"):
+                    tracker.log(done, self._amounts(done))
+                    self.beside.submit(done, model)
+            return
         model.eval()
         with self.timers("evaluate"):
+            if self.beside:
+                self.beside.collect()
             records = self.val_split.records[: self.config.evaluate.limit]
             indices = range(self.rank, len(records), self.world)
             mine = list(predict_records(model, self.val_split, self.config, indices, self.device))
@@ -341,9 +359,7 @@ class _Run:
                 task, boundary = self.config.data.task, self.config.evaluate.boundary
                 scores = score(predictions, self.val_split, task, boundary=boundary)
                 metrics = scores.summary
-                point = {f"val/{k}": v for k, v in metrics.items()}
-                point |= {f"diag/{k}": v for k, v in summarize(predictions).items()}
-                tracker.log(done, {**point, **self._amounts(done)})
+                tracker.log(done, {**figures(predictions, scores), **self._amounts(done)})
                 if done == self.plan.total and self.config.evaluate.pictures:
                     title = f"{self.config.name}, step {done}"
                     count = self.config.evaluate.pictures
@@ -367,6 +383,8 @@ class _Run:
                 state = {"train_seconds": self.train_seconds, "skipped": skipped}
                 checkpoint.save(self.run_dir, done, model, optimizer, self.config, state)
                 tracker.commit(done)
+                if self.beside:
+                    self.beside.committed()
                 if self.mirror:
                     self.mirror.push()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import TypeVar
 
@@ -125,16 +125,25 @@ class Mirror:
         files = [self.run_dir / name for name in _GROWING]
         files += sorted((self.run_dir / "metrics").glob("*.jsonl"))
         files += sorted(path for path in (self.run_dir / "pictures").rglob("*") if path.is_file())
+        files += (waiting := sorted((self.run_dir / checkpoint.EVALUATIONS).glob("*.safetensors")))
         for folder in kept:
             files += sorted(folder.iterdir(), key=lambda path: path.name == checkpoint.STATE_FILE)
         for path in [*files, self.run_dir / SUMMARY_FILE]:
             if path.is_file():
                 self._send(path)
+        self._delete_measured({path.name for path in waiting})
         folder = f"{self._base}/checkpoints"
         for info in self._files.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
             # only what is older than all that is kept: another start of the run may be ahead of this folder
             if kept and info.base_name < kept[0].name:
                 self._files.delete_dir(info.path)
+
+    def _delete_measured(self, waiting: Set[str]) -> None:
+        """The weights whose figures are in the record, which is there by now."""
+        folder = fs.FileSelector(f"{self._base}/{checkpoint.EVALUATIONS}", allow_not_found=True)
+        for info in self._files.get_file_info(folder):
+            if info.base_name not in waiting:
+                self._files.delete_file(info.path)
 
     def _send(self, path: Path) -> None:
         name = path.relative_to(self.run_dir).as_posix()

@@ -23,6 +23,8 @@ def trials(count: int, **cluster) -> list[Trial]:
         ({"workers": 4, "cpus_per_worker": 1}, Capacity(64, 8), 2),  # 8 GPUs, 4 a trial
         ({"workers": 1, "cpus_per_worker": 4}, Capacity(16, 8), 3),  # 8 GPUs, but (16 - 1) / 4.01 CPUs
         ({"workers": 2, "gpu": "no"}, Capacity(16, 8), 8),
+        ({"workers": 1, "evaluators": 1}, Capacity(64, 8), 4),  # a GPU for each
+        ({"workers": 1, "evaluators": 1}, Capacity(4, 0), 2),  # a core for each
         ({}, Capacity(1000, 0), 10),  # never more than there are
     ],
 )
@@ -37,6 +39,12 @@ def test_trials_at_once(cluster, capacity, expected):
             {"workers": 4},
             Capacity(2, 0),
             "4 workers x 0.5 CPU + 0.01 for their driver = 2.01 CPUs, some more for data",
+        ),
+        (
+            {"workers": 1, "evaluators": 2, "gpu": "yes"},
+            Capacity(16, 2),
+            "(1 workers + 2 evaluators) x 0.5 CPU + 0.01 for their driver = 1.51 CPUs, some more for data, "
+            "and a GPU per worker = 3",
         ),
         (
             {"workers": 2, "gpu": "yes"},

@@ -82,6 +82,24 @@ def test_a_folder_that_is_ahead_is_not_set_back(uri, tmp_path, request):
     assert content(run_dir) == before
 
 
+def test_weights_that_wait_for_their_evaluation_are_fetched_and_those_measured_are_gone(
+    uri, tmp_path, request
+):
+    here, there = tmp_path / "here" / request.node.name, tmp_path / "there" / request.node.name
+    copy = Mirror(uri, here)
+    waiting = here / checkpoint.EVALUATIONS
+    for step in (1, 2):
+        write(here, step)
+        waiting.mkdir(exist_ok=True)
+        (waiting / f"step-{step:08d}.safetensors").write_bytes(bytes([step]))
+        assert copy.push()
+    (waiting / "step-00000001.safetensors").unlink()
+    assert copy.push()
+    Mirror(uri, there).pull()
+    found = {path.name: path.read_bytes() for path in (there / checkpoint.EVALUATIONS).iterdir()}
+    assert found == {"step-00000002.safetensors": b"\2"}
+
+
 def test_a_checkpoint_that_was_torn_on_its_way_is_not_fetched(uri, tmp_path, request, monkeypatch):
     here, there = tmp_path / "here" / request.node.name, tmp_path / "there" / request.node.name
     copy = Mirror(uri, here)
