@@ -22,7 +22,14 @@ PACK = "a data set as Parquet shards, for disks and object stores"
 SAMPLES = "pictures of images with their masks, and of training samples as the model gets them"
 IMPORT = "an official Mask2Former, MP-Former or MaskFormer file, or a Hugging Face folder, as our checkpoint"
 EXPORT = "a checkpoint as a Hugging Face folder"
+IMAGES = "image files or folders; and key=value settings, for instance evaluate.batch=8"
 SYNTH = "generate a data set in COCO's layout: train=400 val=60 seed=0 size=128 things=5"
+PLACES = {
+    "RECIPE": "a recipe file, such as experiments/recipes/coco-tiny.yaml",
+    "STUDY": "a study file, such as experiments/ablations/mpformer-table8.yaml",
+    "RUN": "a run's folder, runs/NAME-HASH-sSEED",
+    "CHECKPOINT": "a run's folder, one of its checkpoints, or a .safetensors file of ours",
+}
 
 
 _SETTING = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
@@ -42,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     def command(name: str, help: str, *places: str) -> argparse.ArgumentParser:
         added = subparsers.add_parser(name, help=help, description=help)
         for place in places:
-            added.add_argument(place.lower(), metavar=place)
+            added.add_argument(place.lower(), metavar=place, help=PLACES[place])
         return added
 
     quickstart = command("quickstart", "a small generated data set, then Mask2Former against MP-Former on it")
@@ -59,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     diagnose.add_argument("--data", metavar="D", help="a data folder, or a recipe to take the data of")
     predict = command("predict", "overlay PNG and COCO-style JSON of image files or folders", "CHECKPOINT")
-    predict.add_argument("images", metavar="IMAGE", nargs="+")
+    predict.add_argument("images", metavar="IMAGE", nargs="+", help=IMAGES)
     predict.add_argument("--out", metavar="DIR", required=True)
     predict.set_defaults(settings=[])  # key=value, too, but argparse allows one open-ended list only
     data = command("data", "data sets").add_subparsers(dest="data_command", required=True, metavar="COMMAND")
@@ -81,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     take.add_argument("source", metavar="SRC")
     take.add_argument("out", metavar="OUT.safetensors")
     give = forms.add_parser("export", help=EXPORT, description=EXPORT)
-    give.add_argument("checkpoint", metavar="CHECKPOINT")
+    give.add_argument("checkpoint", metavar="CHECKPOINT", help=PLACES["CHECKPOINT"])
     give.add_argument("folder", metavar="DIR")
     command("doctor", "what is installed, which deformable-attention kernel runs here and why")
     show = command("show", "the resolved settings of a recipe, or the difference of two", "RECIPE")
