@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -117,7 +118,8 @@ def work(job: Path) -> None:
 
 
 def largest_difference(a: list[dict[str, float]], b: list[dict[str, float]]) -> tuple[float, str]:
-    """The largest relative difference and where it is; infinite where only one side has a loss."""
+    """The largest relative difference and where it is; infinite where only one side has a loss, and not a
+    number where a loss is none."""
     worst = (0.0, "")
     for step, (one, other) in enumerate(zip(a, b, strict=True)):
         for name in one.keys() | other.keys():
@@ -125,7 +127,9 @@ def largest_difference(a: list[dict[str, float]], b: list[dict[str, float]]) -> 
                 return float("inf"), f"step {step}, {name} on one side only"
             scale = max(abs(one[name]), abs(other[name]), 1e-12)
             difference = abs(one[name] - other[name]) / scale
-            if not difference <= worst[0]:  # not a number counts
+            if math.isnan(difference):
+                return difference, f"step {step}, {name}"
+            if difference > worst[0]:
                 worst = (difference, f"step {step}, {name}")
     return worst
 
