@@ -135,15 +135,15 @@ def _search(study: Study) -> list[Failure]:
 
 def _run_study(study: Study, trials: Sequence[Trial], search: Search | None = None) -> list[Failure]:
     from mpformer.ablation.tune import run_trials
+    from mpformer.mlflow_store import close_parent, open_parent, prepare_store
     from mpformer.progress import Follower, follow
-    from mpformer.tracking import close_parent, open_parent, prepare_store
 
     uri = prepare_store(study.base, study.name)
     parent = open_parent(study.folder, uri, study.name, {"study": study.name}) if uri else None
     trials = [_tracked_in(trial, uri) for trial in trials]
     followers = [Follower(trial.label, trial.run_dir, trial.config.train.batch_size) for trial in trials]
     with follow(followers, say):
-        failures = run_trials(trials, study.folder, study.name, parent, search)
+        failures = run_trials(trials, study.folder, study.name, parent, study.bases, search)
     if parent:
         close_parent(uri, parent, "FAILED" if failures else "FINISHED")
     return failures
@@ -171,7 +171,8 @@ def report(study: Study, from_mlflow: bool = False) -> None:
     """A study's table and curves, from what its runs have measured so far: in its folder, or in MLflow."""
     from mpformer.ablation.report import write_report
     from mpformer.ablation.results import collect, collect_mlflow
-    from mpformer.tracking import attach_report, store_uri
+    from mpformer.mlflow_store import store_uri
+    from mpformer.tracking import attach_report
 
     uri = store_uri(study.base) if from_mlflow else None
     text, files = write_report(study, collect_mlflow(study, uri) if uri else collect(study))

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 
 from mpformer import __version__
-from mpformer.tracking import first_line, git_commit
+from mpformer.commit import git_commit
+from mpformer.mlflow_store import first_line
 
 # distribution, module to import, what it does here
 _PARTS = (

@@ -10,45 +10,25 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpformer import __version__
 from mpformer.commit import git_commit
 from mpformer.config import Config, config_hash, diff
+from mpformer.mlflow_store import client, experiment_id, find_run, first_line, mlflow_failures
 from mpformer.record import Part, Point, merge_steps, parts, read_metrics, read_points
 from mpformer.types import InputError, RunError
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-__all__ = [
-    "Link",
-    "Tracker",
-    "attach",
-    "close_run",
-    "git_commit",
-    "open_parent",
-    "prepare_store",
-    "read_metrics",
-    "sync",
-]
+__all__ = ["Entry", "Link", "Tracker", "attach", "close_run", "read_metrics", "sync"]
 
 log = logging.getLogger(__name__)
-
-# Before mlflow is imported anywhere: give up on a dead server within seconds, not minutes, and be quiet.
-for _name, _value in {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-}.items():
-    os.environ.setdefault(_name, _value)
 
 METRICS_PER_CALL = 1000
 PARAMS_PER_CALL = 100
@@ -57,6 +37,42 @@ LONGEST_VALUE = 500
 
 LONGEST_SHARE_WAITING = 0.02
 """After a failed attempt the store is left alone so long that a dead one takes no more of the time."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a run stands in MLflow, and by what it can be told from the others there."""
+
+    experiment: str
+    parent_run_id: str | None = None
+    """The run of its study; None for a run of its own."""
+    base: Config = field(default_factory=Config)
+    """MLflow's parameters of the run are the settings in which it differs from these."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Beside those that follow from the run's settings and from the code."""
+
+    def parameters(self, config: Config) -> dict[str, str]:
+        """Of model, data, training and evaluation: the rest does not change what is measured."""
+        return {
+            key: str(value)[:LONGEST_VALUE]
+            for key, (value, _) in diff(config, self.base).items()
+            if key.split(".")[0] in ("model", "data", "train", "evaluate")
+        }
+
+    def all_tags(self, config: Config) -> dict[str, str]:
+        """Name, seed, settings' hash, code and what `tags` holds; MLflow's own names where it has some."""
+        tags = {
+            "row" if self.parent_run_id else "recipe": config.name,
+            "seed": str(config.train.seed),
+            "hash": config_hash(config),
+            "mpformer_version": __version__,
+            **self.tags,
+        }
+        if self.parent_run_id:
+            tags |= {"study": self.experiment, "mlflow.parentRunId": self.parent_run_id}
+        if (commit := git_commit()) is not None:
+            tags["git_commit"] = tags["mlflow.source.git.commit"] = commit
+        return tags
 
 
 # --- the tracker ----------------------------------------------------------------------------------
@@ -77,9 +93,8 @@ class Tracker:
         config: Config,
         *,
         start_step: int,
-        parent_run_id: str | None,
+        entry: Entry,
         mlflow_uri: str | None,
-        experiment: str,
         run_name: str,
     ) -> Tracker:
         """Open the record for a run that begins, or goes on, at `start_step`.
@@ -95,11 +110,11 @@ class Tracker:
         known = Link.read(run_dir)
         link = Link(
             uri=mlflow_uri,
-            experiment=experiment,
+            experiment=entry.experiment,
             run_name=run_name,
-            parent_run_id=parent_run_id,
-            tags=_tags(config, study=experiment if parent_run_id else None),
-            params={key: str(value)[:LONGEST_VALUE] for key, (value, _) in diff(config, Config()).items()},
+            parent_run_id=entry.parent_run_id,
+            tags=entry.all_tags(config),
+            params=entry.parameters(config),
             run_id=known.run_id if known else None,
             committed_step=start_step,
         )
@@ -209,7 +224,7 @@ class _Mirror:
             self._connect()
             self._send()
             if self.link.status != "RUNNING":
-                self._send_pictures()
+                self._send_files()
                 self._client.set_terminated(self.link.run_id, self.link.status)
         except failures as error:
             reason = first_line(error)
@@ -234,7 +249,7 @@ class _Mirror:
             return
         if self._client is None:
             self._client = client(self.link.uri)
-        run = _find_run(self._client, self.link.run_id)
+        run = find_run(self._client, self.link.run_id)
         if run is None:
             self._create()
             sent_until = {}
@@ -248,13 +263,11 @@ class _Mirror:
     def _create(self) -> None:
         from mlflow.entities import Param
 
-        tags = dict(self.link.tags)
         if self.link.parent_run_id:
-            tags["mlflow.parentRunId"] = self.link.parent_run_id
             experiment = self._client.get_run(self.link.parent_run_id).info.experiment_id
         else:
             experiment = experiment_id(self._client, self.link.experiment)
-        run = self._client.create_run(experiment, tags=tags, run_name=self.link.run_name)
+        run = self._client.create_run(experiment, tags=self.link.tags, run_name=self.link.run_name)
         self.advance(run_id=run.info.run_id)
         params = [Param(key, value) for key, value in self.link.params.items()]
         for i in range(0, len(params), PARAMS_PER_CALL):
@@ -275,9 +288,11 @@ class _Mirror:
         self._sent_until.update({metric.key: metric.step for metric in metrics})
         self._pending = [point for point in self._pending if point.step > self.link.committed_step]
 
-    def _send_pictures(self) -> None:
-        """The pictures and pages of the run's evaluations, as they lie in its folder."""
-        pictures = self.run_dir / "pictures"
+    def _send_files(self) -> None:
+        """The run's settings, and the pictures and pages of its evaluations, as they lie in its folder."""
+        config, pictures = self.run_dir / "config.yaml", self.run_dir / "pictures"
+        if config.is_file():
+            self._client.log_artifact(self.link.run_id, str(config))
         if pictures.is_dir():
             self._client.log_artifacts(self.link.run_id, str(pictures), "pictures")
 
@@ -348,152 +363,3 @@ def close_run(run_dir: Path, status: str) -> None:
     link = Link.read(run_dir)
     if link is not None:
         _Mirror(run_dir, replace(link, status=status)).attempt(at_once=True)
-
-
-# --- the store ------------------------------------------------------------------------------------
-
-
-def prepare_store(config: Config, experiment: str, nodes: int = 1) -> str | None:
-    """The tracking URI of a run's settings, its store and experiment created; None switches MLflow off.
-
-    Called once by the driver, before any worker starts, since two processes cannot both create a sqlite file.
-    Raises `InputError` for a store that MLflow does not know and for a file on this machine when there are
-    more `nodes` than one. A server that is down is noted, and raises nothing.
-    """
-    uri = store_uri(config)
-    if uri is None:
-        return None
-    scheme = uri.partition("://")[0] if "://" in uri else "file"
-    if scheme.partition("+")[0] not in (
-        "http",
-        "https",
-        "sqlite",
-        "postgresql",
-        "mysql",
-        "mssql",
-        "databricks",
-    ):
-        raise InputError(
-            f"tracking.mlflow: {uri}: expected auto, null, http(s)://server, sqlite:///absolute/file.db, "
-            "postgresql://... or mysql://..."
-        )
-    if scheme == "sqlite" and nodes > 1:
-        raise InputError(
-            f"tracking.mlflow: {uri} is a file of one machine, but the cluster has {nodes} nodes: "
-            "start a server (mlflow server --host ...) and give its http:// address, or give null"
-        )
-    failures = mlflow_failures()
-    if scheme == "sqlite":
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        experiment_id(client(uri), experiment)
-    except failures as error:
-        log.warning("MLflow %s: %s. Runs go on without it; later: mpformer sync RUN", uri, first_line(error))
-    return uri
-
-
-def store_uri(config: Config) -> str | None:
-    """The tracking URI that a run's settings mean; None switches MLflow off."""
-    if config.tracking.mlflow == "auto":
-        return f"sqlite:///{Path(config.storage).resolve() / 'mlflow.db'}"
-    return config.tracking.mlflow
-
-
-def open_parent(folder: Path, uri: str, experiment: str, tags: Mapping[str, str]) -> str | None:
-    """The MLflow run above all runs of a study, the same at every call; None where out of reach."""
-    path = Path(folder) / "mlflow.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    failures = mlflow_failures()
-    try:
-        store = client(uri)
-        if _find_run(store, known.get("run_id")) is not None:
-            store.update_run(known["run_id"], status="RUNNING")
-            return known["run_id"]
-        run = store.create_run(experiment_id(store, experiment), tags=dict(tags), run_name=experiment)
-    except failures as error:
-        log.warning(
-            "MLflow %s: %s. The study's runs will have no common parent there", uri, first_line(error)
-        )
-        return None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"uri": uri, "run_id": run.info.run_id}), encoding="utf-8")
-    return run.info.run_id
-
-
-def close_parent(uri: str, run_id: str, status: str) -> None:
-    """Set the end state of a study's parent run: FINISHED or FAILED."""
-    failures = mlflow_failures()
-    try:
-        client(uri).set_terminated(run_id, status)
-    except failures as error:
-        log.warning("MLflow %s: %s. The study's parent run stays open there", uri, first_line(error))
-
-
-def client(uri: str) -> MlflowClient:
-    """A client of the store at that tracking URI."""
-    from mlflow.tracking import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
-
-
-def mlflow_failures() -> tuple[type[Exception], ...]:
-    """What a store that is down, full, locked, or without its driver raises."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return (MlflowException, SQLAlchemyError, OSError, ImportError)  # requests' exceptions are OSErrors
-
-
-def _find_run(store: MlflowClient, run_id: str | None) -> Run | None:
-    """The run of that id, unless the store never had it or it was deleted there."""
-    from mlflow.exceptions import MlflowException
-
-    if run_id is None:
-        return None
-    try:
-        run = store.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
-    return run if run.info.lifecycle_stage == "active" else None
-
-
-def experiment_id(store: MlflowClient, name: str) -> str:
-    """The id of the experiment of that name, created if need be."""
-    from mlflow.exceptions import MlflowException
-
-    found = store.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return store.create_experiment(name, artifact_location=_artifact_folder(store.tracking_uri))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was first
-                raise
-            found = store.get_experiment_by_name(name)
-    return found.experiment_id
-
-
-def _artifact_folder(uri: str) -> str | None:
-    """Beside a database file; MLflow's own default is the working folder, and workers stand elsewhere."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
-
-
-def _tags(config: Config, study: str | None) -> dict[str, str]:
-    tags = {
-        "row" if study else "recipe": config.name,
-        "seed": str(config.train.seed),
-        "hash": config_hash(config),
-    }
-    if study:
-        tags["study"] = study
-    if (commit := git_commit()) is not None:
-        tags["git_commit"] = tags["mlflow.source.git.commit"] = commit
-    return tags
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's own words, or its name where it has none, on one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "mpformer").rglob("*.py"))
 
 SETTINGS = {"section", "config_data", "config_model", "config"}
-LEAVES = {"types", "yamlfile", *SETTINGS, "commit", "draw", "record", "progress", "tracking"}
+LEAVES = {"types", "yamlfile", *SETTINGS, "commit", "draw", "record", "progress", "mlflow_store", "tracking"}
 ALLOWED = {
     "types": set(),
     "yamlfile": {"types"},
@@ -24,7 +24,8 @@ ALLOWED = {
     "draw": {"types"},
     "record": {"types"},
     "progress": {"types", "record"},
-    "tracking": {"types", "commit", "record", *SETTINGS},
+    "mlflow_store": {"types", *SETTINGS},
+    "tracking": {"types", "commit", "record", "mlflow_store", *SETTINGS},
     "ops": LEAVES,
     "model": LEAVES | {"ops"},
     "data": LEAVES,
@@ -46,8 +47,8 @@ FENCES = {
         *("data/pipeline", "evaluate/inference", "train/loop", "train/launch", "train/beside"),
         *("ablation/tune", "doctor"),
     },
-    "mlflow": {"tracking", "ablation/results", "doctor"},
-    "sqlalchemy": {"tracking"},
+    "mlflow": {"mlflow_store", "tracking", "ablation/results", "doctor"},
+    "sqlalchemy": {"mlflow_store"},
     "timm": {"model/backbone"},
     "torchvision": {"model/backbone"},
     "scipy": {"model/matcher", "ablation/statistics", "data/matfile"},

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from mpformer import tracking
-from mpformer.config import Config
-from mpformer.tracking import Link, Tracker, attach, prepare_store, read_metrics, sync
+from mpformer import __version__, mlflow_store, tracking
+from mpformer.commit import git_commit
+from mpformer.config import Config, config_hash
+from mpformer.mlflow_store import prepare_store
+from mpformer.tracking import Entry, Link, Tracker, attach, read_metrics, sync
 from mpformer.types import InputError, RunError
 from tests.servers import MlflowServer, closed_port
 
@@ -34,6 +36,9 @@ def storage(tmp_path, empty_store) -> Path:
     return tmp_path
 
 
+TAGS = {"data_version": "0123456789ab", "search.model.pilot.layers": "first"}
+
+
 def settings(storage: Path, mlflow: str | None = "auto", **train) -> Config:
     return Config.model_validate(
         {"name": "tiny", "storage": str(storage), "tracking": {"mlflow": mlflow}, "train": train}
@@ -46,9 +51,8 @@ def begin(storage: Path, start_step: int = 0, uri: str | None = "auto", parent: 
         storage / "run",
         config,
         start_step=start_step,
-        parent_run_id=parent,
+        entry=Entry("study", parent, tags=TAGS),
         mlflow_uri=prepare_store(config, "study"),
-        experiment="study",
         run_name="tiny s3",
     )
 
@@ -129,7 +133,7 @@ def test_a_failed_run_leaves_what_no_checkpoint_covers_to_its_resumption(storage
     log_steps(tracker, 0, 9)
     tracker.commit(6)
     tracker.finish("FAILED")
-    run = tracking.client(prepare_store(settings(storage), "study")).get_run(tracker.mlflow_run_id)
+    run = mlflow_store.client(prepare_store(settings(storage), "study")).get_run(tracker.mlflow_run_id)
     assert run.info.status == "FAILED"
     assert {step for _, step in in_mlflow(storage, tracker.mlflow_run_id)} == set(range(7))
     again = begin(storage, start_step=6)
@@ -138,7 +142,7 @@ def test_a_failed_run_leaves_what_no_checkpoint_covers_to_its_resumption(storage
     assert again.mlflow_run_id == tracker.mlflow_run_id
     assert in_mlflow(storage, again.mlflow_run_id) == in_record(storage)
     assert set(in_record(storage).values()) == {1}
-    run = tracking.client(prepare_store(settings(storage), "study")).get_run(tracker.mlflow_run_id)
+    run = mlflow_store.client(prepare_store(settings(storage), "study")).get_run(tracker.mlflow_run_id)
     assert run.info.status == "FINISHED"
 
 
@@ -147,7 +151,7 @@ def test_the_driver_tells_mlflow_of_a_run_whose_workers_died(storage):
     log_steps(tracker, 0, 9)
     tracker.commit(6)  # and then the worker is gone
     tracking.close_run(storage / "run", "FAILED")
-    run = tracking.client(prepare_store(settings(storage), "study")).get_run(tracker.mlflow_run_id)
+    run = mlflow_store.client(prepare_store(settings(storage), "study")).get_run(tracker.mlflow_run_id)
     assert run.info.status == "FAILED"
     assert {step for _, step in in_mlflow(storage, tracker.mlflow_run_id)} == set(range(7))
     tracking.close_run(storage / "elsewhere", "FAILED")  # a run that was never tracked: nothing to tell
@@ -222,7 +226,7 @@ def test_a_run_deleted_in_mlflow_is_mirrored_anew_and_whole(storage):
     tracker = begin(storage)
     log_steps(tracker, 0, 5)
     tracker.commit(5)
-    tracking.client(prepare_store(settings(storage), "study")).delete_run(tracker.mlflow_run_id)
+    mlflow_store.client(prepare_store(settings(storage), "study")).delete_run(tracker.mlflow_run_id)
     again = begin(storage, start_step=5)
     log_steps(again, 6, 8)
     again.finish()
@@ -245,16 +249,39 @@ def test_a_moved_storage_goes_on_in_the_same_mlflow_run(storage, tmp_path_factor
 
 def test_child_runs_stand_in_the_study_s_experiment_with_tags_and_changed_settings(storage):
     uri = prepare_store(settings(storage), "study")
-    parent = tracking.open_parent(storage / "study", uri, "study", {"study": "study"})
-    assert tracking.open_parent(storage / "study", uri, "study", {"study": "study"}) == parent
+    parent = mlflow_store.open_parent(storage / "study", uri, "study", {"study": "study"})
+    assert mlflow_store.open_parent(storage / "study", uri, "study", {"study": "study"}) == parent
     tracker = begin(storage, parent=parent)
     tracker.finish()
-    run = tracking.client(uri).get_run(tracker.mlflow_run_id)
-    assert run.info.experiment_id == tracking.client(uri).get_run(parent).info.experiment_id
+    run = mlflow_store.client(uri).get_run(tracker.mlflow_run_id)
+    assert run.info.experiment_id == mlflow_store.client(uri).get_run(parent).info.experiment_id
     assert run.info.run_name == "tiny s3"
     assert run.data.tags["mlflow.parentRunId"] == parent
     assert (run.data.tags["study"], run.data.tags["row"], run.data.tags["seed"]) == ("study", "tiny", "3")
-    assert run.data.params == {"name": "tiny", "storage": str(storage), "train.seed": "3"}
+    assert (run.data.tags["git_commit"], run.data.tags["mpformer_version"]) == (git_commit(), __version__)
+    assert run.data.tags["hash"] == config_hash(settings(storage))
+    assert TAGS.items() <= run.data.tags.items()
+    assert run.data.params == {"train.seed": "3"}
+
+
+def test_parameters_are_the_differences_to_the_base_that_change_what_is_measured(storage):
+    base = settings(storage, lr=0.5, batch_size=4)
+    row = settings(storage / "study", lr=0.5, batch_size=8, seed=1)
+    row = row.model_copy(update={"name": "row", "cluster": row.cluster.model_copy(update={"threads": 2})})
+    assert Entry("study", base=base).parameters(row) == {"train.batch_size": "8", "train.seed": "1"}
+    assert Entry("study").parameters(row) == {
+        "train.batch_size": "8",
+        "train.seed": "1",
+        "train.lr": "0.5",
+    }
+
+
+def test_the_settings_of_a_run_are_an_artefact(storage):
+    tracker = begin(storage)
+    (storage / "run" / "config.yaml").write_text("name: tiny\n")
+    tracker.finish()
+    store = mlflow_store.client(prepare_store(settings(storage), "study"))
+    assert [file.path for file in store.list_artifacts(tracker.mlflow_run_id)] == ["config.yaml"]
 
 
 def test_a_dead_server_stops_nothing_and_sync_brings_everything_later(storage, caplog):
@@ -277,7 +304,7 @@ def test_a_dead_server_stops_nothing_and_sync_brings_everything_later(storage, c
         link = Link.read(storage / "run")
         assert in_mlflow(storage, link.run_id) == in_record(storage)
     assert link.problem is None
-    assert tracking.client(alive).get_run(link.run_id).info.status == "FINISHED"
+    assert mlflow_store.client(alive).get_run(link.run_id).info.status == "FINISHED"
 
 
 @pytest.mark.slow
@@ -347,9 +374,8 @@ def test_pictures_and_later_findings_become_artefacts(storage):
     assert f"mlartifacts/{run_id}/artifacts/pictures/diagnose-step-4/layers.json" in artifacts(storage)
     held = in_mlflow(storage, run_id)
     assert held["diag/PQ_1", 4] == held["diag/layer_iou_1", 4] == 1
-    assert (
-        tracking.client(f"sqlite:///{storage / 'mlflow.db'}").get_run(run_id).data.metrics["diag/PQ_1"] == 7
-    )
+    store = mlflow_store.client(f"sqlite:///{storage / 'mlflow.db'}")
+    assert store.get_run(run_id).data.metrics["diag/PQ_1"] == 7
     assert attach(storage, 4, {}, found) is None
 
 

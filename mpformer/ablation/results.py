@@ -82,7 +82,7 @@ def read_run(run_dir: Path, batch_size: int) -> RunResult:
 
 def collect_mlflow(study: Study, uri: str) -> Results:
     """The same from an MLflow store alone, also a remote one; `RunError` where it has no such study."""
-    from mpformer.tracking import client, first_line, mlflow_failures
+    from mpformer.mlflow_store import client, first_line, mlflow_failures
 
     found: dict[tuple[str, str], dict[int, RunResult]] = {key: {} for key in study.runs}
     try:

@@ -8,7 +8,7 @@ Nothing here imports torch or ray.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class Trial:
     seed: int
     config: Config
     part: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """What MLflow is told of it, beside what follows from its settings."""
 
     @property
     def run_dir(self) -> Path:
@@ -110,7 +112,8 @@ class Study:
         source = Source(self.path, self.runs[row, part].model_dump(mode="json"), {})
         for key, value in settings.items():
             source.set(key.split("."), value, f"search.space.{key}")
-        return Trial(name, seed, self._placed(build_config(source), name, part, seed), part)
+        tags = {"varied_row": row, **{f"search.{key}": str(value) for key, value in settings.items()}}
+        return Trial(name, seed, self._placed(build_config(source), name, part, seed), part, tags)
 
     def _placed(self, config: Config, row: str, part: str, seed: int) -> Config:
         train = config.train.model_copy(update={"seed": seed})

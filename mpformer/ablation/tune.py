@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ from mpformer.ablation.plan import DRIVER_CPUS, Capacity, threads_per_worker, tr
 from mpformer.ablation.search import STOPPED_FILE  # noqa: E402
 from mpformer.ablation.spec import Trial  # noqa: E402
 from mpformer.ablation.studyfile import Search, split_column  # noqa: E402
-from mpformer.config import duration_in_steps  # noqa: E402
+from mpformer.config import Config, duration_in_steps  # noqa: E402
 from mpformer.data.catalog import check_root  # noqa: E402
+from mpformer.tracking import Entry  # noqa: E402
 from mpformer.train.launch import fit, start_ray  # noqa: E402
 from mpformer.types import InputError, RunError  # noqa: E402
 
@@ -94,14 +95,15 @@ def run_trials(
     folder: Path,
     experiment: str,
     tracking_parent: str | None,
+    bases: Mapping[str, Config],
     search: Search | None = None,
 ) -> list[Failure]:
     """Run or resume every trial that is not finished, as many at once as the cluster holds.
 
-    The samples of a `search` that lag behind are given up, if it says so; their folder notes it, and they are
-    not taken up again.
-    Returns the failures; the other trials go on. Raises `InputError`, with the arithmetic, where not even one
-    trial fits into the cluster, and at once where the data are not there.
+    `bases`: by part, the settings that MLflow's parameters of a run are told against. The samples of a
+    `search` that lag behind are given up, if it says so; their folder notes it, and they are not taken up
+    again. Returns the failures; the other trials go on. Raises `InputError`, with the arithmetic, where not
+    even one trial fits into the cluster, and at once where the data are not there.
     """
     pending = [trial for trial in trials if not trial.finished]
     if not pending:
@@ -113,15 +115,16 @@ def run_trials(
     capacity = Capacity(have.get("CPU", 0.0), have.get("GPU", 0.0))
     at_once = trials_at_once(trials, capacity)
     configs = [threads_per_worker(trial.config, capacity, at_once) for trial in pending]
+    entries = [Entry(experiment, tracking_parent, bases[trial.part], trial.tags) for trial in pending]
 
     asha = _asha(search, pending[0]) if search else None
     told_until = asha.total_steps if asha else None
 
     def drive(settings: dict[str, int]) -> dict[str, Any]:
         callbacks = [] if told_until is None else [_Evaluations(told_until)]
-        config = configs[settings["trial"]]
+        number = settings["trial"]
         try:
-            fit(config, experiment=experiment, tracking_parent=tracking_parent, callbacks=callbacks)
+            fit(configs[number], entry=entries[number], callbacks=callbacks)
         except (InputError, RunError) as error:
             return {"failure": str(error), "bad_input": isinstance(error, InputError)}
         return {}

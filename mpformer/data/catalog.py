@@ -7,6 +7,7 @@ with its `Segment` objects is made when it is asked for.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -84,12 +85,12 @@ class Catalog:
     name: str
     """Data set and split, for messages."""
     classes: ClassTable
-    records: Sequence[Record]
+    records: Records
     root: str
     """Folder of the data set."""
     group: int = 1
     """Neighbouring records that are read together: an epoch's order keeps them close to each other."""
-    instances: Sequence[Record] | None = None
+    instances: Records | None = None
     """The same images' things as a source of their own tells them; see `config_data.Split.instances`."""
 
     def __len__(self) -> int:
@@ -113,6 +114,10 @@ class Records(Sequence[Record]):
     @abstractmethod
     def read(self, index: int) -> Record:
         """The record at an index from 0 up; what is wrong with it is its `problem`."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hexadecimal digits that change with what opening the split has read, wherever its folder lies."""
 
 
 class RecordTable(Records):
@@ -138,6 +143,17 @@ class RecordTable(Records):
             label_map=self._path(label_map) if label_map else None,
             problem=self._text("problem", index),
         )
+
+    def fingerprint(self) -> str:
+        """Of file names, sizes and annotations; not of the images' pixels."""
+        digest = hashlib.sha256()
+        for name, column in sorted(self._columns.items()):
+            if name == "problem":
+                continue  # the text names the folder; which records have one is in `problem_start`
+            seen = np.diff(column) > 0 if name == "problem_start" else np.ascontiguousarray(column)
+            digest.update(f"{name} {len(column)} ".encode())
+            digest.update(seen)
+        return digest.hexdigest()
 
     @property
     def nbytes(self) -> int:
@@ -244,8 +260,8 @@ def open_split(data: Data, split: str) -> Catalog:
     from mpformer.data import coco, labelmaps
 
     dataset = data.dataset
-    records: Sequence[Record]
-    instances: Sequence[Record] | None = None
+    records: Records
+    instances: Records | None = None
     if isinstance(dataset, Packed):
         from mpformer.data.pack import open_packed
 
@@ -340,7 +356,7 @@ def safe_relative_path(name: object, what: str) -> str:
 class _Things(Records):
     """Records without their stuff, labels counted anew."""
 
-    records: Sequence[Record]
+    records: Records
     label_of: dict[int, int]
 
     def __len__(self) -> int:
@@ -349,8 +365,11 @@ class _Things(Records):
     def read(self, index: int) -> Record:
         return _relabelled(self.records[index], self.label_of)
 
+    def fingerprint(self) -> str:
+        return self.records.fingerprint()
 
-def _things_only(classes: ClassTable, records: Sequence[Record]) -> tuple[ClassTable, Sequence[Record]]:
+
+def _things_only(classes: ClassTable, records: Records) -> tuple[ClassTable, Records]:
     things = sorted(classes.thing_labels)
     if len(things) == len(classes):
         return classes, records

@@ -27,7 +27,7 @@ from mpformer.yamlfile import nearest
 
 def read_label_maps(
     root: Path, dataset: LabelMaps, split: str, task: str, on_bad_sample: str
-) -> tuple[ClassTable, Sequence[Record]]:
+) -> tuple[ClassTable, Records]:
     """Images and label maps of one split ("train" or "val"), in the order of their names.
 
     Raises `InputError` for a missing folder, for a task that the maps cannot serve, and, unless bad samples
@@ -53,7 +53,7 @@ def read_label_maps(
     return _class_table(dataset.classes), _LabelMapRecords(tuple(names), str(root), dataset, place)
 
 
-def read_mask_files(root: Path, dataset: MaskFiles, split: str) -> tuple[ClassTable, Sequence[Record]]:
+def read_mask_files(root: Path, dataset: MaskFiles, split: str) -> tuple[ClassTable, Records]:
     """Images with a file for each object, those of the split's share, in the order of their names."""
     place = dataset.train if split == "train" else dataset.val
     paths = sorted(str(p.relative_to(root)) for p in root.glob(place.images))
@@ -127,6 +127,18 @@ class _Named(Records):
     def _read(self, name: str) -> Record:
         """The record of that name; raises `InputError` for what is wrong with it."""
 
+    @abstractmethod
+    def _annotations(self, name: str) -> list[str]:
+        """The files that hold the segments of that name."""
+
+    def fingerprint(self) -> str:
+        """Of the names, and of the bytes that each one's annotations take: nobody reads all maps for this."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            sizes = [os.path.getsize(p) if os.path.exists(p) else None for p in self._annotations(name)]
+            digest.update(f"{name} {sizes}\n".encode())
+        return digest.hexdigest()
+
 
 _INSTANCE = 1 << 16
 """Added to the values of separate instance maps, to tell them from classes."""
@@ -158,6 +170,10 @@ class _LabelMapRecords(_Named):
         height, width = ids.shape
         image = f"{self.root}/{self.place.images}/{name}{self.dataset.image_suffix}"
         return Record(name, image, width, height, tuple(segments), ids)
+
+    def _annotations(self, name: str) -> list[str]:
+        folders = filter(None, (self.place.labels, self.place.instances))
+        return [f"{self.root}/{folder}/{name}{self.dataset.label_suffix}" for folder in folders]
 
     def _ids(self, path: str, name: str) -> np.ndarray:
         """[h,w] int32: one value for each segment."""
@@ -216,6 +232,9 @@ class _MaskFileRecords(_Named):
                 )
             segments.append(Segment(0, False, masks.run_lengths_of(mask), float(mask.sum()), number))
         return Record(name, str(image), width, height, tuple(segments))
+
+    def _annotations(self, name: str) -> list[str]:
+        return _object_files(Path(self.root, name), self.place.masks)
 
 
 def _object_files(image: Path, pattern: str) -> list[str]:

@@ -186,7 +186,9 @@ def open_packed(root: str, folder: str, task: str) -> tuple[ClassTable, PackedRe
             )
     starts = np.cumsum([0, *(shard["rows"] for shard in manifest["shards"])]).tolist()
     names = tuple(shard["name"] for shard in manifest["shards"])
-    return ClassTable.from_dict(manifest), PackedRecords(place, names, tuple(starts), manifest["group"])
+    checksums = tuple(shard["sha256"] for shard in manifest["shards"])
+    records = PackedRecords(place, names, tuple(starts), manifest["group"], checksums)
+    return ClassTable.from_dict(manifest), records
 
 
 def is_packed(root: str) -> bool:
@@ -214,6 +216,8 @@ class PackedRecords(Records):
     starts: tuple[int, ...]
     """First row of each shard, and the number of rows."""
     group: int
+    checksums: tuple[str, ...]
+    """SHA-256 of each shard, as its manifest has it."""
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -222,6 +226,10 @@ class PackedRecords(Records):
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         group, row = divmod(index - self.starts[shard], self.group)
         return _record(_read_group(self.place, self.shards[shard], group), row)
+
+    def fingerprint(self) -> str:
+        """Of all bytes of the shards, images included."""
+        return hashlib.sha256(" ".join(self.checksums).encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=_OPEN_GROUPS)

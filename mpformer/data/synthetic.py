@@ -78,6 +78,12 @@ def generate(
     return True
 
 
+def arguments_of(root: Path) -> dict[str, Any] | None:
+    """With what the data set in a folder was generated, its version included; None for any other folder."""
+    marker = root / _MARKER
+    return json.loads(marker.read_text())["arguments"] if marker.is_file() else None
+
+
 # --- scenes ---------------------------------------------------------------------------------------
 
 

@@ -10,13 +10,16 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mpformer.config import Config, dump_yaml, run_name
 from mpformer.data.catalog import open_split
+from mpformer.data.version import data_version
+from mpformer.mlflow_store import prepare_store
 from mpformer.model.weights import model_file
-from mpformer.tracking import close_run, prepare_store
+from mpformer.tracking import Entry, close_run
 from mpformer.train import checkpoint
 from mpformer.train.mirror import Mirror
 from mpformer.train.summary import read_summary
@@ -69,14 +72,13 @@ def run_directory(config: Config) -> Path:
 def fit(
     config: Config,
     *,
-    experiment: str | None = None,
-    tracking_parent: str | None = None,
+    entry: Entry | None = None,
     callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Train one run to its end and return its summary; the same settings again resume or just return it.
 
-    `experiment`: MLflow experiment, the recipe's name by default; `tracking_parent`: id of the MLflow run
-    above it; `callbacks` for Ray Train's RunConfig. Raises `InputError` for bad settings or data, `RunError`
+    `entry`: where it stands in MLflow, by default in an experiment of the recipe's name; `callbacks` for Ray
+    Train's RunConfig. Raises `InputError` for bad settings or data, `RunError`
     where the run fails or another process is at work on it.
     """
     run_dir = run_directory(config)
@@ -100,7 +102,7 @@ def fit(
         init = model_file(Path(config.train.init)).resolve() if config.train.init and not begun else None
         start_ray()
         scaling = _scaling(config)
-        experiment = experiment or config.name
+        entry = entry or Entry(config.name)
         nodes = sum(node["Alive"] for node in ray.nodes())
         job = Job(
             config,
@@ -108,9 +110,8 @@ def fit(
             ray.put(splits["train"]),
             ray.put(splits["val"]),
             uuid.uuid4().hex,
-            experiment,
-            prepare_store(config, experiment, nodes),
-            tracking_parent,
+            replace(entry, tags={**entry.tags, **data_version(config.data, splits)}),
+            prepare_store(config, entry.experiment, nodes),
             init,
         )
         trainer = TorchTrainer(

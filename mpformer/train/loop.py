@@ -33,7 +33,7 @@ from mpformer.model.segmenter import Segmenter, build_model
 from mpformer.model.weights import load_weights
 from mpformer.progress import kept_warnings
 from mpformer.record import INIT_FILE
-from mpformer.tracking import Tracker
+from mpformer.tracking import Entry, Tracker
 from mpformer.train import checkpoint
 from mpformer.train.beside import Beside, figures
 from mpformer.train.execution import prepare
@@ -60,9 +60,8 @@ class Job:
     val: ray.ObjectRef
     token: str
     """Names this call of the driver, so that a failure it has been told of is not tried again."""
-    experiment: str
+    entry: Entry
     mlflow_uri: str | None
-    mlflow_parent: str | None
     init: Path | None
     """The file of `train.init`; None: no such start, or the run has begun."""
 
@@ -297,9 +296,8 @@ class _Run:
             self.run_dir,
             self.config,
             start_step=start,
-            parent_run_id=self.job.mlflow_parent,
+            entry=self.job.entry,
             mlflow_uri=self.job.mlflow_uri,
-            experiment=self.job.experiment,
             run_name=f"{self.config.name}-s{self.config.train.seed}",
         )
 

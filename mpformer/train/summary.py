@@ -9,8 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mpformer.commit import git_commit
 from mpformer.config import Config, config_hash
-from mpformer.tracking import git_commit, read_metrics
+from mpformer.record import read_metrics
 from mpformer.train.timing import Timers
 
 SUMMARY_FILE = "summary.json"

@@ -14,7 +14,8 @@ import pytest
 from mpformer.ablation.report import cells, markdown
 from mpformer.ablation.results import collect, collect_mlflow
 from mpformer.ablation.spec import load_study
-from mpformer.tracking import Tracker, attach_report, client, open_parent, prepare_store, store_uri
+from mpformer.mlflow_store import client, open_parent, prepare_store, store_uri
+from mpformer.tracking import Entry, Tracker, attach_report
 from mpformer.types import RunError
 
 STUDY = """\
@@ -48,9 +49,8 @@ def run_all(study) -> None:
             trial.run_dir,
             trial.config,
             start_step=0,
-            parent_run_id=parent,
+            entry=Entry(study.name, parent, study.bases[trial.part]),
             mlflow_uri=uri,
-            experiment=study.name,
             run_name=trial.label,
         )
         for step in (0, 10, 20):

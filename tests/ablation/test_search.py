@@ -46,6 +46,10 @@ def test_a_sample_is_the_row_with_its_settings(tmp_path):
     assert pilot.layers == first.settings["model.pilot.layers"]
     assert first.trial.config.train == study.runs["mp-former", ""].train
     assert len({one.trial.run_dir for one in [first, *others]}) == 20
+    assert first.trial.tags == {
+        "varied_row": "mp-former",
+        **{f"search.{key}": str(value) for key, value in first.settings.items()},
+    }
 
     assert first.stopped_at is None
     first.trial.run_dir.mkdir(parents=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mpformer.ablation.spec import Study, load_study
+from mpformer.mlflow_store import client
 from mpformer.record import read_points
-from mpformer.tracking import client
 from tests.e2e.conftest import run, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -90,6 +90,10 @@ def _check_mlflow(study: Study, run_dirs: list[Path]) -> None:
         assert child.info.experiment_id == experiment
         assert child.info.status == "FINISHED"
         assert child.data.tags["mlflow.parentRunId"] == parent["run_id"]
+        assert child.data.tags["data"] == "tiny-scenes train: 24 images, tiny-scenes val: 5 images"
+        assert len(child.data.tags["data_version"]) == 12
+        assert json.loads(child.data.tags["data_generator"])["seed"] == 1
+        assert child.data.params.keys() <= {"model.pilot.queries"}  # all that a row changes
         points = {(p.step, key) for p in read_points(run_dir) for key in p.values}
         sent = [
             (m.step, key) for key in child.data.metrics for m in store.get_metric_history(link["run_id"], key)

@@ -9,6 +9,7 @@ import pytest
 
 from mpformer.ablation.search import samples
 from mpformer.ablation.spec import load_study
+from mpformer.mlflow_store import client
 from tests.e2e.conftest import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -50,6 +51,16 @@ def test_a_search_stops_samples_and_does_not_run_any_twice(recipe: Path) -> None
     )
     table = (load_study(path).folder / "search.md").read_text()
     assert f"{best:.2f} |" in table.splitlines()[2]
+
+    store = client(f"sqlite:///{load_study(path).base.storage}/mlflow.db")
+    for one in found:
+        link = json.loads((one.trial.run_dir / "mlflow.json").read_text())
+        child = store.get_run(link["run_id"])
+        for key, value in one.settings.items():
+            assert child.data.tags[f"search.{key}"] == str(value)
+        # the base trains with pilots in all layers
+        assert child.data.params["train.lr"] == str(one.settings["train.lr"])
+        assert child.data.tags["varied_row"] == "piloted"
 
     before = {p: p.stat().st_mtime_ns for p in load_study(path).folder.rglob("*.jsonl")}
     again = run("ablate", path, timeout=120)

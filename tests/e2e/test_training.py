@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from mpformer.config import load_config, run_name
-from mpformer.tracking import client, read_points
+from mpformer.mlflow_store import client
+from mpformer.record import read_points
 from mpformer.train import checkpoint
 from tests.e2e.conftest import run, start
 
