@@ -179,6 +179,12 @@ def test_what_only_talks_loads_neither_torch_nor_ray(code, tmp_path):
     assert not heavy & loaded_after(code, tmp_path)
 
 
+def test_what_starts_runs_does_not_load_what_builds_models(tmp_path):
+    # Ray's controllers, and the trials of a study, import this, too: it decides how long a run takes to begin
+    heavy = {"timm", "torchvision", "sympy", "mlflow", "matplotlib", "tensorboardX"}
+    assert not heavy & loaded_after("import mpformer.ablation.tune", tmp_path)
+
+
 def test_a_training_step_needs_neither_ray_nor_mlflow_nor_a_data_set(tmp_path):
     code = """
 import torch

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from mpformer.config_model import Model as ModelConfig
-from mpformer.model.backbone import Backbone
 from mpformer.model.decoder import PixelClassifier, QueryDecoder
 from mpformer.model.encoder import Encoder
 from mpformer.model.pixel_decoder import build_pixel_decoder
@@ -22,6 +21,9 @@ class Segmenter(nn.Module):
 
     def __init__(self, config: ModelConfig, classes: ClassTable) -> None:
         super().__init__()
+        # timm takes seconds to load, which those who start, follow or look up runs need not wait for
+        from mpformer.model.backbone import Backbone
+
         self.config = config
         self.classes = classes
         self.backbone = Backbone(config.backbone)

@@ -31,6 +31,8 @@ for _name, _value in {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # every run is several actors that claim no CPU: so many processes are no sign of trouble here
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "worker processes have been started on node",
     # idle OpenMP threads that spin take the cores from data tasks and from other trials
     "OMP_WAIT_POLICY": "PASSIVE",
 }.items():
@@ -59,6 +61,8 @@ def start_ray() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
     else:
+        # nobody takes this machine away with a warning: one process less to start for every run
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # a cluster that happens to run on this machine is joined only when RAY_ADDRESS says so
         cpus = max(2, os.cpu_count() or 1)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
