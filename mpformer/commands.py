@@ -136,13 +136,13 @@ def _search(study: Study) -> list[Failure]:
 def _run_study(study: Study, trials: Sequence[Trial], search: Search | None = None) -> list[Failure]:
     from mpformer.ablation.tune import run_trials
     from mpformer.mlflow_store import close_parent, open_parent, prepare_store
-    from mpformer.progress import Follower, follow
+    from mpformer.progress import Follower, Tally, follow
 
     uri = prepare_store(study.base, study.name)
     parent = open_parent(study.folder, uri, study.name, {"study": study.name}) if uri else None
     trials = [_tracked_in(trial, uri) for trial in trials]
     followers = [Follower(trial.label, trial.run_dir, trial.config.train.batch_size) for trial in trials]
-    with follow(followers, say):
+    with follow([*followers, Tally([trial.run_dir for trial in trials])], say):
         failures = run_trials(trials, study.folder, study.name, parent, study.bases, search)
     if parent:
         close_parent(uri, parent, "FAILED" if failures else "FINISHED")
@@ -177,9 +177,15 @@ def report(study: Study, from_mlflow: bool = False) -> None:
     uri = store_uri(study.base) if from_mlflow else None
     text, files = write_report(study, collect_mlflow(study, uri) if uri else collect(study))
     say(f"\n{text}")
-    say("written: " + ", ".join(map(str, files)))
+    _say_where(files)
     if (problem := attach_report(study.folder, files)) is not None:
         say(problem)
+
+
+def _say_where(files: Sequence[Path]) -> None:
+    page = next(path for path in files if path.suffix == ".html")
+    say(f"report: {page}")
+    say("beside it: " + ", ".join(path.name for path in files if path != page))
 
 
 def report_file(place: str, settings: Sequence[str]) -> None:
@@ -189,7 +195,7 @@ def report_file(place: str, settings: Sequence[str]) -> None:
 
         text, files = write_run_report(Path(place))
         say(f"\n{text}")
-        say("written: " + ", ".join(map(str, files)))
+        _say_where(files)
         return
     source = [text for text in settings if text.startswith("from=")]
     if any(text != "from=mlflow" for text in source):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,7 @@ class Follower:
         self._offset = 0
         self._warnings = run_dir / WARNINGS_FILE
         self._warned = self._warnings.stat().st_size if self._warnings.exists() else 0
+        self._waits_from_start = True
 
     def lines(self) -> list[str]:
         """One line for each point, each start, and each warning since the last call."""
@@ -57,6 +59,7 @@ class Follower:
             if part != self._part:
                 self._told |= {self._part} if self._part else set()
                 self._part, self._offset = part, 0
+                self._waits_from_start = True
             entries, self._offset = read_part(part, self._offset)
             lines += [text for entry in entries if (text := self._line(entry))]
         return lines + self._new_warnings()
@@ -83,9 +86,12 @@ class Follower:
             texts.append(f"{speed:.1f} images/s")
             if (wait := values.get("time/data_wait")) is not None:
                 share = wait * speed / self.batch_size
-                warning = " (too long: see mpformer data bench)" if share > LONGEST_WAIT else ""
+                # the first interval holds the wait for the first batch, which says nothing of the rest
+                too_long = share > LONGEST_WAIT and not self._waits_from_start
+                self._waits_from_start = False
+                warning = " (too long: see mpformer data bench)" if too_long else ""
                 texts.append(f"data wait {100 * share:.0f} %{warning}")
-            if total:
+            if total and entry.step < total:
                 texts.append(f"{_duration((total - entry.step) * self.batch_size / speed)} left")
         texts += [f"{key} {values[key]:.1f}" for key in ("val/AP", "val/PQ", "val/mIoU") if key in values]
         return "  ".join(texts)
@@ -100,8 +106,34 @@ class Follower:
         return json.loads(path.read_text())["total_steps"] if path.exists() else None
 
 
+class Tally:
+    """Counts the runs of a study that are finished, from now on; those that were are in the count."""
+
+    label = "study"
+
+    def __init__(self, run_dirs: Sequence[Path]) -> None:
+        self._run_dirs = run_dirs
+        self._began = time.monotonic()
+        self._finished = self._before = self._count()
+
+    def _count(self) -> int:
+        return sum((run_dir / "summary.json").exists() for run_dir in self._run_dirs)
+
+    def lines(self) -> list[str]:
+        """A line whenever more are finished than at the last call; the time left supposes equal runs."""
+        finished, total = self._count(), len(self._run_dirs)
+        if finished == self._finished:
+            return []
+        self._finished = finished
+        text = f"{finished} of {total} runs finished"
+        if finished < total:
+            each = (time.monotonic() - self._began) / (finished - self._before)
+            text += f", about {_duration(each * (total - finished))} left"
+        return [text]
+
+
 @contextmanager
-def follow(followers: Sequence[Follower], tell: Callable[[str], None]) -> Iterator[None]:
+def follow(followers: Sequence[Follower | Tally], tell: Callable[[str], None]) -> Iterator[None]:
     """While the body runs, tell what the runs' records say, from a thread."""
     done = threading.Event()
 

@@ -2,8 +2,9 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
-from mpformer.progress import Follower, follow, kept_warnings
+from mpformer.progress import Follower, Tally, follow, kept_warnings
 from mpformer.record import INIT_FILE, Part
 
 
@@ -25,11 +26,13 @@ def test_a_training_point_tells_loss_speed_wait_and_time_left(tmp_path):
 def test_waiting_for_data_is_warned_of_above_a_tenth_of_the_step(tmp_path):
     following = follower(tmp_path)
     part = Part(tmp_path, 0)
-    for step, wait in ((20, 0.2), (40, 0.22)):
+    for step, wait in ((10, 1.0), (20, 0.2), (40, 0.22), (100, 0.22)):
         part.add(step, {"train/loss": 1.0, "speed/images_per_second": 4.0, "time/data_wait": wait})
-    _, short, long = following.lines()
+    _, first, short, long, last = following.lines()
+    assert "data wait 50 %  " in first  # the first batch is always waited for
     assert "data wait 10 %  " in short
     assert "data wait 11 % (too long: see mpformer data bench)  " in long
+    assert last.endswith("data bench)")  # nothing is left
 
 
 def test_an_evaluation_tells_its_figures(tmp_path):
@@ -77,6 +80,23 @@ def test_what_a_worker_warns_of_is_told_once(tmp_path):
     log.warning("of another process")
     assert following.lines() == ["tiny s0  s3://results: closed. Trying again in 2 s"]
     assert following.lines() == []
+
+
+def test_the_runs_of_a_study_are_counted(tmp_path, monkeypatch):
+    clock = iter([100.0, 130.0])  # when it began, and at the one line that speaks of time
+    monkeypatch.setattr("mpformer.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    run_dirs = [tmp_path / str(number) for number in range(4)]
+    for run_dir in run_dirs:
+        run_dir.mkdir()
+    (run_dirs[3] / "summary.json").write_text("{}")  # an earlier call finished it
+    tally = Tally(run_dirs)
+    assert tally.lines() == []
+    (run_dirs[0] / "summary.json").write_text("{}")
+    assert tally.lines() == ["2 of 4 runs finished, about 1:00 min left"]
+    assert tally.lines() == []
+    (run_dirs[1] / "summary.json").write_text("{}")
+    (run_dirs[2] / "summary.json").write_text("{}")
+    assert tally.lines() == ["4 of 4 runs finished"]
 
 
 def test_a_line_being_written_waits_for_its_end(tmp_path):

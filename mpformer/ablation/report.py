@@ -30,6 +30,7 @@ from mpformer.ablation.statistics import (
 from mpformer.ablation.studyfile import split_column
 
 MISSING = "–"
+NO_SUCH = "–†"
 UNTRAINED = "untrained"
 AXES = {
     "images": "training images seen",
@@ -51,6 +52,14 @@ class Cell:
     """To the baseline, on the same seeds; None for the baseline itself."""
     paper: tuple[float, str] | None
     """The paper's figure and where it stands."""
+    without: int = 0
+    """Runs that were evaluated to the end and have no such figure: it does not exist for their model (PQ of
+    a per-pixel classifier) or their data (AP of large objects, where there are none)."""
+
+    @property
+    def n(self) -> int:
+        """Runs that the cell speaks of."""
+        return self.ours.n if self.ours else self.without
 
 
 def cells(study: Study, results: Results) -> list[Cell]:
@@ -61,14 +70,18 @@ def cells(study: Study, results: Results) -> list[Cell]:
         part, metric = split_column(column)
         runs = results.get((study.file.baseline, part), {}).values()
         before = [value for run in runs if (value := run.untrained(metric)) is not None]
-        table.append(Cell(UNTRAINED, column, estimate(before), None, None))
+        without = sum(run.evaluated_untrained and run.untrained(metric) is None for run in runs)
+        table.append(Cell(UNTRAINED, column, estimate(before), None, None, without))
     for row in study.rows:
         for column in study.file.columns:
             ours = values_by_seed(results, row, column)
             baseline = values_by_seed(results, study.file.baseline, column)
             difference = None if row == study.file.baseline else paired_difference(ours, baseline)
             paper = study.paper_figure(row, column)
-            table.append(Cell(row, column, estimate(ours.values()), difference, paper))
+            part, metric = split_column(column)
+            runs = results.get((row, part), {}).values()
+            without = sum(bool(run.metrics) and metric not in run.metrics for run in runs)
+            table.append(Cell(row, column, estimate(ours.values()), difference, paper, without))
     return table
 
 
@@ -103,8 +116,10 @@ def markdown(study: Study, table: Sequence[Cell], results: Results) -> str:
     notes = ["Mean ± half width of the 95 % interval over n seeds; differences are taken on the same seeds."]
     if any(estimate and estimate.n == 1 for cell in table for estimate in (cell.ours, cell.difference)):
         notes.append("* one seed: no interval.")
-    if any(cell.ours is None for cell in table):
+    if any(cell.n == 0 for cell in table):
         notes.append(f"{MISSING} not measured.")
+    if any(cell.ours is None and cell.without for cell in table):
+        notes.append(f"{NO_SUCH} measured to the end; this model, on these data, has no such figure.")
     sources = sorted({cell.paper[1].split(", row")[0] for cell in table if cell.paper})
     notes += [f"Paper: {'; '.join(sources)}."] if sources else []
     notes += [study.file.note] if study.file.note else []
@@ -128,11 +143,12 @@ def table_lines(study: Study, table: Sequence[Cell]) -> list[list[str]]:
     lines = [header]
     for row in [UNTRAINED, *study.rows]:
         own = {cell.metric: cell for cell in table if cell.row == row}
-        counts = {cell.ours.n if cell.ours else 0 for cell in own.values()}
+        counts = {cell.n for cell in own.values()}
         line = [row_title(study, row), "/".join(map(str, sorted(counts)))]
         for metric, column in study.file.columns.items():
             cell, digits = own[metric], column.digits
-            line += [value_text(cell.ours, digits), _signed(cell.difference, digits)]
+            shown = NO_SUCH if cell.ours is None and cell.without else value_text(cell.ours, digits)
+            line += [shown, _signed(cell.difference, digits)]
             if metric in with_paper:
                 line += [f"{cell.paper[0]:.{digits}f}" if cell.paper else MISSING, _to_paper(cell, digits)]
         lines.append(line)
@@ -205,7 +221,7 @@ def table_csv(study: Study, table: Sequence[Cell]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     names = ["row", "title", "metric", "n", "mean", "ci95_half_width"]
     names += ["difference_n", "difference_mean", "difference_ci95_half_width"]
-    writer.writerow([*names, "paper", "paper_source", "minus_paper"])
+    writer.writerow([*names, "paper", "paper_source", "minus_paper", "n_without_metric"])
     for cell in table:
         ours, difference, paper = cell.ours, cell.difference, cell.paper
         writer.writerow(
@@ -217,6 +233,7 @@ def table_csv(study: Study, table: Sequence[Cell]) -> str:
                 *((difference.n, difference.mean, difference.half_width) if difference else (0, None, None)),
                 *(paper or (None, None)),
                 ours.mean - paper[0] if ours and paper else None,
+                cell.without,
             ]
         )
     return out.getvalue()

@@ -42,6 +42,11 @@ class RunResult:
         """A metric of the model before its first step."""
         return next((values[metric] for step, values in self.history if step == 0 and metric in values), None)
 
+    @property
+    def evaluated_untrained(self) -> bool:
+        """Whether there are figures of the model before its first step."""
+        return any(step == 0 and any(k.startswith("val/") for k in values) for step, values in self.history)
+
     def curve(self, metric: str, x: str) -> list[tuple[float, float]]:
         """(x, metric) points; x in `images` seen, optimiser `steps`, or hours of all GPUs (of all workers,
         where there is none) as `gpu_hours`."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from mpformer.ablation.columns import check_columns
 from mpformer.ablation.studyfile import Profile, Row, Seeds, StudyFile, check, message, split_column
 from mpformer.config import Config, Section, build_config, flatten, inline_dataset, read_recipe, run_name
 from mpformer.types import InputError
@@ -157,6 +158,7 @@ def load_study(path: str | Path, settings: Sequence[str] = ()) -> Study:
                 tree = layers.lay(tree, row.parts.get(part, {}), f"rows.{name}.parts.{part}")
                 tree = layers.lay(tree, profile.rows.get(name, {}), f"{key}.rows.{name}", carried=False)
                 runs[name, part] = layers.build(tree)
+    check_columns(source, file, {part: base.data.task for part, base in bases.items()})
     runs = {(row, part): runs[row, part] for row in file.rows for part in file.parts_of(row)}
     return Study(
         path, file, chosen.profile, bases, runs, chosen.seeds or profile.seeds or file.seeds, chosen.plan

@@ -79,7 +79,7 @@ rows:
 
 @pytest.fixture
 def study(tmp_path) -> Study:
-    (tmp_path / "recipe.yaml").write_text("train: {batch_size: 4}\n")
+    (tmp_path / "recipe.yaml").write_text("data: {task: panoptic}\ntrain: {batch_size: 4}\n")
     (tmp_path / "study.yaml").write_text(STUDY)
     study = load_study(tmp_path / "study.yaml", [f"storage={tmp_path / 'runs'}"])
     figures = {
@@ -123,7 +123,12 @@ def test_the_table_has_means_differences_and_dashes(study):
         if line.startswith("|")
     }
     half = stats.t.ppf(0.975, 2) / math.sqrt(3)
-    assert lines["Mask2Former (baseline)"] == ["0/3", f"41.0 ± {half:.1f}", "–", "39.0", "+2.0", "–", "–"]
+    # all three seeds have ended, and their evaluation has no PQ: that is not an unfinished row
+    assert lines["Mask2Former (baseline)"] == ["3", f"41.0 ± {half:.1f}", "–", "39.0", "+2.0", "–†", "–"]
+    assert lines["untrained model"][0] == "3"
+    assert lines["pilots"][0] == "2"
+    assert "–† measured to the end; this model, on these data, has no such figure." in text
+    assert "– not measured." in text  # the row `never`
     assert lines["never"] == ["0", "–", "–", "–", "–", "–", "–"]
     assert lines["pilots"][2].startswith("+2.5 ± ")
 
@@ -154,8 +159,19 @@ def test_the_report_is_written_as_markdown_csv_and_one_curve_per_column(study):
     assert float(plain["minus_paper"]) == pytest.approx(2.0)
     assert plain["paper_source"] == "Paper, Table 7, row 'first', column 'AP'"
     assert rows["never", "val/AP"]["mean"] == ""
+    assert rows["plain", "val/PQ"]["n_without_metric"] == "3"
+    assert rows["plain", "val/AP"]["n_without_metric"] == rows["never", "val/PQ"]["n_without_metric"] == "0"
     for picture in files[3:]:
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_that_some_seeds_have_is_their_mean(study):
+    for trial in study.trials():
+        if (trial.row, trial.seed) == ("plain", 0):
+            Part(trial.run_dir, 20).add(20, {"val/PQ": 12.5})
+    table = {(cell.row, cell.metric): cell for cell in cells(study, collect(study))}
+    cell = table["plain", "val/PQ"]
+    assert (cell.ours.mean, cell.n, cell.without) == (12.5, 1, 2)
 
 
 def test_curves_are_against_images_seen_or_steps(study):

@@ -10,6 +10,7 @@ from mpformer.config import run_name
 from mpformer.types import InputError
 
 RECIPE = """\
+data: {task: panoptic}
 model: {pilot: {queries: 50}}
 train: {length: 30 steps, batch_size: 4, schedule: {kind: step, at: [0.5]}}
 """
@@ -47,7 +48,7 @@ profiles:
 @pytest.fixture
 def study_file(tmp_path) -> Path:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    (tmp_path / "other.yaml").write_text("train: {length: 7 steps}")
+    (tmp_path / "other.yaml").write_text("data: {task: panoptic}\ntrain: {length: 7 steps}")
     path = tmp_path / "study.yaml"
     path.write_text(STUDY)
     return path
@@ -123,6 +124,12 @@ def test_the_paper_s_figure_knows_where_it_stands(study_file):
         ("figures: {val/AP", "figures: {val/APs", r"study\.yaml:14: .*no column 'val/APs'; nearest: val/AP"),
         ("figures: {val/AP", "figures: {val/PQ", r"study\.yaml:7: columns\.val/PQ: row 'plain' has a figure"),
         ("table: Paper, Table 7", "", r"figures without a table"),
+        (
+            "val/PQ: {",
+            "val/PQs: {",
+            r"study\.yaml:7: columns\.val/PQs: no metric 'val/PQs' of the task 'panoptic'; nearest: val/PQ",
+        ),
+        ("val/PQ: {", "diag/layer_iou: {", r"no metric 'diag/layer_iou' .*; nearest: diag/layer_iou_1"),
         ("base: recipe.yaml", "base: recip.yaml", r"study\.yaml:2: base: no file .*nearest: .*recipe\.yaml"),
         ("base: other.yaml", "base: nowhere.yaml", r"profiles\.other\.base: no file"),
         ("seeds: [5]", "seeds: [x]", r"study\.yaml:23: profiles\.smoke\.seeds: expected a list of seeds"),
