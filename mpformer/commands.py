@@ -28,6 +28,7 @@ from mpformer.yamlfile import Source
 if TYPE_CHECKING:
     import torch
 
+    from mpformer.ablation.results import Results
     from mpformer.ablation.studyfile import Search
     from mpformer.ablation.tune import Failure
     from mpformer.data.catalog import Catalog
@@ -70,6 +71,8 @@ def ablate(study_file: str, settings: Sequence[str], only: str | None, plan: boo
     if plan:
         say(plan_text(load_study(study_file, settings), only))
         return
+    from mpformer.ablation.results import collect
+
     study = _load_study(study_file, settings)
     trials = study.trials(only)
     _generate_data(study)
@@ -78,7 +81,7 @@ def ablate(study_file: str, settings: Sequence[str], only: str | None, plan: boo
     _diagnose_pilots(study, trials)
     if study.file.search and only is None:
         failures += _search(study)
-    report(study)
+    report(study, collect(study))
     for trial in trials:
         _tell_mlflow_problem(trial.run_dir)
     for failure in failures:
@@ -167,15 +170,12 @@ def _generate_data(study: Study) -> None:
     say(f"data in {generate.root}" + (", generated" if fresh else ", as it was"))
 
 
-def report(study: Study, from_mlflow: bool = False) -> None:
-    """A study's table and curves, from what its runs have measured so far: in its folder, or in MLflow."""
+def report(study: Study, results: Results) -> None:
+    """A study's table and curves, from what its runs have measured so far."""
     from mpformer.ablation.report import write_report
-    from mpformer.ablation.results import collect, collect_mlflow
-    from mpformer.mlflow_store import store_uri
     from mpformer.tracking import attach_report
 
-    uri = store_uri(study.base) if from_mlflow else None
-    text, files = write_report(study, collect_mlflow(study, uri) if uri else collect(study))
+    text, files = write_report(study, results)
     say(f"\n{text}")
     _say_where(files)
     if (problem := attach_report(study.folder, files)) is not None:
@@ -197,10 +197,24 @@ def report_file(place: str, settings: Sequence[str]) -> None:
         say(f"\n{text}")
         _say_where(files)
         return
+    from mpformer.ablation.results import collect, collect_mlflow
+    from mpformer.mlflow_store import store_uri
+
     source = [text for text in settings if text.startswith("from=")]
     if any(text != "from=mlflow" for text in source):
         raise InputError(f"setting '{source[0]}': from=mlflow is expected, or nothing for the study's folder")
-    report(_load_study(place, [text for text in settings if text not in source]), from_mlflow=bool(source))
+    study = _load_study(place, [text for text in settings if text not in source])
+    if source:
+        if (uri := store_uri(study.base)) is None:
+            raise InputError("setting 'from=mlflow': tracking.mlflow is null: there is no store to read")
+        results, where = collect_mlflow(study, uri), f"MLflow {uri}"
+    else:
+        results, where = collect(study), str(study.folder)
+    if not any(results.values()):
+        raise InputError(
+            f"{where}: no run of this study, with these settings: mpformer ablate {place} starts them"
+        )
+    report(study, results)
 
 
 def quickstart(settings: Sequence[str]) -> None:

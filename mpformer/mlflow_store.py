@@ -39,20 +39,7 @@ def prepare_store(config: Config, experiment: str, nodes: int = 1) -> str | None
     uri = store_uri(config)
     if uri is None:
         return None
-    scheme = uri.partition("://")[0] if "://" in uri else "file"
-    if scheme.partition("+")[0] not in (
-        "http",
-        "https",
-        "sqlite",
-        "postgresql",
-        "mysql",
-        "mssql",
-        "databricks",
-    ):
-        raise InputError(
-            f"tracking.mlflow: {uri}: expected auto, null, http(s)://server, sqlite:///absolute/file.db, "
-            "postgresql://... or mysql://..."
-        )
+    scheme = check_uri(uri)
     if scheme == "sqlite" and nodes > 1:
         raise InputError(
             f"tracking.mlflow: {uri} is a file of one machine, but the cluster has {nodes} nodes: "
@@ -66,6 +53,17 @@ def prepare_store(config: Config, experiment: str, nodes: int = 1) -> str | None
     except failures as error:
         log.warning("MLflow %s: %s. Runs go on without it; later: mpformer sync RUN", uri, first_line(error))
     return uri
+
+
+def check_uri(uri: str) -> str:
+    """The scheme of a tracking URI. Raises `InputError` for one that is no store of MLflow's."""
+    scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else "file"
+    if scheme not in ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks"):
+        raise InputError(
+            f"tracking.mlflow: {uri}: expected auto, null, http(s)://server, sqlite:///absolute/file.db, "
+            "postgresql://... or mysql://..."
+        )
+    return scheme
 
 
 def store_uri(config: Config) -> str | None:
@@ -158,5 +156,11 @@ def _artifact_folder(uri: str) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's own words, or its name where it has none, on one line."""
+    """Why, on one line: what the system says where that is the reason, else the exception's own words, or its
+    name where it has none."""
+    cause = error
+    while (inner := cause.__cause__ or cause.__context__) is not None:
+        cause = inner
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

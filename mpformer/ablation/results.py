@@ -86,9 +86,15 @@ def read_run(run_dir: Path, batch_size: int) -> RunResult:
 
 
 def collect_mlflow(study: Study, uri: str) -> Results:
-    """The same from an MLflow store alone, also a remote one; `RunError` where it has no such study."""
-    from mpformer.mlflow_store import client, first_line, mlflow_failures
+    """The same from an MLflow store alone, also a remote one.
 
+    Raises `InputError` for an address that is none, `RunError` where the store cannot be asked or has no such
+    study.
+    """
+    from mpformer.mlflow_store import check_uri, client, first_line, mlflow_failures
+
+    if check_uri(uri) == "sqlite" and not Path(uri.partition(":///")[2]).is_file():
+        raise RunError(f"MLflow {uri}: there is no such file")  # asking for it would make one
     found: dict[tuple[str, str], dict[int, RunResult]] = {key: {} for key in study.runs}
     try:
         store = client(uri)

@@ -97,7 +97,7 @@ class Study:
 
         Raises `InputError`, with the nearest row, where there is no such row.
         """
-        wanted = only.split(",") if only else list(self.rows)
+        wanted = list(self.rows) if only is None else only.split(",")
         for row in wanted:
             if row not in self.rows:
                 raise InputError(f"{self.path}: no row '{row}'; nearest: {nearest(row, self.rows)}")

@@ -264,5 +264,7 @@ def _explain(error: ValidationError, source: Source) -> str:
 
 def message(error: Mapping[str, Any]) -> str:
     """pydantic's words for an error, and the value that was given."""
+    if error["type"] == "dict_type":
+        return f"lines `name: value` are expected (given: {error['input']!r})"
     shown = "" if isinstance(error["input"], Mapping) else f" (given: {error['input']!r})"
     return f"{error['msg'].removeprefix('Value error, ')}{shown}"
