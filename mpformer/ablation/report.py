@@ -112,7 +112,10 @@ def reaches(study: Study, results: Results, column: str) -> dict[str, Reach | No
 def markdown(study: Study, table: Sequence[Cell], results: Results) -> str:
     """The tables as Markdown, columns aligned so that they read well in a terminal, too."""
     header, *lines = table_lines(study, table)
-    text = [f"# {study.file.title}", "", *_aligned([header, *lines]), ""]
+    finished = sum(run.finished for runs in results.values() for run in runs.values())
+    seeds = ", ".join(map(str, study.seeds))
+    state = f"{study.name}, seeds {seeds}: {finished} of {len(study.trials())} runs finished."
+    text = [f"# {study.file.title}", "", state, "", *_aligned([header, *lines]), ""]
     notes = ["Mean ± half width of the 95 % interval over n seeds; differences are taken on the same seeds."]
     if any(estimate and estimate.n == 1 for cell in table for estimate in (cell.ours, cell.difference)):
         notes.append("* one seed: no interval.")

@@ -35,7 +35,7 @@ from mpformer.ablation.studyfile import Search, split_column  # noqa: E402
 from mpformer.config import Config, duration_in_steps  # noqa: E402
 from mpformer.data.catalog import check_root  # noqa: E402
 from mpformer.tracking import Entry  # noqa: E402
-from mpformer.train.launch import fit, start_ray  # noqa: E402
+from mpformer.train.launch import fit, only_driver, start_ray  # noqa: E402
 from mpformer.types import InputError, RunError  # noqa: E402
 
 
@@ -103,13 +103,18 @@ def run_trials(
     `bases`: by part, the settings that MLflow's parameters of a run are told against. The samples of a
     `search` that lag behind are given up, if it says so; their folder notes it, and they are not taken up
     again. Returns the failures; the other trials go on. Raises `InputError`, with the arithmetic, where not
-    even one trial fits into the cluster, and at once where the data are not there.
+    even one trial fits into the cluster, and at once where the data are not there; `RunError` where another
+    process is at work on one of the runs.
     """
     pending = [trial for trial in trials if not trial.finished]
     if not pending:
         return []
     for data in {trial.config.data.root: trial.config.data for trial in pending}.values():
         check_root(data)
+    for trial in pending:
+        if trial.run_dir.is_dir():
+            with only_driver(trial.run_dir):  # another command on the same study: told before anything starts
+                pass
     start_ray()
     have = ray.cluster_resources()
     capacity = Capacity(have.get("CPU", 0.0), have.get("GPU", 0.0))

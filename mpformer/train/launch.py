@@ -97,7 +97,7 @@ def fit(
     if not splits["train"].records:
         raise InputError(f"{config.data.root}: the training split has no image")
     run_dir.mkdir(parents=True, exist_ok=True)
-    with _only_driver(run_dir):
+    with only_driver(run_dir):
         (run_dir / "config.yaml").write_text(dump_yaml(config))
         begun, damaged = checkpoint.latest(run_dir)
         for line in damaged:
@@ -176,7 +176,7 @@ def _scaling(config: Config) -> ScalingConfig:
 
 
 @contextlib.contextmanager
-def _only_driver(run_dir: Path) -> Iterator[None]:
+def only_driver(run_dir: Path) -> Iterator[None]:
     """Hold the run's lock; the system frees it when the process ends, however it ends.
 
     The trial of a study whose driver was killed outlives it by some seconds: so long its successor waits.

@@ -127,6 +127,7 @@ def test_the_table_has_means_differences_and_dashes(study):
     assert lines["Mask2Former (baseline)"] == ["3", f"41.0 ± {half:.1f}", "–", "39.0", "+2.0", "–†", "–"]
     assert lines["untrained model"][0] == "3"
     assert lines["pilots"][0] == "2"
+    assert "study, seeds 0, 1, 2: 5 of 9 runs finished." in text
     assert "–† measured to the end; this model, on these data, has no such figure." in text
     assert "– not measured." in text  # the row `never`
     assert lines["never"] == ["0", "–", "–", "–", "–", "–", "–"]

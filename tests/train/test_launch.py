@@ -15,12 +15,12 @@ def test_a_second_driver_waits_for_an_orphan_s_end_but_not_for_ever(tmp_path, mo
     orphan = (tmp_path / ".lock").open("w")
     fcntl.flock(orphan, fcntl.LOCK_EX)
     began = time.monotonic()
-    with pytest.raises(RunError, match="another process is at work"), launch._only_driver(tmp_path):
+    with pytest.raises(RunError, match="another process is at work"), launch.only_driver(tmp_path):
         pytest.fail("two drivers on one run")
     assert time.monotonic() - began >= 2.0
 
     threading.Timer(0.5, orphan.close).start()
-    with launch._only_driver(tmp_path):
+    with launch.only_driver(tmp_path):
         other = (tmp_path / ".lock").open("w")
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,27 @@
+"""What is refused before the trials of a study start; the trials themselves: `tests/e2e/test_ablation.py`."""
+
+import fcntl
+
+import pytest
+import ray
+
+from mpformer.ablation.spec import load_study
+from mpformer.ablation.tune import run_trials
+from mpformer.types import RunError
+
+
+def test_a_study_that_is_being_worked_on_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("mpformer.train.launch.SECONDS_OF_AN_ORPHAN", 0.3)
+    (tmp_path / "recipe.yaml").write_text(f"storage: {tmp_path / 'runs'}\ndata: {{root: {tmp_path}}}\n")
+    (tmp_path / "study.yaml").write_text(
+        "title: A study\nbase: recipe.yaml\nbaseline: a\ncolumns: {val/AP: {title: AP}}\n"
+        "rows: {a: {}, b: {settings: {train.lr: 1}}}\n"
+    )
+    study = load_study(tmp_path / "study.yaml")
+    busy = study.trials()[1]
+    busy.run_dir.mkdir(parents=True)
+    with (busy.run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as the driver of another command holds it
+        with pytest.raises(RunError, match=rf"{busy.run_dir.name}: another process is at work on this run"):
+            run_trials(study.trials(), study.folder, study.name, None, study.bases)
+    assert not ray.is_initialized()
