@@ -10,7 +10,7 @@ import pytest
 from mpformer.model.segmenter import build_model
 from mpformer.model.weights import load_checkpoint
 from mpformer.record import read_metrics
-from mpformer.tracking import Tracker
+from mpformer.tracking import Entry, Tracker
 from mpformer.train import beside, checkpoint
 from mpformer.train.beside import Beside
 from mpformer.types import InputError
@@ -41,7 +41,7 @@ def opened(one_cpu_ray, tmp_path, tiny_config, monkeypatch) -> Callable[[int], t
         return {"val/PQ": float(load_checkpoint(weights)[0].decoder.class_embed.bias[0])}
 
     monkeypatch.setattr(beside, "_measure", bias)
-    names = {"parent_run_id": None, "mlflow_uri": None, "experiment": "tiny", "run_name": "tiny"}
+    names = {"entry": Entry("tiny"), "mlflow_uri": None, "run_name": "tiny"}
 
     def start(step: int) -> tuple[Beside, Tracker]:
         tracker = Tracker.open(tmp_path, tiny_config, start_step=step, **names)
