@@ -145,7 +145,7 @@ def _run_study(study: Study, trials: Sequence[Trial], search: Search | None = No
     parent = open_parent(study.folder, uri, study.name, {"study": study.name}) if uri else None
     trials = [_tracked_in(trial, uri) for trial in trials]
     followers = [Follower(trial.label, trial.run_dir, trial.config.train.batch_size) for trial in trials]
-    with follow([*followers, Tally([trial.run_dir for trial in trials])], say):
+    with follow([*followers, Tally(followers)], say):
         failures = run_trials(trials, study.folder, study.name, parent, study.bases, search)
     if parent:
         close_parent(uri, parent, "FAILED" if failures else "FINISHED")

@@ -49,6 +49,12 @@ class Follower:
         self._warnings = run_dir / WARNINGS_FILE
         self._warned = self._warnings.stat().st_size if self._warnings.exists() else 0
         self._waits_from_start = True
+        self.share = 0.0
+        """Of its steps, as far as told."""
+
+    @property
+    def finished(self) -> bool:
+        return (self.run_dir / "summary.json").exists()
 
     def lines(self) -> list[str]:
         """One line for each point, each start, and each warning since the last call."""
@@ -78,6 +84,7 @@ class Follower:
         if isinstance(entry, int):
             return f"{self.label}  goes on from step {entry}" if entry else f"{self.label}  {self._start()}"
         total = self._total_steps()
+        self.share = entry.step / total if total else 0.0
         values = entry.values
         texts = [f"{self.label}  step {entry.step}" + (f"/{total}" if total else "")]
         if (loss := values.get("train/loss")) is not None:
@@ -107,28 +114,27 @@ class Follower:
 
 
 class Tally:
-    """Counts the runs of a study that are finished, from now on; those that were are in the count."""
+    """Counts the runs of a study that are finished, those included that were before."""
 
     label = "study"
 
-    def __init__(self, run_dirs: Sequence[Path]) -> None:
-        self._run_dirs = run_dirs
+    def __init__(self, followers: Sequence[Follower]) -> None:
+        self._followers = followers
         self._began = time.monotonic()
-        self._finished = self._before = self._count()
-
-    def _count(self) -> int:
-        return sum((run_dir / "summary.json").exists() for run_dir in self._run_dirs)
+        self._finished = self._before = sum(follower.finished for follower in followers)
 
     def lines(self) -> list[str]:
-        """A line whenever more are finished than at the last call; the time left supposes equal runs."""
-        finished, total = self._count(), len(self._run_dirs)
+        """A line whenever more are finished than at the last call. The time left supposes that all runs take
+        equally long; to be asked after the followers."""
+        finished, total = sum(follower.finished for follower in self._followers), len(self._followers)
         if finished == self._finished:
             return []
         self._finished = finished
         text = f"{finished} of {total} runs finished"
         if finished < total:
-            each = (time.monotonic() - self._began) / (finished - self._before)
-            text += f", about {_duration(each * (total - finished))} left"
+            done = sum(1.0 if follower.finished else follower.share for follower in self._followers)
+            each = (time.monotonic() - self._began) / (done - self._before)
+            text += f", about {_duration(each * (total - done))} left"
         return [text]
 
 

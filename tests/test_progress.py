@@ -89,10 +89,15 @@ def test_the_runs_of_a_study_are_counted(tmp_path, monkeypatch):
     for run_dir in run_dirs:
         run_dir.mkdir()
     (run_dirs[3] / "summary.json").write_text("{}")  # an earlier call finished it
-    tally = Tally(run_dirs)
+    followers = [follower(run_dir) for run_dir in run_dirs]
+    tally = Tally(followers)
+    assert tally.lines() == []
+    Part(run_dirs[1], 0).add(50, {"train/loss": 1.0})  # half of the 100 steps
+    followers[1].lines()
     assert tally.lines() == []
     (run_dirs[0] / "summary.json").write_text("{}")
-    assert tally.lines() == ["2 of 4 runs finished, about 1:00 min left"]
+    # one and a half runs took 30 s, one and a half are left
+    assert tally.lines() == ["2 of 4 runs finished, about 0:30 min left"]
     assert tally.lines() == []
     (run_dirs[1] / "summary.json").write_text("{}")
     (run_dirs[2] / "summary.json").write_text("{}")
