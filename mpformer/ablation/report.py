@@ -53,13 +53,20 @@ class Cell:
     paper: tuple[float, str] | None
     """The paper's figure and where it stands."""
     without: int = 0
-    """Runs that were evaluated to the end and have no such figure: it does not exist for their model (PQ of
-    a per-pixel classifier) or their data (AP of large objects, where there are none)."""
+    """Runs that were evaluated to the end and have no such figure (AP of large objects, where the data have
+    none)."""
+    exists: bool = True
+    """Whether the row has a model of the column's part (a per-pixel classifier has none for objects)."""
 
     @property
     def n(self) -> int:
         """Runs that the cell speaks of."""
         return self.ours.n if self.ours else self.without
+
+    @property
+    def no_such(self) -> bool:
+        """No run can bring this figure, or those that have ended did not."""
+        return not self.exists or (self.ours is None and self.without > 0)
 
 
 def cells(study: Study, results: Results) -> list[Cell]:
@@ -71,7 +78,8 @@ def cells(study: Study, results: Results) -> list[Cell]:
         runs = results.get((study.file.baseline, part), {}).values()
         before = [value for run in runs if (value := run.untrained(metric)) is not None]
         without = sum(run.evaluated_untrained and run.untrained(metric) is None for run in runs)
-        table.append(Cell(UNTRAINED, column, estimate(before), None, None, without))
+        exists = part in study.file.parts_of(study.file.baseline)
+        table.append(Cell(UNTRAINED, column, estimate(before), None, None, without, exists))
     for row in study.rows:
         for column in study.file.columns:
             ours = values_by_seed(results, row, column)
@@ -81,7 +89,8 @@ def cells(study: Study, results: Results) -> list[Cell]:
             part, metric = split_column(column)
             runs = results.get((row, part), {}).values()
             without = sum(bool(run.metrics) and metric not in run.metrics for run in runs)
-            table.append(Cell(row, column, estimate(ours.values()), difference, paper, without))
+            exists = part in study.file.parts_of(row)
+            table.append(Cell(row, column, estimate(ours.values()), difference, paper, without, exists))
     return table
 
 
@@ -113,16 +122,16 @@ def markdown(study: Study, table: Sequence[Cell], results: Results) -> str:
     """The tables as Markdown, columns aligned so that they read well in a terminal, too."""
     header, *lines = table_lines(study, table)
     finished = sum(run.finished for runs in results.values() for run in runs.values())
-    seeds = ", ".join(map(str, study.seeds))
-    state = f"{study.name}, seeds {seeds}: {finished} of {len(study.trials())} runs finished."
+    seeds = f"seed{'s' if len(study.seeds) > 1 else ''} {', '.join(map(str, study.seeds))}"
+    state = f"{study.name}, {seeds}: {finished} of {len(study.trials())} runs finished."
     text = [f"# {study.file.title}", "", state, "", *_aligned([header, *lines]), ""]
     notes = ["Mean ± half width of the 95 % interval over n seeds; differences are taken on the same seeds."]
     if any(estimate and estimate.n == 1 for cell in table for estimate in (cell.ours, cell.difference)):
         notes.append("* one seed: no interval.")
-    if any(cell.n == 0 for cell in table):
+    if any(cell.n == 0 and cell.exists for cell in table):
         notes.append(f"{MISSING} not measured.")
-    if any(cell.ours is None and cell.without for cell in table):
-        notes.append(f"{NO_SUCH} measured to the end; this model, on these data, has no such figure.")
+    if any(cell.no_such for cell in table):
+        notes.append(f"{NO_SUCH} not missing: there is no such figure of this model, or on these data.")
     sources = sorted({cell.paper[1].split(", row")[0] for cell in table if cell.paper})
     notes += [f"Paper: {'; '.join(sources)}."] if sources else []
     notes += [study.file.note] if study.file.note else []
@@ -146,11 +155,11 @@ def table_lines(study: Study, table: Sequence[Cell]) -> list[list[str]]:
     lines = [header]
     for row in [UNTRAINED, *study.rows]:
         own = {cell.metric: cell for cell in table if cell.row == row}
-        counts = {cell.n for cell in own.values()}
+        counts = {cell.n for cell in own.values() if cell.exists}
         line = [row_title(study, row), "/".join(map(str, sorted(counts)))]
         for metric, column in study.file.columns.items():
             cell, digits = own[metric], column.digits
-            shown = NO_SUCH if cell.ours is None and cell.without else value_text(cell.ours, digits)
+            shown = NO_SUCH if cell.no_such else value_text(cell.ours, digits)
             line += [shown, _signed(cell.difference, digits)]
             if metric in with_paper:
                 line += [f"{cell.paper[0]:.{digits}f}" if cell.paper else MISSING, _to_paper(cell, digits)]

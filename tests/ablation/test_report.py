@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mpformer.ablation.report import cells, markdown, write_report
+from mpformer.ablation.report import cells, markdown, table_lines, write_report
 from mpformer.ablation.results import collect
 from mpformer.ablation.spec import Study, load_study
 from mpformer.ablation.statistics import estimate, mean_curve, paired_difference
@@ -128,7 +128,7 @@ def test_the_table_has_means_differences_and_dashes(study):
     assert lines["untrained model"][0] == "3"
     assert lines["pilots"][0] == "2"
     assert "study, seeds 0, 1, 2: 5 of 9 runs finished." in text
-    assert "–† measured to the end; this model, on these data, has no such figure." in text
+    assert "–† not missing: there is no such figure of this model, or on these data." in text
     assert "– not measured." in text  # the row `never`
     assert lines["never"] == ["0", "–", "–", "–", "–", "–", "–"]
     assert lines["pilots"][2].startswith("+2.5 ± ")
@@ -164,6 +164,39 @@ def test_the_report_is_written_as_markdown_csv_and_one_curve_per_column(study):
     assert rows["plain", "val/AP"]["n_without_metric"] == rows["never", "val/PQ"]["n_without_metric"] == "0"
     for picture in files[3:]:
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_row_without_a_model_for_a_column_is_finished_without_it(tmp_path):
+    for task in ("semantic", "panoptic"):
+        (tmp_path / f"{task}.yaml").write_text(f"data: {{task: {task}}}\nmodel: {{pilot: {{queries: 0}}}}\n")
+    (tmp_path / "study.yaml").write_text("""\
+title: A study
+parts: {classes: {base: semantic.yaml}, objects: {base: panoptic.yaml}}
+columns:
+  classes:val/mIoU: {title: mIoU}
+  objects:val/PQ: {title: PQ}
+baseline: masks
+rows:
+  masks: {}
+  per-pixel: {settings: {model: {output: per_pixel}}, parts: {objects: null}}
+""")
+    study = load_study(tmp_path / "study.yaml", [f"storage={tmp_path / 'runs'}"])
+
+    def lines() -> dict[str, list[str]]:
+        header, *rows = table_lines(study, cells(study, collect(study)))
+        assert header == ["", "n", "mIoU", "± to baseline", "PQ", "± to baseline"]
+        return {name: values for name, *values in rows}
+
+    assert lines()["per-pixel"] == ["0", "–", "–", "–†", "–"]
+    for trial in study.trials():
+        metric = "val/PQ" if trial.part == "objects" else "val/mIoU"
+        Part(trial.run_dir, 0).add(20, {metric: 30.0})
+        (trial.run_dir / "summary.json").write_text("{}")
+    assert lines()["per-pixel"] == ["1", "30.0 *", "+0.0 *", "–†", "–"]
+    assert lines()["masks (baseline)"] == ["1", "30.0 *", "–", "30.0 *", "–"]
+    text = markdown(study, cells(study, collect(study)), collect(study))
+    assert "–† not missing" in text
+    assert "study, seed 0: 3 of 3 runs finished." in text
 
 
 def test_a_figure_that_some_seeds_have_is_their_mean(study):
