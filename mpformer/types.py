@@ -18,7 +18,6 @@ Importing this module loads neither torch nor ray; tensors are only named in ann
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +135,9 @@ class PackedTarget:
             import torch
 
             return torch.from_numpy(np.unpackbits(self.bits.numpy(), axis=2).view(bool))
-        shifts = self.bits.new_tensor([7, 6, 5, 4, 3, 2, 1, 0])
+        import torch
+
+        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=self.bits.device)
         return ((self.bits.unsqueeze(3) >> shifts) & 1).bool().flatten(2)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
@@ -180,14 +181,10 @@ class Batch:
         """Micro-batches of at most `size` images, in order."""
         return [self.select(range(i, min(i + size, len(self)))) for i in range(0, len(self), size)]
 
-    def select(self, indices: Sequence[int]) -> Batch:
-        return Batch(
-            self.images[list(indices)],
-            tuple(self.targets[i] for i in indices),
-            tuple(self.valid_sizes[i] for i in indices),
-            tuple(self.image_ids[i] for i in indices),
-            tuple(self.positions[i] for i in indices),
-        )
+    def select(self, part: range) -> Batch:
+        """Those images, which follow each other."""
+        columns = (self.images, self.targets, self.valid_sizes, self.image_ids, self.positions)
+        return Batch(*(column[part.start : part.stop] for column in columns))
 
 
 @dataclass(frozen=True)

@@ -25,35 +25,43 @@ from mpformer.model.points import (
     cell_centers,
     inside,
     least_certain,
+    loss_points,
     sample,
     uncertain_points,
     unpack,
 )
 from mpformer.model.streams import SampleRandom
+from mpformer.model.transfer import to_device
 from mpformer.ops.mask_points import MaskPairs, kernel_for_mask_points, mask_point_losses
 from mpformer.types import Head, Pilots, Target
 
 
 @dataclass(frozen=True)
 class Normalizers:
-    """What the losses are divided by, summed over the global batch; each at least 1."""
+    """What the losses are divided by, summed over the global batch; each at least 1.
 
-    objects: float
+    Scalars on the device of the losses, so that the host need not wait for them, or numbers.
+    """
+
+    objects: Tensor | float
     """Ground-truth objects."""
-    class_weight: float
+    class_weight: Tensor | float
     """Cross-entropy weights of all queries: 1 per matched query, `no_object_weight` per other one."""
-    pilots: float
+    pilots: Tensor | float
     """Pilot slots that hold an object."""
-    pilot_class_weight: float
+    pilot_class_weight: Tensor | float
     """Cross-entropy weights of all pilots."""
-    queries: float
+    queries: Tensor | float
     """Queries of the matching part; of a per-pixel model its class maps."""
-    pixels: float = 1.0
+    pixels: Tensor | float = 1.0
     """Labelled pixels; counted for per-pixel models only."""
 
 
-def count_for_normalizers(targets: Sequence[Target], config: ModelConfig, classes: int) -> list[float]:
-    """A micro-batch's share of the `Normalizers`, known from its targets and the number of classes."""
+def count_for_normalizers(targets: Sequence[Target], config: ModelConfig, classes: int) -> Tensor:
+    """A micro-batch's share of the `Normalizers`, known from its targets and the number of classes.
+
+    [6] float64, in the order of their fields, on the targets' device.
+    """
     objects = [len(t.labels) for t in targets]
     queries, no_object = config.queries(classes), config.loss.no_object_weight
     matched = [min(n, queries) for n in objects]
@@ -61,8 +69,11 @@ def count_for_normalizers(targets: Sequence[Target], config: ModelConfig, classe
     layout = pilot_layout(objects, config.pilot)
     pilots = sum(layout.counts)
     pilot_class_weight = pilots + no_object * layout.fillers(config.pilot.rules())
-    pixels = sum(int(t.masks.any(0).sum()) for t in targets) if config.output == "per_pixel" else 0
-    return [float(sum(objects)), class_weight, pilots, pilot_class_weight, queries * len(objects), pixels]
+    counts = [sum(objects), class_weight, pilots, pilot_class_weight, queries * len(objects), 0]
+    result = to_device(torch.tensor(counts, dtype=torch.float64), targets[0].labels.device)
+    if config.output == "per_pixel":
+        result[-1:] = torch.stack([t.masks.any(0).sum() for t in targets]).sum()
+    return result
 
 
 def matching_losses(
@@ -71,7 +82,7 @@ def matching_losses(
     matches: Sequence[Match],
     normalizers: Normalizers,
     config: LossConfig,
-    draws: SampleRandom,
+    points: Points,
     valid_sizes: Sequence[tuple[int, int]],
 ) -> dict[str, Tensor]:
     """Weighted losses {'class', 'mask', 'dice'} of one head of the matching part; boxes: 'box', 'giou'."""
@@ -80,11 +91,10 @@ def matching_losses(
     wanted_class = torch.full((batch, queries), outputs - 1, dtype=torch.long, device=device)
     pairs = []
     for b, (target, m) in enumerate(zip(targets, matches)):
-        chosen, objects = m.queries.to(device), m.objects.to(device)
-        wanted_class[b, chosen] = target.labels[objects]
-        pairs.append((chosen, objects))
+        wanted_class[b, m.queries] = target.labels[m.objects]
+        pairs.append((m.queries, m.objects))
     class_sum = _class_loss(head.class_logits, wanted_class, config)
-    mask_sum, dice_sum = _mask_losses(head.mask_logits, targets, pairs, config, draws, valid_sizes)
+    mask_sum, dice_sum = _mask_losses(head.mask_logits, targets, pairs, config, points, valid_sizes)
     return {
         "class": config.class_weight * class_sum / normalizers.class_weight,
         "mask": config.mask_weight * mask_sum / normalizers.objects,
@@ -100,13 +110,13 @@ def pilot_losses(
     targets: Sequence[Target],
     normalizers: Normalizers,
     config: LossConfig,
-    draws: SampleRandom,
+    points: Points,
     valid_sizes: Sequence[tuple[int, int]],
 ) -> dict[str, Tensor]:
     """Weighted losses of one head of the pilots (MP-Former section 4.2).
 
     objects [B,P] int64: the object that each slot has to reconstruct; its own (`pilots.objects`), unless
-    pilots are matched.
+    pilots are matched. Shared points: those of each object of a group.
     """
     no_object = head.class_logits.shape[2] - 1
     # slots of no group are padding that nothing is asked of
@@ -117,7 +127,7 @@ def pilot_losses(
         pairs.append((torch.arange(count, device=objects.device), objects[b, :count]))
     class_sum = _class_loss(head.class_logits, wanted_class, config)
     shared = config.shared_pilot_points and config.points is not None
-    mask_sum, dice_sum = _mask_losses(head.mask_logits, targets, pairs, config, draws, valid_sizes, shared)
+    mask_sum, dice_sum = _mask_losses(head.mask_logits, targets, pairs, config, points, valid_sizes, shared)
     return {
         "class": config.class_weight * class_sum / normalizers.pilot_class_weight,
         "mask": config.mask_weight * mask_sum / normalizers.pilots,
@@ -141,16 +151,14 @@ def per_pixel_losses(
         if config.per_pixel == "cross_entropy":
             wanted = torch.full(raised.shape[1:], _NOT_COUNTED, device=raised.device)
             for label, region in zip(target.labels, target.masks):
-                wanted[region] = label
+                wanted = torch.where(region, label, wanted)
             pixel = pixel + F.cross_entropy(
                 raised[None], wanted[None], reduction="sum", ignore_index=_NOT_COUNTED
             )
         else:
-            maps = torch.zeros(classes, *raised.shape[1:], dtype=torch.bool, device=raised.device)
-            for label, region in zip(target.labels, target.masks):
-                maps[label] |= region
-            labelled = maps.any(0).flatten().to(raised.dtype)
-            pairs = raised.flatten(1), maps.flatten(1).to(raised.dtype), labelled
+            maps = raised.new_zeros(classes, raised[0].numel())
+            maps.index_add_(0, target.labels, target.masks.flatten(1).to(maps.dtype)).clamp_(max=1)
+            pairs = raised.flatten(1), maps, maps.amax(0)
             mask = mask + _mask_loss(*pairs, config).sum()
             dice = dice + _dice(*pairs).sum()
     if config.per_pixel == "cross_entropy":
@@ -182,7 +190,7 @@ def consistency_losses(
             if config.points is None:
                 points = cell_centers(*logits.shape[1:], logits.device).expand(len(logits), -1, -1)
             else:
-                points = _loss_points(logits, config, draws, b)
+                points = _kept_points(logits, loss_points(len(logits), config, draws, b), config)
             predicted, wanted = sample(logits, points), sample(label.to(logits.dtype), points)
             counted = _counted(points, config, valid_sizes[b], size)
             cross_entropy = cross_entropy + _mask_loss(predicted, wanted, counted, config).sum()
@@ -195,12 +203,14 @@ def consistency_losses(
 _NOT_COUNTED = -100
 """The label that cross-entropy leaves out."""
 
+Points = Sequence[tuple[Tensor, Tensor]]
+"""Of each image, as `points.loss_points` draws them; empty for losses on full masks."""
+
 
 def _class_loss(logits: Tensor, wanted: Tensor, config: LossConfig) -> Tensor:
     """Weighted sum of the cross-entropies; logits [B,Q,K+1], wanted [B,Q] in 0..K."""
     logits = at_least_float32(logits)
-    weights = torch.ones(logits.shape[2], dtype=logits.dtype, device=logits.device)
-    weights[-1] = config.no_object_weight
+    weights = F.pad(logits.new_ones(logits.shape[2] - 1), (0, 1), value=config.no_object_weight)
     return F.cross_entropy(
         logits.flatten(0, 1), wanted.flatten(), weights, reduction="sum", ignore_index=_NOT_COUNTED
     )
@@ -211,7 +221,7 @@ def _mask_losses(
     targets: Sequence[Target],
     pairs: Sequence[tuple[Tensor, Tensor]],
     config: LossConfig,
-    draws: SampleRandom,
+    points: Points,
     valid_sizes: Sequence[tuple[int, int]],
     shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -223,11 +233,10 @@ def _mask_losses(
     if config.points is not None and config.mask_loss == "cross_entropy" and library is not None:
         images = []
         for b, (target, (queries, objects)) in enumerate(zip(targets, pairs)):
+            drawn = points[b]
             if shared:
-                points = _shared_points(mask_logits[b, queries], objects, config, draws, b)
-                drawn = points[:, :0], points
-            else:
-                drawn = _drawn_points(len(queries), config, draws, b)
+                kept = _shared_points(mask_logits[b, queries], objects, drawn, config)
+                drawn = kept[:, :0], kept
             limit = (math.inf, math.inf)
             if config.padding == "ignored":
                 (height, width), size = valid_sizes[b], target.masks.shape[1:]
@@ -246,15 +255,15 @@ def _mask_losses(
             size = masks.shape[1:]
             predicted = _resize(logits, size).flatten(1)
             wanted = masks[objects].flatten(1).to(logits.dtype)
-            points = cell_centers(*size, logits.device)
+            kept = cell_centers(*size, logits.device)
         else:
             if shared:
-                points = unpack(_shared_points(logits, objects, config, draws, b))
+                kept = unpack(_shared_points(logits, objects, points[b], config))
             else:
-                points = _loss_points(logits, config, draws, b)
-            predicted = sample(logits, points)
-            wanted = _sample_objects(masks, objects, points, logits.dtype)
-        counted = _counted(points, config, valid_sizes[b], masks.shape[1:])
+                kept = _kept_points(logits, points[b], config)
+            predicted = sample(logits, kept)
+            wanted = _sample_objects(masks, objects, kept, logits.dtype)
+        counted = _counted(kept, config, valid_sizes[b], masks.shape[1:])
         cross_entropy = cross_entropy + _mask_loss(predicted, wanted, counted, config).sum()
         dice = dice + _dice(predicted, wanted, counted).sum()
     return cross_entropy, dice
@@ -285,35 +294,28 @@ def _counted(
     return inside(points, valid_size, size).float() if config.padding == "ignored" else None
 
 
-def _loss_points(logits: Tensor, config: LossConfig, draws: SampleRandom, b: int) -> Tensor:
+def _kept_points(logits: Tensor, drawn: tuple[Tensor, Tensor], config: LossConfig) -> Tensor:
     """[n,P,2] points of each mask's own."""
-    count = len(logits)
+    candidates, uniform = drawn
     important = int(config.importance * config.points)
-    candidates, uniform = _drawn_points(count, config, draws, b)
     return uncertain_points(logits, unpack(candidates), unpack(uniform), important)
 
 
 def _shared_points(
-    logits: Tensor, objects: Tensor, config: LossConfig, draws: SampleRandom, b: int
+    logits: Tensor, objects: Tensor, drawn: tuple[Tensor, Tensor], config: LossConfig
 ) -> Tensor:
-    """[n,P] int32: packed points, the same for all predictions of an object; objects [n].
+    """[n,P] int32: packed points, the same for all predictions of an object; objects [n], group by group.
 
-    Of the candidates those are kept at which the mean of the object's predictions is least certain.
+    Of an object's candidates those are kept at which the mean of its predictions is least certain.
     """
-    own, place = objects.unique(return_inverse=True)
+    candidates, uniform = drawn
+    own, _ = objects[: len(candidates)].sort()
+    place = torch.searchsorted(own, objects)
     sums = at_least_float32(logits.detach()).new_zeros(len(own), *logits.shape[1:])
     # every group holds every object once, so a sum of logits is as uncertain as their mean
     sums.index_add_(0, place, logits.detach().to(sums.dtype))
-    candidates, uniform = _drawn_points(len(own), config, draws, b)
     kept = least_certain(sums, candidates, int(config.importance * config.points))
     return torch.cat((kept, uniform), dim=1)[place]
-
-
-def _drawn_points(count: int, config: LossConfig, draws: SampleRandom, b: int) -> tuple[Tensor, Tensor]:
-    """Candidates and uniform points of `count` masks of an image, packed: [count,...] int32 both."""
-    important = int(config.importance * config.points)
-    candidates = draws.points(b, count, int(config.oversample * config.points))
-    return candidates, draws.points(b, count, config.points - important)
 
 
 @torch.no_grad()

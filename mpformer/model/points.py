@@ -2,10 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from mpformer.config_model import Loss as LossConfig
+from mpformer.model.streams import SampleRandom
+
+
+@dataclass(frozen=True)
+class HeadPoints:
+    """The random points of one head, image by image."""
+
+    matching: tuple[Tensor | None, ...]
+    """[P,2] float32, (x, y) in 0..1: shared by all pairs of an image; None where matching needs none."""
+    losses: tuple[tuple[Tensor, Tensor], ...]
+    """Candidates and uniform points of each pair, [n,...] int32, packed (`unpack`); empty for full masks."""
+
+
+def draw_points(
+    pairs: Sequence[int], config: LossConfig, draws: SampleRandom, *, matching: bool
+) -> HeadPoints:
+    """Draw the points of a head for images with that many pairs; matching: whether it is matched at all.
+
+    An image's stream gives the points of matching first, then those of the losses, head after head.
+    """
+    images = range(len(pairs))
+    shared = tuple(matching_points(config, draws, b) if matching else None for b in images)
+    if config.points is None:
+        return HeadPoints(shared, ())
+    return HeadPoints(shared, tuple(loss_points(pairs[b], config, draws, b) for b in images))
+
+
+def matching_points(config: LossConfig, draws: SampleRandom, b: int) -> Tensor | None:
+    """[P,2] float32; None where the cost needs no random points."""
+    count = config.for_matching().points
+    if config.assignment == "fixed" or config.match_by == "boxes" or count is None:
+        return None
+    return draws.uniform(b, count, 2)
+
+
+def loss_points(count: int, config: LossConfig, draws: SampleRandom, b: int) -> tuple[Tensor, Tensor]:
+    """Candidates and uniform points of `count` masks of an image, packed: [count,...] int32 both."""
+    important = int(config.importance * config.points)
+    candidates = draws.points(b, count, int(config.oversample * config.points))
+    return candidates, draws.points(b, count, config.points - important)
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -78,7 +123,5 @@ def _smallest(values: Tensor, count: int) -> Tensor:
 
 def inside(points: Tensor, valid_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Which points [...,P,2] lie in the valid upper left part of an image padded to `size`: [...,P] bool."""
-    limit = torch.tensor(
-        [valid_size[1] / size[1], valid_size[0] / size[0]], dtype=points.dtype, device=points.device
-    )
-    return (points < limit).all(dim=-1)
+    x, y = points.unbind(-1)
+    return (x < valid_size[1] / size[1]) & (y < valid_size[0] / size[0])

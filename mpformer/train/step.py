@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mpformer.config import Config
+from mpformer.config_model import Model as ModelConfig
 from mpformer.model.losses import (
     Normalizers,
     consistency_losses,
@@ -19,9 +20,11 @@ from mpformer.model.losses import (
     per_pixel_losses,
     pilot_losses,
 )
-from mpformer.model.matcher import NonFiniteError, match, match_pilots
+from mpformer.model.matcher import NonFiniteError
+from mpformer.model.matching import Matching, match_heads
 from mpformer.model.piloting import make_pilots
 from mpformer.model.streams import SampleRandom
+from mpformer.model.transfer import to_host
 from mpformer.train.timing import Timers
 from mpformer.types import Batch, Output, Pilots
 
@@ -54,16 +57,15 @@ def train_step(
     exactly. Raises `NonFiniteError` on every worker, before the weights change, if a loss or the gradient
     is not finite anywhere.
     """
+    seed, device = config.train.seed, batch.images.device
     micro_batches = batch.split(config.train.micro_batch or len(batch))
-    normalizers = _global_normalizers(micro_batches, config, classes, batch.images.device)
+    normalizers = _global_normalizers(micro_batches, config, classes)
+    checks: list[_Check] = []
     losses: dict[str, Tensor] = {}
     for micro in micro_batches:
-        last = micro is micro_batches[-1]
-        seed, device = config.train.seed, micro.images.device
         draws = SampleRandom(seed, "matching", micro.positions, device)
         pilot_draws = SampleRandom(seed, "pilots", micro.positions, device)
-        failure = None
-        with _gradients_stay_local(model, unless=last):
+        with _gradients_stay_local(model, unless=micro is micro_batches[-1]):
             with timers("pilots"):
                 pilots = make_pilots(micro.targets, config.model, classes, pilot_draws)
             with (
@@ -71,27 +73,22 @@ def train_step(
                 torch.autocast(device.type, torch.bfloat16, enabled=autocast),
             ):
                 output = model(micro.images, pilots)
-            try:
-                parts = _losses(output, pilots, micro, normalizers, config, draws, pilot_draws, timers)
+            with timers("match"):
+                matching = match_heads(output, pilots, micro, config.model, draws, pilot_draws)
+            with timers("losses"):
+                parts = _losses(output, pilots, matching, micro, normalizers, config.model, draws)
                 total = torch.stack(list(parts.values())).sum()
-                if not torch.isfinite(total):
-                    failure = f"losses of images {', '.join(micro.image_ids)} not finite: {_worst(parts)}"
-            except NonFiniteError as error:
-                failure = str(error)
-            if last or failure:
-                _agree_to_go_on(failure, device)
             with timers("backward"):
                 # DistributedDataParallel averages over workers; the losses are shares of one sum
                 (total * _world_size()).backward()
-        for name, part in {"loss": total, **parts}.items():
-            losses[name] = losses.get(name, 0) + part.detach()
+        parts = {name: part.detach() for name, part in {"loss": total, **parts}.items()}
+        checks.append(_Check(micro.image_ids, parts, matching.failure if matching else None))
+        for name, part in parts.items():
+            losses[name] = losses.get(name, 0) + part
     with timers("optimizer"):
         limit = config.train.clip_norm or float("inf")
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-        if not torch.isfinite(grad_norm):
-            raise NonFiniteError(
-                f"backward: the gradient of images {', '.join(batch.image_ids)} is not finite"
-            )
+        _stop_unless_finite(checks, grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return StepResult(losses, grad_norm)
@@ -100,79 +97,83 @@ def train_step(
 def _losses(
     output: Output,
     pilots: Pilots | None,
+    matching: Matching | None,
     batch: Batch,
     normalizers: Normalizers,
-    config: Config,
+    config: ModelConfig,
     draws: SampleRandom,
-    pilot_draws: SampleRandom,
-    timers: Timers,
 ) -> dict[str, Tensor]:
     """Weighted losses of all heads; those of the last head have no 'head_i/' before their name.
 
     Head i stands after layer i, head 0 before layer 1.
     """
-    targets, valid_sizes, settings = batch.targets, batch.valid_sizes, config.model.loss
-    layers = config.model.decoder.layers
+    targets, valid_sizes, settings = batch.targets, batch.valid_sizes, config.loss
+    layers = config.decoder.layers
     names = [f"head_{layer}/" for layer in range(layers + 1 - len(output.heads), layers)] + [""]
     losses: dict[str, Tensor] = {}
-    if config.model.output == "per_pixel":
-        with timers("losses"):
-            for name, head in zip(names, output.heads):
-                parts = per_pixel_losses(head, targets, normalizers, settings)
-                losses.update({f"{name}loss_{kind}": value for kind, value in parts.items()})
-        return losses
-    last_matches = None
-    if settings.matching == "last_head":
-        with timers("match"):
-            last_matches = match(output.heads[-1], targets, settings, draws, valid_sizes, batch.image_ids)
-    for name, head in zip(names, output.heads):
-        with timers("match"):
-            matches = last_matches or match(head, targets, settings, draws, valid_sizes, batch.image_ids)
-        with timers("losses"):
-            parts = matching_losses(head, targets, matches, normalizers, settings, draws, valid_sizes)
+    if matching is None:
+        for name, head in zip(names, output.heads):
+            parts = per_pixel_losses(head, targets, normalizers, settings)
             losses.update({f"{name}loss_{kind}": value for kind, value in parts.items()})
-    for name, head in zip(names, output.pilots or ()):
-        objects = pilots.objects
-        if config.model.pilot.assignment == "match":
-            with timers("match"):
-                objects = match_pilots(
-                    head, pilots, targets, settings, pilot_draws, valid_sizes, batch.image_ids
-                )
-        with timers("losses"):
-            parts = pilot_losses(
-                head, pilots, objects, targets, normalizers, settings, pilot_draws, valid_sizes
-            )
-            losses.update({f"{name}pilot_loss_{kind}": value for kind, value in parts.items()})
+        return losses
+    for name, head, matches, drawn in zip(names, output.heads, matching.heads, matching.points):
+        parts = matching_losses(head, targets, matches, normalizers, settings, drawn.losses, valid_sizes)
+        losses.update({f"{name}loss_{kind}": value for kind, value in parts.items()})
+    piloted = zip(names, output.pilots or (), matching.pilots, matching.pilot_points)
+    for name, head, objects, drawn in piloted:
+        parts = pilot_losses(head, pilots, objects, targets, normalizers, settings, drawn.losses, valid_sizes)
+        losses.update({f"{name}pilot_loss_{kind}": value for kind, value in parts.items()})
     if settings.consistency_weight:
-        with timers("losses"):
-            size = (batch.images.shape[2], batch.images.shape[3])
-            values = consistency_losses(output.heads, normalizers, settings, draws, valid_sizes, size)
-            losses.update({f"{name}loss_consistency": value for name, value in zip(names[1:], values)})
+        size = (batch.images.shape[2], batch.images.shape[3])
+        values = consistency_losses(output.heads, normalizers, settings, draws, valid_sizes, size)
+        losses.update({f"{name}loss_consistency": value for name, value in zip(names[1:], values)})
     return losses
 
 
-def _global_normalizers(
-    micro_batches: Sequence[Batch], config: Config, classes: int, device: torch.device
-) -> Normalizers:
+def _global_normalizers(micro_batches: Sequence[Batch], config: Config, classes: int) -> Normalizers:
     """Sums over all workers and micro-batches, known from the targets before the forward."""
     counts = [count_for_normalizers(micro.targets, config.model, classes) for micro in micro_batches]
-    total = torch.tensor(counts, dtype=torch.float64, device=device).sum(0)
+    total = torch.stack(counts).sum(0)
     if dist.is_initialized():
         dist.all_reduce(total)
-    return Normalizers(*total.clamp(min=1).tolist())
+    return Normalizers(*total.clamp(min=1).float().unbind())
 
 
-def _agree_to_go_on(failure: str | None, device: torch.device) -> None:
-    """Stop all workers together if one of them has failed, before any gradient is exchanged."""
-    failed = torch.tensor(float(failure is not None), device=device)
+@dataclass(frozen=True)
+class _Check:
+    """What has to be finite of a micro-batch."""
+
+    image_ids: tuple[str, ...]
+    losses: dict[str, Tensor]
+    matching_failure: str | None
+
+    def failure(self) -> str | None:
+        """What is not."""
+        if self.matching_failure or torch.isfinite(self.losses["loss"]):
+            return self.matching_failure
+        worst = [name for name, value in self.losses.items() if name != "loss" and not torch.isfinite(value)]
+        return f"losses of images {', '.join(self.image_ids)} not finite: {', '.join(worst)}"
+
+
+def _stop_unless_finite(checks: Sequence[_Check], grad_norm: Tensor) -> None:
+    """Stop all workers together if a cost, a loss or the gradient is not finite anywhere.
+
+    The host waits here, and once per micro-batch in `match_heads`; nowhere else. Nobody stops earlier: the
+    others would wait in their backward pass for the gradients of who left.
+    """
+    losses = torch.stack([check.losses["loss"] for check in checks]).isfinite().all()
+    here = losses & all(check.matching_failure is None for check in checks)
+    everywhere = here.float()
     if dist.is_initialized():
-        dist.all_reduce(failed)
-    if failed:
-        raise NonFiniteError(failure or "another worker met a number that is not finite")
-
-
-def _worst(parts: dict[str, Tensor]) -> str:
-    return ", ".join(name for name, value in parts.items() if not torch.isfinite(value))
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+    fine, gradient_fine = to_host(torch.stack((everywhere.bool(), grad_norm.isfinite()))).tolist()
+    if fine and gradient_fine:
+        return
+    failures = [failure for check in checks if (failure := check.failure())]
+    if not fine:
+        raise NonFiniteError(failures[0] if failures else "another worker met a number that is not finite")
+    images = ", ".join(image for check in checks for image in check.image_ids)
+    raise NonFiniteError(f"backward: the gradient of images {images} is not finite")
 
 
 @contextlib.contextmanager

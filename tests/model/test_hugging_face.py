@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from mpformer.config import Config
 from mpformer.model.losses import Normalizers, matching_losses
 from mpformer.model.matcher import match
+from mpformer.model.points import draw_points
 from mpformer.model.weights import checkpoint_metadata, export_huggingface, import_weights
 from mpformer.types import InputError, Target
 from tests.model.hugging_face import (
@@ -164,7 +165,8 @@ def test_loss_and_gradients_agree(kind, dtype, loss_tolerance, gradient_toleranc
     total = torch.zeros((), dtype=dtype)
     for head, draws in zip(ours(images, all_heads=True).heads, replays):
         matches = match(head, targets, settings, draws, sizes, ["a", "b"])
-        parts = matching_losses(head, targets, matches, normalizers, settings, draws, sizes)
+        points = draw_points([3, 5], settings, draws, matching=False).losses
+        parts = matching_losses(head, targets, matches, normalizers, settings, points, sizes)
         total = total + sum(parts.values())
     total.backward()
     assert total.item() == pytest.approx(expected.item(), rel=loss_tolerance)

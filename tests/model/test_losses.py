@@ -16,7 +16,7 @@ from mpformer.model.losses import (
 )
 from mpformer.model.matcher import Match
 from mpformer.model.piloting import make_pilots
-from mpformer.model.points import unpack
+from mpformer.model.points import draw_points, unpack
 from mpformer.model.streams import SampleRandom
 from mpformer.types import Head
 from tests.model.samples import CPU, blobs, pilot_draws, tiny_model
@@ -40,6 +40,11 @@ def heads(count, queries, seed=0):
 
 def draws(purpose="matching"):
     return SampleRandom(0, purpose, (0, 1), CPU)
+
+
+def drawn(pairs, config, source):
+    """The points of the losses for images with that many pairs."""
+    return draw_points(pairs, config, source, matching=False).losses
 
 
 def slow_mask_losses(logits, mask, points, valid_size):
@@ -85,7 +90,8 @@ def test_matching_losses(padding):
         Match(torch.tensor([1, 4]), torch.tensor([1, 0])),
         Match(torch.tensor([0, 2, 5]), torch.tensor([2, 0, 1])),
     ]
-    got = matching_losses(head, targets, matches, NORMALIZERS, config, draws(), VALID)
+    points = drawn([2, 3], config, draws())
+    got = matching_losses(head, targets, matches, NORMALIZERS, config, points, VALID)
     source = draws()
     class_loss = cross_entropy = dice = 0.0
     for b in range(2):
@@ -110,7 +116,7 @@ def test_full_masks():
     (head,) = heads(1, 3)
     targets = [blobs(1), blobs(0)]
     matches = [Match(torch.tensor([2]), torch.tensor([0])), Match(*torch.zeros(2, 0, dtype=torch.long))]
-    got = matching_losses(head, targets, matches, NORMALIZERS, config, draws(), VALID)
+    got = matching_losses(head, targets, matches, NORMALIZERS, config, (), VALID)
     raised = F.interpolate(head.mask_logits[:1, 2:], size=SIZE, mode="bilinear", align_corners=False)[0, 0]
     truth = targets[0].masks[0].double()
     cross_entropy = F.binary_cross_entropy_with_logits(raised, truth)
@@ -128,9 +134,8 @@ def test_pilot_losses(flavour):
     pilots = make_pilots(targets, config, 3, pilot_draws(2))
     slots = pilots.labels.shape[1]
     (head,) = heads(1, slots)
-    got = pilot_losses(
-        head, pilots, pilots.objects, targets, NORMALIZERS, config.loss, draws("pilots"), VALID
-    )
+    points = drawn(pilots.counts, config.loss, draws("pilots"))
+    got = pilot_losses(head, pilots, pilots.objects, targets, NORMALIZERS, config.loss, points, VALID)
     source = draws("pilots")
     class_loss = cross_entropy = dice = 0.0
     for b, count in enumerate(pilots.counts):
@@ -151,22 +156,26 @@ def test_normalizers_count_what_the_losses_sum():
     targets = [blobs(2), blobs(20), blobs(0)]
     paper = tiny_model({"queries": 12}, decoder={"queries": 7})
     # objects; 2 + 7 matched, the others 0.1 each; 12 + 12 pilots; all queries
-    assert count_for_normalizers(targets, paper, 3) == pytest.approx([22, 9 + 0.1 * 12, 24, 24, 21, 0])
+    assert count_for_normalizers(targets, paper, 3).tolist() == pytest.approx(
+        [22, 9 + 0.1 * 12, 24, 24, 21, 0]
+    )
     released = tiny_model({"queries": 40, "flavour": "released"}, decoder={"queries": 7})
     # two groups of twenty slots for each image: 4 + 40 pilots, 76 slots of padding
-    assert count_for_normalizers(targets, released, 3) == pytest.approx([22, 10.2, 44, 44 + 7.6, 21, 0])
+    assert count_for_normalizers(targets, released, 3).tolist() == pytest.approx(
+        [22, 10.2, 44, 44 + 7.6, 21, 0]
+    )
     none = tiny_model({"queries": 0}, decoder={"queries": 7})
-    assert count_for_normalizers(targets, none, 3)[2:4] == [0, 0]
+    assert count_for_normalizers(targets, none, 3)[2:4].tolist() == [0, 0]
 
 
 def test_no_objects_give_a_class_loss_and_zeros_in_the_graph():
     (head,) = heads(1, 4)
     head.mask_logits.requires_grad_(True)
     nothing = Match(*torch.zeros(2, 0, dtype=torch.long))
-    for points in (16, None):
-        got = matching_losses(
-            head, [blobs(0)] * 2, [nothing] * 2, NORMALIZERS, Loss(points=points), draws(), VALID
-        )
+    for count in (16, None):
+        config = Loss(points=count)
+        points = drawn([0, 0], config, draws())
+        got = matching_losses(head, [blobs(0)] * 2, [nothing] * 2, NORMALIZERS, config, points, VALID)
         assert float(got["class"]) > 0
         assert float(got["mask"]) == float(got["dice"]) == 0
         (got["mask"] + got["dice"]).backward()
@@ -203,11 +212,12 @@ def test_layer_consistency_pulls_on_the_later_head_only():
 def test_half_precision_is_raised_before_the_losses():
     (head,) = heads(1, 3)
     matches = [Match(torch.tensor([0]), torch.tensor([0]))] * 2
-    targets = [blobs(1), blobs(1, seed=1)]
+    targets, config = [blobs(1), blobs(1, seed=1)], Loss(points=64)
 
     def losses(dtype):
         cast = Head(head.class_logits.to(dtype), head.mask_logits.to(dtype))
-        return matching_losses(cast, targets, matches, NORMALIZERS, Loss(points=64), draws(), VALID)
+        points = drawn([1, 1], config, draws())
+        return matching_losses(cast, targets, matches, NORMALIZERS, config, points, VALID)
 
     for name, value in losses(torch.bfloat16).items():
         assert value.dtype == torch.float32
@@ -233,7 +243,7 @@ def test_the_compiled_form_is_the_plain_one(padding):
             targets,
             NORMALIZERS,
             config.loss,
-            SampleRandom(0, "pilots", (0, 1, 2), CPU),
+            drawn(pilots.counts, config.loss, SampleRandom(0, "pilots", (0, 1, 2), CPU)),
             [*VALID, (64, 33)],
         )
         (losses["mask"] + 3 * losses["dice"]).backward()
@@ -250,9 +260,8 @@ def test_shared_pilot_points(dtype):
     pilots = make_pilots(targets, config, 3, pilot_draws(2))
     (head,) = heads(1, pilots.labels.shape[1])
     cast = Head(head.class_logits.to(dtype), head.mask_logits.to(dtype))
-    got = pilot_losses(
-        cast, pilots, pilots.objects, targets, NORMALIZERS, config.loss, draws("pilots"), VALID
-    )
+    points = drawn([2, 5], config.loss, draws("pilots"))
+    got = pilot_losses(cast, pilots, pilots.objects, targets, NORMALIZERS, config.loss, points, VALID)
     source = draws("pilots")
     cross_entropy = dice = 0.0
     for b, count in enumerate(pilots.counts):

@@ -5,10 +5,11 @@ import itertools
 import pytest
 import torch
 
-from mpformer.config_model import Loss
-from mpformer.model.matcher import NonFiniteError, match, match_pilots
+from mpformer.config_model import Loss, Model
+from mpformer.model.matcher import NonFiniteError, match
+from mpformer.model.matching import match_heads
 from mpformer.model.streams import SampleRandom
-from mpformer.types import Head, Pilots, Target
+from mpformer.types import Batch, Head, Output, Pilots, Target
 from tests.model.samples import CPU, blobs, pilot_draws
 from tests.model.test_points import bilinear
 
@@ -101,6 +102,16 @@ def test_a_cost_that_is_not_finite_names_its_image():
         match(head, targets, Loss(points=None), draws(images=2), [(64, 96)] * 2, ["cat", "dog"])
 
 
+def matched_pilots(head, pilots, target, loss, draws):
+    """The object of each slot at a head of pilots, where they are matched."""
+    height, width = target.masks.shape[1:]
+    batch = Batch(torch.zeros(1, 3, height, width), (target,), ((height, width),), ("a",), (0,))
+    config = Model(loss=loss, pilot={"assignment": "match"})
+    found = match_heads(Output((head,), (head,)), pilots, batch, config, draws, draws)
+    assert found.failure is None
+    return found.pilots[0]
+
+
 def test_pilots_are_matched_within_their_group():
     """Predictions that equal other objects' masks are given those objects, in each group by itself."""
     random = torch.Generator().manual_seed(0)
@@ -113,7 +124,7 @@ def test_pilots_are_matched_within_their_group():
     own = torch.tensor([[0, 1, 2] * 3 + [0]])
     groups = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2, -1]])
     pilots = Pilots(own, own, groups, (9,), ())
-    matched = match_pilots(head, pilots, [target], Loss(points=64), pilot_draws(1), [(16, 24)], ["a"])
+    matched = matched_pilots(head, pilots, target, Loss(points=64), pilot_draws(1))
     assert torch.equal(matched[:, :9], wanted)
 
 
@@ -123,5 +134,5 @@ def test_a_truncated_group_is_matched_among_its_own_objects():
     pilots = Pilots(own, own, torch.zeros(1, 2, dtype=torch.long), (2,), ())
     for seed in range(4):
         head = random_head(2, seed=seed)
-        matched = match_pilots(head, pilots, [target], Loss(points=32), pilot_draws(1), [(64, 96)], ["a"])
+        matched = matched_pilots(head, pilots, target, Loss(points=32), pilot_draws(1))
         assert sorted(matched[0].tolist()) == [1, 4]

@@ -47,11 +47,11 @@ def gradients_of_step(config, batch, micro_batch=None, model=None):
     config = config.model_copy(
         update={"train": config.train.model_copy(update={"micro_batch": micro_batch, "clip_norm": 0.0})}
     )
-    result = train_step(model, _Keep(), batch, config, Timers(), classes=CLASSES)
+    result = train_step(model, Keep(), batch, config, Timers(), classes=CLASSES)
     return result, {n: p.grad for n, p in model.named_parameters()}
 
 
-class _Keep:
+class Keep:
     """An optimiser that leaves weights and gradients as they are."""
 
     def step(self):
@@ -288,7 +288,7 @@ def _step_in_double(rank, world, config, counts):
     model = build_model(config.model, CLASSES).double().train()
     share = make_batch(counts).select(rank_positions(0, len(counts), rank, world))
     wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
-    result = train_step(wrapped, _Keep(), share, config, Timers(), classes=CLASSES)
+    result = train_step(wrapped, Keep(), share, config, Timers(), classes=CLASSES)
     gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
     return float(result.losses["loss"]), float(result.grad_norm), gradients
 
