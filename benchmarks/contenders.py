@@ -89,7 +89,7 @@ def scenes(images: int, objects: int, size: int) -> Batch:
 
 def normalized(images: Tensor) -> Tensor:
     """What transformers takes where we take bytes."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
     return (images - mean) / std
 
 
@@ -192,6 +192,7 @@ def print_parts(parts: dict[str, list[dict[str, float]]]) -> None:
 def peak_memory(script: str, contender: str, arguments: argparse.Namespace, objects: int) -> float:
     """Peak resident MB of a fresh process that runs nothing but three passes of one contender."""
     flags = [f"--size={arguments.size}", f"--images={arguments.images}", f"--objects={objects}"]
+    flags += [f"--device={arguments.device}", f"--precision={arguments.precision}"]
     flags += ["--tiny"] if arguments.tiny else []
     command = [sys.executable, script, *flags, f"--memory-of={contender}"]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
@@ -204,19 +205,22 @@ def print_memory(used: dict[str, float]) -> None:
         print(f"| {name} | {megabytes:.0f} | {share} |", flush=True)
 
 
-def own_peak() -> float:
-    """Peak resident MB of this process."""
+def own_peak(device: str) -> float:
+    """Peak MB of this process: resident, or of a GPU's memory what torch gave to tensors."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def machine() -> str:
-    """Processor, versions, threads and load, in one paragraph."""
+def machine(device: str) -> str:
+    """GPU, processor, versions, threads and load, in one paragraph."""
     with open("/proc/cpuinfo") as file:
         model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "?")
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "timm", "numpy"))
-    kernel = next(s for s in kernel_status() if s.device == "cpu")
+    kernel = next(s for s in kernel_status() if s.device == device)
+    gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
     return (
-        f"{date.today()}, {model}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, "
+        f"{date.today()}, {gpu}{model}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, "
         f"Python {platform.python_version()}, {packages}; {torch.get_num_threads()} threads, "
         f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'not set')}; load {os.getloadavg()[0]:.1f}; "
         f"deformable attention: {kernel.kernel}"
@@ -228,6 +232,10 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--size", type=int, default=512, help="height and width of the images")
     parser.add_argument("--images", type=int, default=1, help="images of a pass")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32", help="of the forward"
+    )
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--only", default="", help="contenders, comma-separated; all if empty")
     parser.add_argument("--no-memory", action="store_true", help="leave out what measures memory")

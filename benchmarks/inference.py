@@ -2,12 +2,13 @@
 
     OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/inference.py
 
-From a normalised or a byte image to the masks of the best 100 (query, class) pairs at the image's size, in
-float32. Random weights would keep nothing above a usual threshold, so both keep all 100.
+From a normalised or a byte image to the masks of the best 100 (query, class) pairs at the image's size.
+Random weights would keep nothing above a usual threshold, so both keep all 100.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 
@@ -29,6 +30,7 @@ from contenders import (
     scenes,
     their_model,
 )
+from kernels import wait
 
 from mpformer.model.postprocess import Sizes, View, instance
 from mpformer.types import Batch
@@ -37,8 +39,9 @@ OURS = "ours"
 Pass = Callable[[], dict[str, float]]
 
 
-def our_pass(batch: Batch, tiny: bool) -> Pass:
-    model = our_model(our_config({}, tiny)).eval()
+def our_pass(batch: Batch, tiny: bool, autocast: bool) -> Pass:
+    device = batch.images.device
+    model = our_model(our_config({}, tiny)).to(device).eval()
     watch = Stopwatch(
         {"backbone": model.backbone, "pixel decoder": model.pixel_decoder, "decoder": model.decoder}
     )
@@ -46,21 +49,25 @@ def our_pass(batch: Batch, tiny: bool) -> Pass:
 
     @torch.inference_mode()
     def run() -> dict[str, float]:
-        (head,) = model(batch.images).heads
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            (head,) = model(batch.images).heads
+        wait(device)
         start = time.perf_counter()
         for b in range(len(batch)):
             found = list(instance(View(head.class_logits[b], head.mask_logits[b], Sizes(size, size, size))))
             assert len(found) > 0
+        wait(device)
         end = time.perf_counter()
         return {**watch.take(end), "post-processing": end - start}
 
     return run
 
 
-def their_pass(batch: Batch, tiny: bool) -> Pass:
+def their_pass(batch: Batch, tiny: bool, autocast: bool) -> Pass:
     import transformers
 
-    model = their_model(tiny)
+    device = batch.images.device
+    model = their_model(tiny).to(device)
     processor = transformers.Mask2FormerImageProcessor()
     images = normalized(batch.images)
     level = model.model.pixel_level_module
@@ -75,19 +82,23 @@ def their_pass(batch: Batch, tiny: bool) -> Pass:
 
     @torch.inference_mode()
     def run() -> dict[str, float]:
-        outputs = model(pixel_values=images)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            outputs = model(pixel_values=images)
+        wait(device)
         start = time.perf_counter()
         processor.post_process_instance_segmentation(
             outputs, threshold=0.0, target_sizes=sizes, return_binary_maps=True
         )
+        wait(device)
         end = time.perf_counter()
         return {**watch.take(end), "post-processing": end - start}
 
     return run
 
 
-def contender(name: str, batch: Batch, tiny: bool) -> Pass:
-    return their_pass(batch, tiny) if name == TRANSFORMERS else our_pass(batch, tiny)
+def contender(name: str, batch: Batch, given: argparse.Namespace) -> Pass:
+    how = batch.to(given.device), given.tiny, given.precision == "bfloat16"
+    return their_pass(*how) if name == TRANSFORMERS else our_pass(*how)
 
 
 def _recording(run: Pass, taken: list[dict[str, float]]) -> Callable[[], None]:
@@ -101,18 +112,18 @@ def main() -> None:
     given = parser.parse_args()
     batch = scenes(given.images, given.objects, given.size)
     if given.memory_of:
-        run = contender(given.memory_of, batch, given.tiny)
+        run = contender(given.memory_of, batch, given)
         for _ in range(3):
             run()
-        print(own_peak())
+        print(own_peak(given.device))
         return
 
-    print(machine())
+    print(machine(given.device))
     names = given.only.split(",") if given.only else [TRANSFORMERS, OURS]
-    print(f"\n## {given.images} x {given.size}x{given.size}, float32")
+    print(f"\n## {given.images} x {given.size}x{given.size}, {given.precision}")
     if not given.no_memory:
         used = {name: peak_memory(__file__, name, given, given.objects) for name in names}
-    runs = {name: contender(name, batch, given.tiny) for name in names}
+    runs = {name: contender(name, batch, given) for name in names}
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     passes = {name: _recording(run, taken[name]) for name, run in runs.items()}
     print_times(interleave(passes, given.repetitions), {OURS: TRANSFORMERS})

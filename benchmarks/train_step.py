@@ -1,14 +1,19 @@
 """Times a whole training step: our Mask2Former and MP-Former beside transformers' Mask2Former.
 
     OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/train_step.py
+    PYTHONPATH=. python benchmarks/train_step.py --device cuda --size 1024 --images 8 --precision bfloat16
 
-A step is forward, matching, losses, backward, clipping and AdamW, in float32, on the same images and objects.
-Every repetition starts from the same weights and random numbers. Ours is `mpformer.train.step.train_step`
-itself. The parts are those of further, instrumented steps.
+A step is forward, matching, losses, backward, clipping and AdamW, on the same images and objects. Every
+repetition starts from the same weights and random numbers. Ours is `mpformer.train.step.train_step` itself.
+The parts are those of further, instrumented steps. With `--kernels`, and always on a GPU, the parts are
+kernels instead, beside the rate of arithmetic and that of a large matrix product. Needed are torch,
+torchvision, timm, transformers, scipy, PyYAML and pydantic; neither Ray nor a data set.
 """
 
 from __future__ import annotations
 
+import argparse
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +37,7 @@ from contenders import (
     scenes,
     their_model,
 )
+from kernels import device_times, flops, matmul_rate, print_kernels, wait
 
 from mpformer.train.optim import build_optimizer
 from mpformer.train.step import train_step
@@ -53,15 +59,15 @@ Step = Callable[[], dict[str, float]]
 """One training step; it returns the seconds of its parts."""
 
 
-def our_step(settings: dict[str, Any], batch: Batch, tiny: bool) -> Step:
+def our_step(settings: dict[str, Any], batch: Batch, tiny: bool, autocast: bool) -> Step:
     config = our_config(settings, tiny)
-    model = our_model(config).train()
+    model = our_model(config).to(batch.images.device).train()
     optimizer = build_optimizer(model, config.train)
     parts = {"backbone": model.backbone, "pixel decoder": model.pixel_decoder, "decoder": model.decoder}
     watch, timers = Stopwatch(parts), Timers()
 
     def step() -> dict[str, float]:
-        train_step(model, optimizer, batch, config, timers, classes=CLASSES)
+        train_step(model, optimizer, batch, config, timers, classes=CLASSES, autocast=autocast)
         seconds = timers.take()
         end = time.perf_counter() - seconds["optimizer"]
         parts = watch.take(end)
@@ -78,8 +84,9 @@ def our_step(settings: dict[str, Any], batch: Batch, tiny: bool) -> Step:
     return step
 
 
-def their_step(batch: Batch, tiny: bool) -> Step:
-    model = their_model(tiny)
+def their_step(batch: Batch, tiny: bool, autocast: bool) -> Step:
+    device = batch.images.device
+    model = their_model(tiny).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
     images = normalized(batch.images)
     masks = [target.masks.float() for target in batch.targets]
@@ -95,7 +102,8 @@ def their_step(batch: Batch, tiny: bool) -> Step:
     criterion = Stopwatch({"losses": model.criterion, "matching": model.criterion.matcher})
 
     def step() -> dict[str, float]:
-        loss = model(pixel_values=images, mask_labels=masks, class_labels=labels).loss
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = model(pixel_values=images, mask_labels=masks, class_labels=labels).loss
         start = time.perf_counter()
         loss.backward()
         end = time.perf_counter()
@@ -115,38 +123,67 @@ def their_step(batch: Batch, tiny: bool) -> Step:
     return step
 
 
-def contender(name: str, batch: Batch, tiny: bool) -> Step:
-    return their_step(batch, tiny) if name == TRANSFORMERS else our_step(OURS[name], batch, tiny)
+def contender(name: str, batch: Batch, given: argparse.Namespace) -> Step:
+    how = batch.to(given.device), given.tiny, given.precision == "bfloat16"
+    return their_step(*how) if name == TRANSFORMERS else our_step(OURS[name], *how)
 
 
-def _recording(step: Step, taken: list[dict[str, float]]) -> Callable[[], None]:
-    return lambda: taken.append(step())
+def _recording(step: Step, taken: list[dict[str, float]], device: torch.device) -> Callable[[], None]:
+    def run() -> None:
+        taken.append(step())
+        wait(device)
+
+    return run
+
+
+def print_rates(steps: dict[str, Step], times: dict[str, list[float]], given: argparse.Namespace) -> None:
+    """Images per second, arithmetic beside what the device can do, and the kernels."""
+    device = torch.device(given.device)
+    limit = matmul_rate(device, getattr(torch, given.precision))
+    print(f"\nA large matrix product in {given.precision}: {limit / 1e12:.1f} TFLOP/s")
+    print("\n| | images/s | TFLOP of a step | TFLOP/s | of the product's |\n|---|---|---|---|---|")
+    for name, step in steps.items():
+        seconds, work = statistics.median(times[name]) / 1e3, flops(step)
+        rate = work / seconds
+        print(
+            f"| {name} | {given.images / seconds:.1f} | {work / 1e12:.2f} | {rate / 1e12:.1f} | "
+            f"{100 * rate / limit:.0f} % |",
+            flush=True,
+        )
+    for name, step in steps.items():
+        print_kernels(name, device_times(step, device), statistics.median(times[name]))
 
 
 def main() -> None:
     """Prints the tables."""
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--objects", default="5,20", help="objects per image, comma-separated")
+    parser.add_argument("--kernels", action="store_true", help="device time by kernel instead of by part")
     given = parser.parse_args()
     if given.memory_of:
-        step = contender(given.memory_of, scenes(given.images, int(given.objects), given.size), given.tiny)
+        step = contender(given.memory_of, scenes(given.images, int(given.objects), given.size), given)
         for _ in range(3):
             step()
-        print(own_peak())
+        print(own_peak(given.device))
         return
 
-    print(machine())
+    print(machine(given.device))
     names = given.only.split(",") if given.only else [TRANSFORMERS, *OURS]
     for objects in map(int, given.objects.split(",")):
-        print(f"\n## {objects} objects, {given.images} x {given.size}x{given.size}, float32")
+        print(f"\n## {objects} objects, {given.images} x {given.size}x{given.size}, {given.precision}")
         if not given.no_memory:
             used = {name: peak_memory(__file__, name, given, objects) for name in names}
         batch = scenes(given.images, objects, given.size)
-        steps = {name: contender(name, batch, given.tiny) for name in names}
+        steps = {name: contender(name, batch, given) for name in names}
         taken: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-        passes = {name: _recording(step, taken[name]) for name, step in steps.items()}
-        print_times(interleave(passes, given.repetitions), REFERENCES)
-        print_parts({name: parts[1:] for name, parts in taken.items()})
+        device = torch.device(given.device)
+        passes = {name: _recording(step, taken[name], device) for name, step in steps.items()}
+        times = interleave(passes, given.repetitions)
+        print_times(times, REFERENCES)
+        if given.kernels or given.device == "cuda":
+            print_rates(steps, times, given)
+        else:
+            print_parts({name: parts[1:] for name, parts in taken.items()})
         if not given.no_memory:
             print_memory(used)
 

@@ -36,7 +36,8 @@ class _MaskLogits(torch.autograd.Function):
         flat, grad = features.flatten(2), grad.flatten(2)
         grad_embeddings = torch.zeros_like(embeddings)
         grad_flat = torch.empty(flat.shape, dtype=flat.dtype)
-        for b, used in enumerate(torch.linalg.vector_norm(grad, torch.inf, 2) != 0):
+        # a norm, which would say the same, takes twenty times as long
+        for b, used in enumerate((grad.amax(2) != 0) | (grad.amin(2) != 0)):
             rows = used.nonzero()[:, 0]
             chosen = grad[b] if len(rows) == len(used) else grad[b, rows]
             grad_embeddings[b, rows] = chosen @ flat[b].T

@@ -7,6 +7,7 @@ does differently stands in functions of its own, named `released_*`. `with_noise
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,10 +56,18 @@ def point_noise(masks: Tensor, ratio: float, scores: Tensor, amounts: Tensor) ->
     count = (amounts * (most + 1)).floor().clamp(max=most).long()
     # the cells with the `count` smallest scores: scores are looked up in order only as far as can be needed
     longest = min(cells, int(ratio * cells) + 1)
-    order = scores.topk(longest, dim=1, largest=False).values
+    order = _smallest(scores, longest)
     beyond = torch.full_like(order[:, :1], float("inf"))
     first_kept = torch.cat((order, beyond), dim=1).gather(1, count[:, None])
     return masks ^ (scores < first_kept).view_as(masks)
+
+
+def _smallest(values: Tensor, count: int) -> Tensor:
+    """The `count` smallest values of each row, in order: [N,P] -> [N,count]."""
+    if values.device.type == "cpu":
+        # numpy's vectorised selection takes an eighth of the time of torch's
+        return torch.from_numpy(np.sort(np.partition(values.numpy(), count - 1, axis=1)[:, :count], axis=1))
+    return values.topk(count, dim=1, largest=False).values
 
 
 def released_point_noise(masks: Tensor, ratio: float, scores: Tensor) -> Tensor:
