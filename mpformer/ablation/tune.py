@@ -19,6 +19,8 @@ for _name, _value in {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # as in train/launch, which comes too late for this one here
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "worker processes have been started on node",
 }.items():
     os.environ.setdefault(_name, _value)
 

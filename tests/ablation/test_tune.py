@@ -1,6 +1,8 @@
 """What is refused before the trials of a study start; the trials themselves: `tests/e2e/test_ablation.py`."""
 
 import fcntl
+import subprocess
+import sys
 
 import pytest
 import ray
@@ -8,6 +10,20 @@ import ray
 from mpformer.ablation.spec import load_study
 from mpformer.ablation.tune import run_trials
 from mpformer.types import RunError
+
+
+@pytest.mark.parametrize("module", ["mpformer.ablation.tune", "mpformer.train.launch"])
+def test_ray_s_count_of_processes_is_not_told(module, tmp_path):
+    # Ray reads the setting when it is imported: it must be there before
+    code = f"import {module}\nfrom ray._private.ray_logging import stdout_deduplicator as told\n"
+    code += "lines = ['8 PYTHON worker processes have been started on node: 1', 'a node has died']\n"
+    code += (
+        "print(told.deduplicate({'lines': lines, 'pid': 'raylet', 'ip': '', 'is_err': False})[0]['lines'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "['a node has died']"
 
 
 def test_a_study_that_is_being_worked_on_is_refused(tmp_path, monkeypatch):
