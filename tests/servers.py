@@ -114,6 +114,10 @@ class S3Server:
         keys = {"access_key": "test", "secret_key": "test"}
         return fs.S3FileSystem(allow_bucket_creation=True, **keys, **self._where)
 
+    def has(self, name: str) -> bool:
+        """Whether a file of the study is there."""
+        return self.files().get_file_info(f"{self._study}/{name}").type == fs.FileType.File
+
     def content(self, folder: str) -> dict[str, bytes]:
         """What lies below a folder of the study, by path."""
         files, base = self.files(), f"{self._study}/{folder}/"

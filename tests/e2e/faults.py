@@ -67,9 +67,12 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def seconds_until_step_goes_on(run_dir: Path, process: subprocess.Popen[str], since: float) -> float:
-    """From `since` (time.time) until the first point that a later start of the run has written."""
-    known = len(list((run_dir / "metrics").glob("*.jsonl")))
+def seconds_until_step_goes_on(
+    run_dir: Path, process: subprocess.Popen[str], since: float, before: Path | None = None
+) -> float:
+    """From `since` (time.time) until the first point that a later start of the run has written; `before`: the
+    folder of the starts before, if that is another one."""
+    known = len(list(((before or run_dir) / "metrics").glob("*.jsonl")))
 
     def goes_on() -> bool:
         parts = sorted((run_dir / "metrics").glob("*.jsonl"))
