@@ -18,6 +18,8 @@ from tests.e2e.faults import (
     held,
     note,
     run_dir_of,
+    seconds_until_step_goes_on,
+    training_workers,
     values,
     wait_for,
 )
@@ -169,3 +171,38 @@ def test_a_bucket_closed_for_a_minute_gets_everything(recipe: Path, unbroken: Pa
     assert_mirror_equals(bucket, run_dir)
     waited = seconds_waited(run_dir, unbroken)
     note("bucket closed for 60 s, beyond the last step", waited=waited, lost=0, difference=0.0)
+
+
+def test_a_bucket_catches_up_and_another_machine_goes_on_from_it(
+    recipe: Path, unbroken: Path, bucket: S3Server, tmp_path: Path
+) -> None:
+    settings = [f"cluster.mirror={bucket.uri}"]
+    run_dir = run_dir_of(recipe, *settings)
+    process = start("train", recipe, *settings)
+    wait_for(at_step(run_dir, 3), process)
+    with held(process):
+        bucket.overloaded = True
+    wait_for(lambda: at_step(run_dir, 6)() and bucket.refused, process)
+    with held(process):
+        bucket.overloaded = False
+    # the checkpoint after that brings what the one before could not
+    last = f"{run_dir.name}/checkpoints/step-00000009/state.json"
+    wait_for(lambda: bucket.has(last), process)
+    (worker,) = training_workers(process.pid)
+    worker.suspend()
+    process.kill()
+    worker.kill()
+    process.communicate()
+    assert not (run_dir / "summary.json").exists()
+
+    elsewhere = [*settings, f"storage={tmp_path / 'another machine'}"]
+    there = run_dir_of(recipe, *elsewhere)
+    resumed = start("train", recipe, *elsewhere)
+    seconds = seconds_until_step_goes_on(there, resumed, time.time(), before=run_dir)
+    _, err = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, err
+    started = json.loads(sorted((there / "metrics").glob("*.jsonl"))[-1].read_text().splitlines()[0])
+    assert started["start_step"] == 9
+    assert_as_unbroken(there, unbroken)
+    assert_mirror_equals(bucket, there)
+    note("bucket answers 503; its copy resumed on another machine", seconds=seconds, lost=0, difference=0.0)
