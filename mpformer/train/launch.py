@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mpformer.config import Config, dump_yaml, run_name
-from mpformer.data.catalog import open_split
+from mpformer.data.catalog import check_same_classes, open_split
 from mpformer.data.version import data_version
 from mpformer.mlflow_store import prepare_store
 from mpformer.model.weights import model_file
@@ -96,6 +96,8 @@ def fit(
     splits = {name: open_split(config.data, name) for name in ("train", "val")}
     if not splits["train"].records:
         raise InputError(f"{config.data.root}: the training split has no image")
+    # labels are places in the table: with another one the figures would compare the wrong classes
+    check_same_classes(splits["train"].classes, splits["val"].classes, splits["val"].name)
     run_dir.mkdir(parents=True, exist_ok=True)
     with only_driver(run_dir):
         (run_dir / "config.yaml").write_text(dump_yaml(config))

@@ -1,13 +1,16 @@
 """One driver at a time on a run, and what it is told of its workers' failures."""
 
 import fcntl
+import json
 import threading
 import time
 
 import pytest
 
+from mpformer.config import Config, Data
+from mpformer.data.synthetic import generate
 from mpformer.train import launch, loop
-from mpformer.types import RunError
+from mpformer.types import InputError, RunError
 
 
 def test_a_second_driver_waits_for_an_orphan_s_end_but_not_for_ever(tmp_path, monkeypatch):
@@ -32,3 +35,16 @@ def test_a_full_disk_tears_no_note_of_a_failure(tmp_path, caplog):
     loop._note(tmp_path / "failure.json", {"token": "a", "message": "step 7: the loss is not finite"})
     assert not (tmp_path / "failure.json").exists()
     assert "No space left on device" in caplog.text
+
+
+def test_splits_with_different_classes_are_refused_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "start_ray", lambda: pytest.fail("Ray was started"))
+    generate(tmp_path / "scenes", {"train": 1, "val": 1}, size=64)
+    annotations = tmp_path / "scenes/annotations/instances_val2017.json"
+    content = json.loads(annotations.read_text())
+    content["categories"][0]["name"] = "sphere"
+    annotations.write_text(json.dumps(content))
+    config = Config(data=Data(root=str(tmp_path / "scenes")), storage=str(tmp_path / "runs"))
+    with pytest.raises(InputError, match="class 0 is 'sphere'"):
+        launch.fit(config)
+    assert not (tmp_path / "runs").exists()
