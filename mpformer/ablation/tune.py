@@ -8,7 +8,9 @@ its last checkpoint, and rows or seeds that were added later are simply runs tha
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +120,8 @@ def run_trials(
             with only_driver(trial.run_dir):  # another command on the same study: told before anything starts
                 pass
     start_ray()
+    # a trial's failure is told with the others at the end, in one line and not as a traceback
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     have = ray.cluster_resources()
     capacity = Capacity(have.get("CPU", 0.0), have.get("GPU", 0.0))
     at_once = trials_at_once(trials, capacity)
@@ -158,7 +162,7 @@ def run_trials(
             step = result.metrics["step"]
             (trial.run_dir / STOPPED_FILE).write_text(json.dumps({"by": "asha", "step": step}))
         elif result.error is not None:
-            failures.append(Failure(trial, _last_line(result.error), bad_input=False))
+            failures.append(Failure(trial, _reason(result.error), bad_input=False))
         elif "failure" in result.metrics:
             failures.append(Failure(trial, result.metrics["failure"], result.metrics["bad_input"]))
     return failures
@@ -174,6 +178,12 @@ class _Silent(TrialProgressCallback):
         """Prints nothing."""
 
 
-def _last_line(error: BaseException) -> str:
-    """Ray wraps a worker's traceback into the message: its last line is the exception itself."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+def _reason(error: BaseException) -> str:
+    """What ended a trial, in one line.
+
+    Ray gives a traceback as text, whose last exception it is, or the words of an exception of its own, which
+    says it in its first line.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    named = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Exit): ", line)]
+    return (named[-1] if named else lines[0]).strip()

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from mpformer.ablation.spec import load_study
-from mpformer.ablation.tune import run_trials
+from mpformer.ablation.tune import _reason, run_trials
 from mpformer.types import RunError
 
 
@@ -24,6 +24,35 @@ def test_ray_s_count_of_processes_is_not_told(module, tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.strip() == "['a node has died']"
+
+
+OUT_OF_MEMORY = """\
+1 worker(s) were killed due to the node running low on memory.
+OOM kill reason: 95.0% of the limit
+Refer to the documentation on how to address the out of memory issue"""
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError(OUT_OF_MEMORY), "1 worker(s) were killed due to the node running low on memory."),
+        (
+            RuntimeError(
+                f"Traceback (most recent call last):\nray.exceptions.OutOfMemoryError: {OUT_OF_MEMORY}"
+            ),
+            "ray.exceptions.OutOfMemoryError: 1 worker(s) were killed due to the node running low on memory.",
+        ),
+        (
+            RuntimeError(
+                "ray::drive() (pid=1)\nKeyError: 3\n\nDuring handling of this\nValueError: no such row"
+            ),
+            "ValueError: no such row",
+        ),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+    ],
+)
+def test_what_ended_a_trial_is_told_in_one_line(error, reason):
+    assert _reason(error) == reason
 
 
 def test_a_study_that_is_being_worked_on_is_refused(tmp_path, monkeypatch):
