@@ -330,3 +330,39 @@ def test_any_number_of_workers_computes_the_step_of_one(world, tmp_path):
                 assert grad_norm == pytest.approx(norm, rel=1e-12), (case, micro_batch)
                 for name, gradient in gradients.items():
                     torch.testing.assert_close(gradient, expected[name], atol=1e-12, rtol=1e-12)
+
+
+def _work_beside_a_failing_worker(rank, store, told):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
+    try:
+        config = settings()
+        torch.manual_seed(0)
+        model = build_model(config.model, CLASSES).train()
+        wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        if rank == 1:
+            with torch.no_grad():
+                model.decoder.class_embed.bias.fill_(float("nan"))
+        before = copy.deepcopy(model.state_dict())
+        optimizer = build_optimizer(model, config.train)
+        share = make_batch([3, 2]).select(range(rank, rank + 1))
+        try:
+            train_step(wrapped, optimizer, share, config, Timers(), classes=CLASSES)
+        except NonFiniteError as error:
+            after = model.state_dict()
+            kept = all(torch.equal(after[n].nan_to_num(), v.nan_to_num()) for n, v in before.items())
+            told[rank] = (str(error), kept)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_one_failing_worker_stops_all_before_the_weights_change(tmp_path):
+    with mp.Manager() as manager:
+        told = manager.dict()
+        mp.spawn(_work_beside_a_failing_worker, (str(tmp_path / "store"), told), nprocs=2)
+        told = dict(told)
+    assert told[0] == ("another worker met a number that is not finite", True)
+    assert told[1] == ("matching: a cost of image image-1 is not finite", True)
