@@ -22,6 +22,7 @@ ray get-auth-token --generate > /dev/null # in ~/.ray/auth_token, which all node
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=$(srun --nodes=1 --ntasks=1 -w "${nodes[0]}" hostname -I | cut -d' ' -f1)
 export RAY_ADDRESS=$head:6379
+mkdir -p "$RESULTS" # MLflow's server makes no folder for its database
 
 srun --nodes=1 --ntasks=1 -w "${nodes[0]}" \
     ray start --head --node-ip-address="$head" --port=6379 --dashboard-host=127.0.0.1 --block &

@@ -7,6 +7,7 @@ with its `Segment` objects is made when it is asked for.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import struct
 from abc import abstractmethod
@@ -19,7 +20,6 @@ import numpy as np
 
 from mpformer.config import Data, LabelMaps, MaskFiles, Packed, Split
 from mpformer.types import ClassTable, InputError
-from mpformer.yamlfile import nearest
 
 
 @dataclass(frozen=True)
@@ -410,4 +410,5 @@ def _near_folder(path: Path) -> str:
     if not parent.is_dir():
         return f" (nor {parent})"
     names = [p.name for p in parent.iterdir() if p.is_dir()]
-    return f"; nearest: {parent / nearest(path.name, names)}" if names else ""
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
+    return f"; nearest: {parent / close[0]}" if close else ""
