@@ -175,6 +175,8 @@ def _no_mask2former(config: Model) -> str | None:
     for name, value in config.decoder.model_dump(exclude=told_by_tensors).items():
         if value != getattr(usual.decoder, name):
             return f"decoder.{name} is {value}"
+    if config.backbone.norm == "group_norm" and config.backbone.name in _RESNETS.values():
+        return "backbone.norm is group_norm: its ResNets have batch norm"
     if config.pixel_decoder.last_kernel == 3:
         return "pixel_decoder.last_kernel is 3"
     if config.loss.assignment == "fixed":

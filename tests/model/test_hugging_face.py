@@ -11,8 +11,10 @@ from mpformer.config import Config
 from mpformer.model.losses import Normalizers, matching_losses
 from mpformer.model.matcher import match
 from mpformer.model.points import draw_points
+from mpformer.model.segmenter import build_model
 from mpformer.model.weights import checkpoint_metadata, export_huggingface, import_weights
-from mpformer.types import InputError, Target
+from mpformer.model.weights_huggingface import write_huggingface
+from mpformer.types import ClassTable, InputError, Target
 from tests.model.hugging_face import (
     SMALL,
     gradients_by_our_names,
@@ -21,6 +23,7 @@ from tests.model.hugging_face import (
     to_ours,
     transformers,
 )
+from tests.model.samples import tiny_model
 
 KINDS = ("resnet18", "swin_tiny", pytest.param("resnet50", marks=pytest.mark.slow))
 
@@ -265,3 +268,11 @@ def test_full_size_models_agree(kind, tmp_path):
     ours, reference = ours.double(), reference.double()
     for image in images:
         assert_same_heads(ours, reference, image.double(), 1e-5)
+
+
+def test_a_resnet_with_group_norm_is_not_written_as_one_with_batch_norm(tmp_path):
+    """Both have the same tensors by name, but for the running means, which would be those of no training."""
+    model = build_model(tiny_model(), ClassTable.numbered(2))
+    with pytest.raises(InputError, match=r"backbone\.norm is group_norm"):
+        write_huggingface(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
