@@ -152,12 +152,18 @@ def run_trials(
             trial_dirname_creator=lambda trial: pending[trial.config["trial"]].run_dir.name,
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(folder.resolve()), verbose=0, callbacks=[_Silent()]
+            name="tune",
+            storage_path=str(folder.resolve()),
+            verbose=0,
+            callbacks=[_Silent()],
+            # what `drive` does not catch is the end of its process: with its machine, or for want of memory
+            failure_config=tune.FailureConfig(max_failures=_max_failures(pending)),
         ),
     )
     failures = []
+    by_folder = {trial.run_dir.name: trial for trial in pending}
     for result in tuner.fit():
-        trial = pending[result.config["trial"]]
+        trial = by_folder[Path(result.path).name]  # a trial that never reported has no settings in its result
         if asha and result.error is None and not trial.finished and "failure" not in result.metrics:
             step = result.metrics["step"]
             (trial.run_dir / STOPPED_FILE).write_text(json.dumps({"by": "asha", "step": step}))
@@ -166,6 +172,12 @@ def run_trials(
         elif "failure" in result.metrics:
             failures.append(Failure(trial, result.metrics["failure"], result.metrics["bad_input"]))
     return failures
+
+
+def _max_failures(trials: Sequence[Trial]) -> int:
+    """Of any trial; -1 (without limit) where one asks for it."""
+    each = [trial.config.cluster.max_failures for trial in trials]
+    return -1 if -1 in each else max(each)
 
 
 class _Silent(TrialProgressCallback):

@@ -57,10 +57,10 @@ def at_step(run_dir: Path, step: int) -> Callable[[], bool]:
 
 def training_workers(driver: int) -> list[psutil.Process]:
     """The processes that train, below a driver."""
-    return [p for p in psutil.Process(driver).children(recursive=True) if "RayTrainWorker" in _title(p)]
+    return [p for p in psutil.Process(driver).children(recursive=True) if "RayTrainWorker" in title(p)]
 
 
-def _title(process: psutil.Process) -> str:
+def title(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
     except psutil.Error:

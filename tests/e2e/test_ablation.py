@@ -9,12 +9,15 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mpformer.ablation.spec import Study, load_study
 from mpformer.mlflow_store import client
 from mpformer.record import read_points
+from mpformer.train import checkpoint
 from tests.e2e.conftest import run, start
+from tests.e2e.faults import title
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -100,3 +103,27 @@ def _check_mlflow(study: Study, run_dirs: list[Path]) -> None:
         ]
         assert len(sent) == len(points)
         assert set(sent) == points
+
+
+def test_a_trial_whose_driver_dies_goes_on(recipe: Path) -> None:
+    path = recipe.parent / "study.yaml"
+    path.write_text(
+        STUDY.replace("  broken: {settings: {model.backbone.pretrained: nowhere.safetensors}}\n", "")
+    )
+    trials = load_study(path).trials()
+    process = start("ablate", path)
+    deadline = time.monotonic() + 300
+    while not (begun := [t for t in trials if checkpoint.complete(t.run_dir)]):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    drivers = [p for p in psutil.Process(process.pid).children(recursive=True) if "ImplicitFunc" in title(p)]
+    assert drivers
+    for driver in drivers:
+        driver.kill()
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, (output, errors)
+    for trial in trials:
+        assert json.loads((trial.run_dir / "summary.json").read_text())["steps"] == 6
+        assert [p.step for p in read_points(trial.run_dir) if "train/loss" in p.values] == [1, 2, 3, 4, 5, 6]
+    assert len(list((begun[0].run_dir / "metrics").glob("*.jsonl"))) == 2
