@@ -30,7 +30,7 @@ from contenders import (
     scenes,
     their_model,
 )
-from kernels import wait
+from device_time import wait
 
 from mpformer.model.postprocess import Sizes, View, instance
 from mpformer.types import Batch

@@ -37,7 +37,7 @@ from contenders import (
     scenes,
     their_model,
 )
-from kernels import device_times, flops, matmul_rate, print_kernels, wait
+from device_time import device_times, flops, matmul_rate, print_kernels, wait
 
 from mpformer.train.optim import build_optimizer
 from mpformer.train.step import train_step
