@@ -39,14 +39,18 @@ def data_synth(out: str, settings: Sequence[str]) -> None:
 
 
 def data_check(place: str, settings: Sequence[str]) -> None:
-    """What a data set holds and what is wrong with it, in words and as a picture; how to train on it."""
+    """What a data set holds and what is wrong with it, in words and as a picture; how to train on it.
+
+    Raises `InputError` after all that where training would end with an error.
+    """
     from mpformer.data.catalog import open_split
-    from mpformer.data.check import check, report_text, training_command
+    from mpformer.data.check import check, obstacle, report_text, training_command
     from mpformer.data.pictures import catalog_sheet
     from mpformer.draw import write_png
 
     data = _config_at(place, settings).data
-    say(report_text(check(data)))
+    reports = check(data)
+    say(report_text(reports))
     lenient = data.model_copy(update={"on_bad_sample": "skip"})
     sheet = Path(f"{data.dataset.name}-samples.png")
     write_png(sheet, catalog_sheet(open_split(lenient, "train"), count=16))
@@ -55,6 +59,8 @@ def data_check(place: str, settings: Sequence[str]) -> None:
         command = " ".join(["mpformer train", place, *settings])
     else:
         command = training_command(data, "experiments/recipes/coco-tiny.yaml")
+    if (found := obstacle(reports, data.on_bad_sample)) is not None:
+        raise InputError(f"{place}: {found}")
     say(f"train on it: {command}")
 
 

@@ -185,6 +185,14 @@ def test_data_commands_understand_a_folder(capsys, tmp_path, monkeypatch):
     assert "8 images" in told
     assert f"mpformer train experiments/recipes/coco-tiny.yaml data.root={folder}" in told.splitlines()[-1]
     assert (tmp_path / "scenes-samples.png").is_file()
+    images = sorted((tmp_path / "scenes" / "train2017").iterdir())
+    whole = images[0].read_bytes()
+    images[0].write_bytes(b"")
+    assert main(["data", "check", folder]) == 2
+    told = capsys.readouterr()
+    assert "cannot be used: 1" in told.out
+    assert f"mpformer: {folder}: cannot be used: 1 (mend them, or leave" in told.err
+    images[0].write_bytes(whole)
     assert main(["data", "pack", folder, str(tmp_path / "packed")]) == 0
     assert "8 training and 2 validation images" in capsys.readouterr().out
     assert main(["data", "check", str(tmp_path / "packed")]) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,9 @@ from mpformer.types import InputError
 
 SMALL, LARGE = 32**2, 96**2
 """COCO's limits between small, medium and large objects, in pixels."""
+_UNUSABLE = "cannot be used"
+_OTHER_TABLE = "category tables that differ"
+_CHANGED_SHARD = "shards that have changed since they were written"
 _LISTED = 10
 """Findings of a kind that the text spells out."""
 
@@ -91,7 +94,7 @@ def check(data: Data) -> dict[str, SplitReport]:
     try:
         check_same_classes(catalogs["train"].classes, catalogs["val"].classes, catalogs["val"].name)
     except InputError as error:
-        found = (*reports["val"].findings, Finding("category tables that differ", str(error)))
+        found = (*reports["val"].findings, Finding(_OTHER_TABLE, str(error)))
         reports["val"] = replace(reports["val"], findings=found)
     return reports
 
@@ -101,7 +104,7 @@ def _verify(data: Data, split: str) -> tuple[Finding, ...]:
     if not isinstance(data.dataset, Packed):
         return ()
     lines = verify(data.root, getattr(data.dataset, split))
-    return tuple(Finding("shards that have changed since they were written", line) for line in lines)
+    return tuple(Finding(_CHANGED_SHARD, line) for line in lines)
 
 
 def check_split(catalog: Catalog, data: Data, seen: dict[bytes, str] | None = None) -> SplitReport:
@@ -150,7 +153,7 @@ def check_split(catalog: Catalog, data: Data, seen: dict[bytes, str] | None = No
 
 def _check_record(record: Record) -> _Checked:
     if record.problem:
-        return _Checked(False, (0, 0), findings=(Finding("cannot be used", record.problem),))
+        return _Checked(False, (0, 0), findings=(Finding(_UNUSABLE, record.problem),))
     where = record.image if isinstance(record.image, str) else f"image {record.image_id}"
     try:
         digest = hashlib.blake2b(read_bytes(record.image), digest_size=16).digest()
@@ -158,7 +161,7 @@ def _check_record(record: Record) -> _Checked:
         whole = Window.whole(record.width, record.height)
         found = list(crop_masks(record, record.segments, whole))
     except InputError as error:
-        return _Checked(False, (0, 0), findings=(Finding("cannot be used", str(error)),))
+        return _Checked(False, (0, 0), findings=(Finding(_UNUSABLE, str(error)),))
     kept = [(s, m) for s, m in zip(record.segments, found) if m is not None and not s.crowd]
     return _Checked(
         usable=True,
@@ -260,6 +263,16 @@ def _split_text(report: SplitReport) -> str:
 
 def _more(count: int) -> str:
     return f" and {count} more" if count > 0 else ""
+
+
+def obstacle(reports: Mapping[str, SplitReport], on_bad_sample: str) -> str | None:
+    """Why training on such data would end with an error, in one line; None where it would not."""
+    found = Counter(f.kind for report in reports.values() for f in report.findings)
+    stops = [f"{kind}: {found[kind]}" for kind in (_OTHER_TABLE, _CHANGED_SHARD) if found[kind]]
+    if found[_UNUSABLE] and on_bad_sample == "error":
+        way_out = "mend them, or leave them out with data.on_bad_sample=skip"
+        stops.append(f"{_UNUSABLE}: {found[_UNUSABLE]} ({way_out})")
+    return "; ".join(stops) or None
 
 
 def training_command(data: Data, recipe: str) -> str:

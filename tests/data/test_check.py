@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 
 from mpformer.config import Data, LargeScaleJitter, Packed, Split, build_config
 from mpformer.data.catalog import open_split
-from mpformer.data.check import check, report_text, training_command
+from mpformer.data.check import check, obstacle, report_text, training_command
 from mpformer.data.detect import detect
 from mpformer.data.pack import pack
 from mpformer.data.pictures import batch_pictures, catalog_sheet, pilot_sheet
@@ -73,7 +73,10 @@ def test_everything_that_was_put_wrong_is_found(tmp_path):
     )
     shutil.copy(tmp_path / "images" / "1.png", tmp_path / "images" / "7.png")
     (tmp_path / "images" / "5.png").write_bytes(b"broken")
-    report = check(data)["train"]
+    reports = check(data)
+    report = reports["train"]
+    assert "cannot be used: 6" in obstacle(reports, "error")  # both splits are the same folder
+    assert obstacle(reports, "skip") is None
     by_kind = {}
     for finding in report.findings:
         by_kind.setdefault(finding.kind, []).append(finding.text)
@@ -109,6 +112,7 @@ def test_images_in_both_splits_and_tables_that_differ(tmp_path):
     assert kinds(reports["train"]) == []
     assert kinds(reports["val"]) == ["category tables that differ", "the same image twice"]
     assert "(small train)" in reports["val"].findings[0].text
+    assert obstacle(reports, "skip") == "category tables that differ: 1"
     assert "nothing wrong was found" in report_text(reports)
 
 
