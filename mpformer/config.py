@@ -175,8 +175,14 @@ class Cluster(Section):
         return self
 
 
+def _store(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("auto, null (no MLflow) or a tracking URI is expected")
+    return value
+
+
 class Tracking(Section):
-    mlflow: str | None = "auto"
+    mlflow: Annotated[str | None, BeforeValidator(_store)] = "auto"
     """MLflow store: 'auto' is sqlite in the storage folder, null none, else a tracking URI."""
 
     @model_validator(mode="after")
