@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import mpformer.model.backbone  # noqa: F401  makes torchvision, which transformers loads, fit any build of torch
 from mpformer.config import Config
 from mpformer.model.segmenter import PIXEL_MEAN, PIXEL_STD, build_model
 from mpformer.ops import kernel_status
