@@ -134,7 +134,9 @@ def through_ray(
     held together, shared pages counted once; and the CPU seconds of each kind of process meanwhile."""
     import ray
 
-    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+    )
     try:
         with _Watch() as watch:
             found = throughput(data.model_copy(update={"loader": "ray"}), catalog, 16, images // 16)

@@ -38,7 +38,7 @@ from mpformer.ablation.spec import Trial  # noqa: E402
 from mpformer.ablation.studyfile import Search, split_column  # noqa: E402
 from mpformer.config import Config, duration_in_steps  # noqa: E402
 from mpformer.data.catalog import check_root  # noqa: E402
-from mpformer.tracking import Entry  # noqa: E402
+from mpformer.tracking import Entry, close_run  # noqa: E402
 from mpformer.train.launch import fit, only_driver, start_ray  # noqa: E402
 from mpformer.types import InputError, RunError  # noqa: E402
 
@@ -167,6 +167,7 @@ def run_trials(
         if asha and result.error is None and not trial.finished and "failure" not in result.metrics:
             step = result.metrics["step"]
             (trial.run_dir / STOPPED_FILE).write_text(json.dumps({"by": "asha", "step": step}))
+            close_run(trial.run_dir, "KILLED")
         elif result.error is not None:
             failures.append(Failure(trial, _reason(result.error), bad_input=False))
         elif "failure" in result.metrics:

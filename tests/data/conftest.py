@@ -13,6 +13,7 @@ def two_cpu_ray() -> Iterator[None]:
     import ray
 
     ray.init(
+        address="local",
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=300 << 20,

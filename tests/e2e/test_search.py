@@ -61,6 +61,7 @@ def test_a_search_stops_samples_and_does_not_run_any_twice(recipe: Path) -> None
         # the base trains with pilots in all layers
         assert child.data.params["train.lr"] == str(one.settings["train.lr"])
         assert child.data.tags["varied_row"] == "piloted"
+        assert child.info.status == ("FINISHED" if one.trial.finished else "KILLED")
 
     before = {p: p.stat().st_mtime_ns for p in load_study(path).folder.rglob("*.jsonl")}
     again = run("ablate", path, timeout=120)

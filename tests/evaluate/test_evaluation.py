@@ -36,7 +36,7 @@ def test_one_and_three_ray_workers_find_the_same_to_the_last_bit():
     """Eleven images, so the shares are uneven; and a task's error arrives as itself."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         config, catalog = tiny_config(), scenes(11)
         cluster = config.cluster.model_copy(update={"workers": 3, "threads": 1})
