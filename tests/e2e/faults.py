@@ -89,14 +89,17 @@ def note(fault: str, **figures: object) -> None:
             file.write(json.dumps({"fault": fault, **figures}) + "\n")
 
 
+TIMED = ("time/", "speed/")
+"""Keys of what a clock has measured."""
+
+
 def values(run_dir: Path) -> dict[tuple[int, str], float]:
     """The record without what a clock has measured."""
-    timed = ("time/", "speed/")
     return {
         (p.step, key): value
         for p in read_points(run_dir)
         for key, value in p.values.items()
-        if not key.startswith(timed)
+        if not key.startswith(TIMED)
     }
 
 
@@ -111,20 +114,26 @@ def difference(run_dir: Path, unbroken: Path) -> float:
     return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
 
 
-def assert_as_unbroken(run_dir: Path, unbroken: Path) -> None:
-    """Same steps, same points with the same values, bit-equal weights; MLflow has each point once."""
+def assert_as_unbroken(run_dir: Path, unbroken: Path, repeated: bool = False) -> None:
+    """Same steps, same points with the same values, bit-equal weights; MLflow has each point once.
+
+    repeated: some steps that MLflow knew were gone through again. It then also has what a clock measured of
+    them the first time and not the second, such as the checkpoint before them; nothing can be taken from it.
+    """
     assert json.loads((run_dir / "summary.json").read_text())["steps"] == 12
     assert values(run_dir) == values(unbroken)
     assert difference(run_dir, unbroken) == 0
-    assert_mirrored(run_dir)
+    assert_mirrored(run_dir, repeated)
 
 
-def assert_mirrored(run_dir: Path) -> None:
+def assert_mirrored(run_dir: Path, repeated: bool = False) -> None:
     link = json.loads((run_dir / "mlflow.json").read_text())
     store = client(link["uri"])
     run = store.get_run(link["run_id"])
     sent = [(m.step, key) for key in run.data.metrics for m in store.get_metric_history(link["run_id"], key)]
     expected = {(p.step, key) for p in read_points(run_dir) for key in p.values}
     assert run.info.status == "FINISHED"
-    assert len(sent) == len(expected)
-    assert set(sent) == expected
+    assert len(sent) == len(set(sent))
+    surplus = {(step, key) for step, key in set(sent) - expected if not (repeated and key.startswith(TIMED))}
+    assert not surplus
+    assert expected <= set(sent)
