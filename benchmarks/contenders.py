@@ -195,6 +195,7 @@ def peak_memory(script: str, contender: str, arguments: argparse.Namespace, obje
     flags = [f"--size={arguments.size}", f"--images={arguments.images}", f"--objects={objects}"]
     flags += [f"--device={arguments.device}", f"--precision={arguments.precision}"]
     flags += ["--tiny"] if arguments.tiny else []
+    flags += ["--keep-memory"] if arguments.keep_memory else []
     command = [sys.executable, script, *flags, f"--memory-of={contender}"]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
 
@@ -213,7 +214,7 @@ def own_peak(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def machine(device: str) -> str:
+def machine(device: str, keeps_memory: bool) -> str:
     """GPU, processor, versions, threads and load, in one paragraph."""
     with open("/proc/cpuinfo") as file:
         model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "?")
@@ -224,7 +225,7 @@ def machine(device: str) -> str:
         f"{date.today()}, {gpu}{model}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, "
         f"Python {platform.python_version()}, {packages}; {torch.get_num_threads()} threads, "
         f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'not set')}; load {os.getloadavg()[0]:.1f}; "
-        f"deformable attention: {kernel.kernel}"
+        f"deformable attention: {kernel.kernel}" + ("; freed memory kept" if keeps_memory else "")
     )
 
 
@@ -236,6 +237,9 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--precision", choices=("float32", "bfloat16"), default="float32", help="of the forward"
+    )
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="for all contenders, as our workers on CPUs do it"
     )
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--only", default="", help="contenders, comma-separated; all if empty")

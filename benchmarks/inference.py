@@ -33,6 +33,7 @@ from contenders import (
 from device_time import wait
 
 from mpformer.model.postprocess import Sizes, View, instance
+from mpformer.ops.allocator import keep_freed_memory
 from mpformer.types import Batch
 
 OURS = "ours"
@@ -110,6 +111,8 @@ def main() -> None:
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--objects", type=int, default=5, help="unused objects of the generated scenes")
     given = parser.parse_args()
+    if given.keep_memory and not keep_freed_memory():
+        parser.error("--keep-memory: this system's C library cannot")
     batch = scenes(given.images, given.objects, given.size)
     if given.memory_of:
         run = contender(given.memory_of, batch, given)
@@ -118,7 +121,7 @@ def main() -> None:
         print(own_peak(given.device))
         return
 
-    print(machine(given.device))
+    print(machine(given.device, given.keep_memory))
     names = given.only.split(",") if given.only else [TRANSFORMERS, OURS]
     print(f"\n## {given.images} x {given.size}x{given.size}, {given.precision}")
     if not given.no_memory:

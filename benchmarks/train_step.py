@@ -39,6 +39,7 @@ from contenders import (
 )
 from device_time import device_times, flops, matmul_rate, print_kernels, wait
 
+from mpformer.ops.allocator import keep_freed_memory
 from mpformer.train.optim import build_optimizer
 from mpformer.train.step import train_step
 from mpformer.train.timing import Timers
@@ -160,6 +161,8 @@ def main() -> None:
     parser.add_argument("--objects", default="5,20", help="objects per image, comma-separated")
     parser.add_argument("--kernels", action="store_true", help="device time by kernel instead of by part")
     given = parser.parse_args()
+    if given.keep_memory and not keep_freed_memory():
+        parser.error("--keep-memory: this system's C library cannot")
     if given.memory_of:
         step = contender(given.memory_of, scenes(given.images, int(given.objects), given.size), given)
         for _ in range(3):
@@ -167,7 +170,7 @@ def main() -> None:
         print(own_peak(given.device))
         return
 
-    print(machine(given.device))
+    print(machine(given.device, given.keep_memory))
     names = given.only.split(",") if given.only else [TRANSFORMERS, *OURS]
     for objects in map(int, given.objects.split(",")):
         print(f"\n## {objects} objects, {given.images} x {given.size}x{given.size}, {given.precision}")

@@ -138,15 +138,28 @@ def _search(study: Study) -> list[Failure]:
 
 def _run_study(study: Study, trials: Sequence[Trial], search: Search | None = None) -> list[Failure]:
     from mpformer.ablation.tune import run_trials
+    from mpformer.live import shown
     from mpformer.mlflow_store import close_parent, open_parent, prepare_store
-    from mpformer.progress import Follower, Tally, follow
+    from mpformer.progress import Follower
+    from mpformer.train.summary import read_summary
 
     uri = prepare_store(study.base, study.name)
     parent = open_parent(study.folder, uri, study.name, {"study": study.name}) if uri else None
     trials = [_tracked_in(trial, uri) for trial in trials]
-    followers = [Follower(trial.label, trial.run_dir, trial.config.train.batch_size) for trial in trials]
-    with follow([*followers, Tally(followers)], say):
-        failures = run_trials(trials, study.folder, study.name, parent, study.bases, search)
+    followers = {
+        trial.run_dir: Follower(trial.label, trial.run_dir, trial.config.train.batch_size) for trial in trials
+    }
+
+    for trial in trials:
+        if trial.finished:
+            followers[trial.run_dir].values |= read_summary(trial.run_dir)["metrics"]
+
+    def on_failure(failure: Failure) -> None:
+        followers[failure.trial.run_dir].failed = True
+        say(f"{failure.trial.label}  failed, the others go on: {failure.reason}")
+
+    with shown(list(followers.values()), say):
+        failures = run_trials(trials, study.folder, study.name, parent, study.bases, search, on_failure)
     if parent:
         close_parent(uri, parent, "FAILED" if failures else "FINISHED")
     return failures
@@ -311,12 +324,10 @@ def _open_checkpoint(
     checkpoint: str, data: str | None, settings: Sequence[str]
 ) -> tuple[Segmenter, Catalog, Config, torch.device]:
     """Model, validation split, settings and device for looking at a checkpoint."""
-    import torch
-
     from mpformer.data.catalog import check_same_classes, open_split
     from mpformer.model.weights import load_checkpoint
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _inference_device()
     model, trained = load_checkpoint(checkpoint, device)
     config = _for_evaluation(trained, checkpoint, data, settings)
     split = open_split(config.data, "val")
@@ -324,6 +335,18 @@ def _open_checkpoint(
     images = min(len(split.records), config.evaluate.limit or len(split.records))
     say(f"{checkpoint}: {images} images of {split.name} on {device}")
     return model, split, config, device
+
+
+def _inference_device() -> torch.device:
+    """A GPU if there is one, else this process's CPU, which then keeps its memory from image to image."""
+    import torch
+
+    from mpformer.ops.allocator import keep_freed_memory
+
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    keep_freed_memory()
+    return torch.device("cpu")
 
 
 def _progress() -> Callable[..., None]:
@@ -378,12 +401,10 @@ def _attach(origin: _Origin, values: dict[str, float], folder: Path) -> None:
 
 def predict(checkpoint: str, images: Sequence[str], out: str, settings: Sequence[str]) -> None:
     """Segment image files, or all images of folders, into overlays and COCO-style JSON."""
-    import torch
-
     from mpformer.evaluate.files import predict_files
     from mpformer.model.weights import load_checkpoint
 
-    model, trained = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    model, trained = load_checkpoint(checkpoint, _inference_device())
     config = _for_evaluation(trained, checkpoint, None, settings)
     pictures = predict_files(model, images, out, config, report=say)
     say(f"{len(pictures)} pictures and predictions.json in {out}")

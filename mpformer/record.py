@@ -18,6 +18,8 @@ from typing import Any
 
 from mpformer.types import RunError
 
+SUMMARY_FILE = "summary.json"
+"""In a run's folder once it has reached its last step."""
 INIT_FILE = "init.txt"
 """In a run's folder: what it took from the weights of `train.init`."""
 

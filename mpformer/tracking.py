@@ -20,7 +20,7 @@ from mpformer import __version__
 from mpformer.commit import git_commit
 from mpformer.config import Config, config_hash, diff
 from mpformer.mlflow_store import client, experiment_id, find_run, first_line, mlflow_failures
-from mpformer.record import Part, Point, merge_steps, parts, read_metrics, read_points
+from mpformer.record import SUMMARY_FILE, Part, Point, merge_steps, parts, read_metrics, read_points
 from mpformer.types import InputError, RunError
 
 if TYPE_CHECKING:
@@ -350,7 +350,7 @@ def sync(run_dir: Path) -> str:
     link = Link.read(run_dir)
     if link is None:
         raise InputError(f"{run_dir}: this run was not tracked with MLflow (tracking.mlflow: null)")
-    if (run_dir / "summary.json").exists():  # killed between its last line and its good-bye to MLflow
+    if (run_dir / SUMMARY_FILE).exists():  # killed between its last line and its good-bye to MLflow
         link = replace(link, status="FINISHED")
     mirror = _Mirror(run_dir, link)
     if not mirror.attempt(at_once=True):

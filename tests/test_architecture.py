@@ -34,7 +34,8 @@ ALLOWED = {
     "ablation": LEAVES | {"ops", "model", "data", "evaluate", "train"},
     "doctor": LEAVES | {"ops", "model"},
     "size": LEAVES | {"model", "data"},
-    "commands": LEAVES | {"ops", "model", "data", "evaluate", "train", "ablation", "doctor", "size"},
+    "live": {"progress"},
+    "commands": LEAVES | {"live", "ops", "model", "data", "evaluate", "train", "ablation", "doctor", "size"},
     "commands_data": LEAVES | {"commands", "model", "data", "train"},
     "cli": LEAVES | {"commands", "commands_data"},
     "__main__": {"cli"},
@@ -60,11 +61,14 @@ FENCES = {
     "yaml": {"config", "yamlfile"},
     "safetensors": {"model/*", "train/checkpoint"},
     "psutil": {"doctor", "train/loop"},
+    "rich": {"live"},
 }
 """The only files that may import a third party."""
 
 TORCH_FREE = {
     *LEAVES - {"draw"},
+    "live",
+    "train/capacity",
     "cli",
     "commands",
     "commands_data",

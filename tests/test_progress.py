@@ -127,3 +127,29 @@ def test_hours_are_told_as_hours(tmp_path):
     following = follower(tmp_path)
     Part(tmp_path, 0).add(0, {"speed/images_per_second": 0.1})
     assert following.lines()[1].endswith("2 h 13 min left")
+
+
+def test_a_failed_run_is_counted_and_not_waited_for(tmp_path):
+    followers = [follower(tmp_path / name) for name in "abc" if not (tmp_path / name).mkdir()]
+    followers[1].failed = True
+    (followers[0].run_dir / "summary.json").write_text("{}")
+    tally = Tally(followers)
+    assert tally.text() == "1 of 3 runs finished, 1 failed"
+
+
+def test_what_a_resumed_run_had_done_before_is_not_counted_as_done_now(tmp_path, monkeypatch):
+    clock = iter([100.0, 130.0])
+    monkeypatch.setattr("mpformer.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    following = follower(tmp_path)
+    tally = Tally([following])
+    Part(tmp_path, 40).add(60, {"train/loss": 1.0})
+    following.lines()
+    # 20 of its 100 steps took 30 s, 40 are left
+    assert tally.text() == "0 of 1 runs finished, about 1:00 min left"
+
+
+def test_without_points_only_starts_and_warnings_are_told(tmp_path):
+    following = follower(tmp_path)
+    Part(tmp_path, 0).add(20, {"train/loss": 1.0, "val/PQ": 3.0})
+    assert following.lines(points=False) == ["tiny s0  starts"]
+    assert (following.step, following.total_steps, following.values["val/PQ"]) == (20, 100, 3.0)

@@ -15,6 +15,7 @@ from mpformer.ablation.makespan import Interruptions, makespan
 from mpformer.ablation.spec import Study, Trial
 from mpformer.ablation.studyfile import message
 from mpformer.config import Config, duration_in_steps
+from mpformer.record import SUMMARY_FILE
 from mpformer.section import Count, NonNegative, Positive, Section
 from mpformer.types import InputError
 from mpformer.yamlfile import nearest, read_yaml
@@ -146,7 +147,7 @@ def _measured(study: Study) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for trial in study.trials():
         if trial.finished:
-            summary = json.loads((trial.run_dir / "summary.json").read_text())
+            summary = json.loads((trial.run_dir / SUMMARY_FILE).read_text())
             if summary.get("train_seconds") and summary.get("images_seen"):
                 speed = summary["train_seconds"] * summary["workers"] / summary["images_seen"]
                 found.setdefault(trial.config.name, []).append(speed)

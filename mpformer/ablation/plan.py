@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from mpformer.ablation.cost import Costs, PlanOptions, cost_lines
 from mpformer.ablation.spec import Study, Trial
 from mpformer.config import Config, diff
+from mpformer.train.capacity import FEW_CORES_DATA_CPUS, Capacity, uses_gpus
 from mpformer.types import InputError
 
 
@@ -95,16 +95,6 @@ def show_value(value: Any) -> str:
 
 DRIVER_CPUS = 0.01
 """A trial's driver only waits; Tune refuses zero, and its default of 1 would starve the workers."""
-FEW_CORES_DATA_CPUS = 0.1
-"""What a data task claims where there are fewer than four CPUs a worker (`mpformer.data.pipeline`)."""
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """CPUs and GPUs of a cluster."""
-
-    cpus: float
-    gpus: float
 
 
 def trials_at_once(trials: Sequence[Trial], capacity: Capacity) -> int:
@@ -126,33 +116,18 @@ def _fitting(trial: Trial, capacity: Capacity) -> int:
         by_cpus = int((capacity.cpus - 1) / claim + 1e-9)
     else:
         by_cpus = int(capacity.cpus / (claim + FEW_CORES_DATA_CPUS * cluster.workers) + 1e-9)
-    if uses_gpus(trial.config, capacity):
-        own, what = int(capacity.gpus) // members, "GPU"
-    else:
-        own, what = int(capacity.cpus) // members, "core"
-    if min(by_cpus, own) < 1:
+    fitting = min(by_cpus, capacity.members(trial.config) // members)
+    what = "GPU"
+    if not uses_gpus(trial.config, capacity):
+        fitting, what = min(fitting, int(capacity.cpus) // members), "core"
+    if fitting < 1:
         who = f"{cluster.workers} workers"
         if cluster.evaluators:
             who = f"({who} + {cluster.evaluators} evaluators)"
         raise InputError(
             f"row {trial.row} cannot run here: {who} x {cluster.cpus_per_worker:g} CPU + "
-            f"{DRIVER_CPUS} for their driver = {claim:g} CPUs, some more for data, and a {what} per worker = "
-            f"{members}; the cluster has {capacity.cpus:g} CPUs and {capacity.gpus:g} GPUs: "
-            "lower cluster.workers"
+            f"{DRIVER_CPUS} for their driver = {claim:g} CPUs, some more for data on one machine, and a "
+            f"{what} per worker = {members}; the cluster has {capacity}: "
+            "lower cluster.workers or cluster.cpus_per_worker"
         )
-    return min(by_cpus, own)
-
-
-def uses_gpus(config: Config, capacity: Capacity) -> bool:
-    """Whether a run trains on GPUs: as asked for, or by itself when the cluster has one for each worker."""
-    cluster = config.cluster
-    return cluster.gpu == "yes" or (cluster.gpu == "auto" and capacity.gpus >= cluster.workers)
-
-
-def threads_per_worker(config: Config, capacity: Capacity, at_once: int) -> Config:
-    """With the cores shared among all workers that train on CPUs at once, unless `cluster.threads` says."""
-    cluster = config.cluster
-    if cluster.threads is not None or uses_gpus(config, capacity):
-        return config
-    threads = max(1, int(capacity.cpus) // (at_once * (cluster.workers + cluster.evaluators)))
-    return config.model_copy(update={"cluster": cluster.model_copy(update={"threads": threads})})
+    return fitting

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from mpformer.ablation.columns import check_columns
 from mpformer.ablation.studyfile import Profile, Row, Seeds, StudyFile, check, message, split_column
 from mpformer.config import Config, Section, build_config, flatten, inline_dataset, read_recipe, run_name
+from mpformer.record import SUMMARY_FILE
 from mpformer.types import InputError
 from mpformer.yamlfile import Source, merge, nearest, parse_scalar, read_yaml
 
@@ -39,7 +40,7 @@ class Trial:
     @property
     def finished(self) -> bool:
         """A run writes its summary when it has ended well, and then it is never run again."""
-        return (self.run_dir / "summary.json").exists()
+        return (self.run_dir / SUMMARY_FILE).exists()
 
     @property
     def label(self) -> str:

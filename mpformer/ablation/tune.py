@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,20 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-import ray  # noqa: E402
 from ray import tune  # noqa: E402
 from ray.tune.integration.ray_train import TuneReportCallback  # noqa: E402
 from ray.tune.progress_reporter import TrialProgressCallback  # noqa: E402
 from ray.tune.schedulers import ASHAScheduler  # noqa: E402
 
-from mpformer.ablation.plan import DRIVER_CPUS, Capacity, threads_per_worker, trials_at_once  # noqa: E402
+from mpformer.ablation.plan import DRIVER_CPUS, trials_at_once  # noqa: E402
 from mpformer.ablation.search import STOPPED_FILE  # noqa: E402
 from mpformer.ablation.spec import Trial  # noqa: E402
 from mpformer.ablation.studyfile import Search, split_column  # noqa: E402
 from mpformer.config import Config, duration_in_steps  # noqa: E402
 from mpformer.data.catalog import check_root  # noqa: E402
 from mpformer.tracking import Entry, close_run  # noqa: E402
-from mpformer.train.launch import fit, only_driver, start_ray  # noqa: E402
+from mpformer.train.capacity import threads_per_worker  # noqa: E402
+from mpformer.train.launch import cluster_capacity, fit, only_driver, start_ray  # noqa: E402
 from mpformer.types import InputError, RunError  # noqa: E402
 
 
@@ -101,14 +101,15 @@ def run_trials(
     tracking_parent: str | None,
     bases: Mapping[str, Config],
     search: Search | None = None,
+    on_failure: Callable[[Failure], None] = lambda failure: None,
 ) -> list[Failure]:
     """Run or resume every trial that is not finished, as many at once as the cluster holds.
 
     `bases`: by part, the settings that MLflow's parameters of a run are told against. The samples of a
     `search` that lag behind are given up, if it says so; their folder notes it, and they are not taken up
-    again. Returns the failures; the other trials go on. Raises `InputError`, with the arithmetic, where not
-    even one trial fits into the cluster, and at once where the data are not there; `RunError` where another
-    process is at work on one of the runs.
+    again. Returns the failures; `on_failure` is told of each at once, and the other trials go on. Raises
+    `InputError`, with the arithmetic, where not even one trial fits into the cluster, and at once where the
+    data are not there; `RunError` where another process is at work on one of the runs.
     """
     pending = [trial for trial in trials if not trial.finished]
     if not pending:
@@ -120,10 +121,9 @@ def run_trials(
             with only_driver(trial.run_dir):  # another command on the same study: told before anything starts
                 pass
     start_ray()
-    # a trial's failure is told with the others at the end, in one line and not as a traceback
+    # a trial's failure is told in one line and not as a traceback
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    have = ray.cluster_resources()
-    capacity = Capacity(have.get("CPU", 0.0), have.get("GPU", 0.0))
+    capacity = cluster_capacity()
     at_once = trials_at_once(trials, capacity)
     configs = [threads_per_worker(trial.config, capacity, at_once) for trial in pending]
     entries = [Entry(experiment, tracking_parent, bases[trial.part], trial.tags) for trial in pending]
@@ -140,6 +140,7 @@ def run_trials(
             return {"failure": str(error), "bad_input": isinstance(error, InputError)}
         return {}
 
+    endings = _Endings(pending, on_failure)
     tuner = tune.Tuner(
         tune.with_resources(drive, {"CPU": DRIVER_CPUS}),
         param_space={"trial": tune.grid_search(list(range(len(pending))))},
@@ -155,24 +156,21 @@ def run_trials(
             name="tune",
             storage_path=str(folder.resolve()),
             verbose=0,
-            callbacks=[_Silent()],
+            callbacks=[endings],
             # what `drive` does not catch is the end of its process: with its machine, or for want of memory
             failure_config=tune.FailureConfig(max_failures=_max_failures(pending)),
         ),
     )
-    failures = []
-    by_folder = {trial.run_dir.name: trial for trial in pending}
-    for result in tuner.fit():
-        trial = by_folder[Path(result.path).name]  # a trial that never reported has no settings in its result
-        if asha and result.error is None and not trial.finished and "failure" not in result.metrics:
-            step = result.metrics["step"]
-            (trial.run_dir / STOPPED_FILE).write_text(json.dumps({"by": "asha", "step": step}))
-            close_run(trial.run_dir, "KILLED")
-        elif result.error is not None:
-            failures.append(Failure(trial, _reason(result.error), bad_input=False))
-        elif "failure" in result.metrics:
-            failures.append(Failure(trial, result.metrics["failure"], result.metrics["bad_input"]))
-    return failures
+    results = tuner.fit()
+    if asha:
+        by_folder = {trial.run_dir.name: trial for trial in pending}
+        for result in results:
+            trial = by_folder[Path(result.path).name]
+            if result.error is None and not trial.finished and "failure" not in result.metrics:
+                step = result.metrics["step"]
+                (trial.run_dir / STOPPED_FILE).write_text(json.dumps({"by": "asha", "step": step}))
+                close_run(trial.run_dir, "KILLED")
+    return endings.failures
 
 
 def _max_failures(trials: Sequence[Trial]) -> int:
@@ -181,14 +179,32 @@ def _max_failures(trials: Sequence[Trial]) -> int:
     return -1 if -1 in each else max(each)
 
 
-class _Silent(TrialProgressCallback):
-    """In the place of the callback with which Tune says that a trial is complete: `progress` says more."""
+class _Endings(TrialProgressCallback):
+    """Collects failures as they happen; in the place of the callback with which Tune says that a trial is
+    complete: `progress` says more."""
 
-    def on_trial_complete(self, *args: Any, **info: Any) -> None:
-        """Prints nothing."""
+    def __init__(self, trials: Sequence[Trial], on_failure: Callable[[Failure], None]) -> None:
+        super().__init__()
+        self.failures: list[Failure] = []
+        self._trials = trials
+        self._on_failure = on_failure
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Also where `drive` has returned a failure."""
+        result = trial.last_result
+        if "failure" in result:
+            self._add(trial, result["failure"], result["bad_input"])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The trial's process ended, and may not be started again."""
+        self._add(trial, _reason(trial.get_pickled_error() or trial.get_error()), bad_input=False)
 
     def log_result(self, *args: Any, **info: Any) -> None:
         """Prints nothing."""
+
+    def _add(self, trial: Any, reason: str, bad_input: bool) -> None:
+        self.failures.append(Failure(self._trials[trial.config["trial"]], reason, bad_input))
+        self._on_failure(self.failures[-1])
 
 
 def _reason(error: BaseException) -> str:

@@ -29,6 +29,7 @@ from mpformer.evaluate.views import aligned, look
 from mpformer.model import postprocess
 from mpformer.model.postprocess import View
 from mpformer.model.postprocess_detr import detr_panoptic
+from mpformer.ops.allocator import keep_freed_memory
 from mpformer.types import ClassTable, InputError
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ def _predict_share(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(threads)
+        keep_freed_memory()
     yield from predict_records(model.to(device), catalog, config, indices, device)
 
 

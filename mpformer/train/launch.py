@@ -21,6 +21,7 @@ from mpformer.mlflow_store import prepare_store
 from mpformer.model.weights import model_file
 from mpformer.tracking import Entry, close_run
 from mpformer.train import checkpoint
+from mpformer.train.capacity import Capacity, Node, uses_gpus
 from mpformer.train.mirror import Mirror
 from mpformer.train.summary import read_summary
 from mpformer.types import InputError, RunError
@@ -107,7 +108,7 @@ def fit(
         # a run that has begun does without the file, which may be gone
         init = model_file(Path(config.train.init)).resolve() if config.train.init and not begun else None
         start_ray()
-        scaling = _scaling(config)
+        scaling = _scaling(config, cluster_capacity())
         entry = entry or Entry(config.name)
         nodes = sum(node["Alive"] for node in ray.nodes())
         job = Job(
@@ -149,26 +150,35 @@ def fit(
     return summary
 
 
-def _scaling(config: Config) -> ScalingConfig:
+def cluster_capacity() -> Capacity:
+    """The machines that the cluster has now."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return Capacity(tuple(Node(have.get("CPU", 0.0), have.get("GPU", 0.0)) for have in alive))
+
+
+def _scaling(config: Config, capacity: Capacity) -> ScalingConfig:
     cluster = config.cluster
     if cluster.workers > config.train.batch_size:
         raise InputError(
             f"cluster.workers: {cluster.workers} workers cannot share a global batch of "
             f"{config.train.batch_size} images; at most {config.train.batch_size}"
         )
-    have = ray.cluster_resources()
-    gpus, cpus = have.get("GPU", 0), have.get("CPU", 0)
     least = cluster.min_workers or cluster.workers
     claims = least + cluster.evaluators
     who = f"{least} workers" + (f" and {cluster.evaluators} evaluators" if cluster.evaluators else "")
-    use_gpu = cluster.gpu == "yes" or (cluster.gpu == "auto" and gpus >= least)
-    if use_gpu and gpus < claims:
-        raise InputError(f"cluster.workers: {who} need a GPU each; the cluster has {gpus:g}")
+    use_gpu = uses_gpus(config, capacity)
+    if use_gpu and capacity.gpus < claims:
+        raise InputError(f"cluster.workers: {who} need a GPU each; the cluster has {capacity.gpus:g}")
     needed = claims * cluster.cpus_per_worker
-    if needed + 1 > cpus:
+    if needed + 1 > capacity.cpus:
         raise InputError(
             f"cluster.workers: {who} x {cluster.cpus_per_worker:g} CPU + 1 for data "
-            f"= {needed + 1:g} CPUs, but the cluster has {cpus:g}"
+            f"= {needed + 1:g} CPUs, but the cluster has {capacity.cpus:g}"
+        )
+    if capacity.members(config) < claims:
+        raise InputError(
+            f"cluster.workers: {who} x {cluster.cpus_per_worker:g} CPU leave no machine enough for data; "
+            f"the cluster has {capacity}: lower cluster.cpus_per_worker"
         )
     return ScalingConfig(
         num_workers=cluster.workers if least == cluster.workers else (least, cluster.workers),

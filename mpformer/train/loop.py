@@ -31,6 +31,7 @@ from mpformer.evaluate.metrics import score
 from mpformer.evaluate.pages import write_page
 from mpformer.model.segmenter import Segmenter, build_model
 from mpformer.model.weights import load_weights
+from mpformer.ops.allocator import keep_freed_memory
 from mpformer.progress import kept_warnings
 from mpformer.record import INIT_FILE
 from mpformer.tracking import Entry, Tracker
@@ -127,6 +128,7 @@ class _Run:
             local = max(1, context.get_local_world_size())
             threads = self.config.cluster.threads or max(1, (os.cpu_count() or 1) // local)
             torch.set_num_threads(threads)
+            keep_freed_memory()
         self.train_split: Catalog = ray.get(job.train)
         self.val_split: Catalog = ray.get(job.val)
         self.plan = Plan.of(self.config, len(self.train_split.records))

@@ -16,8 +16,8 @@ from typing import TypeVar
 
 from pyarrow import fs
 
+from mpformer.record import SUMMARY_FILE
 from mpformer.train import checkpoint
-from mpformer.train.summary import SUMMARY_FILE
 from mpformer.types import InputError, RunError
 
 _T = TypeVar("_T")

@@ -11,10 +11,9 @@ from typing import Any
 
 from mpformer.commit import git_commit
 from mpformer.config import Config, config_hash
-from mpformer.record import read_metrics
+from mpformer.record import SUMMARY_FILE, read_metrics
 from mpformer.train.timing import Timers
 
-SUMMARY_FILE = "summary.json"
 _PACKAGES = ("torch", "ray", "timm", "mlflow", "numpy", "pycocotools")
 
 

@@ -120,7 +120,7 @@ def test_a_cloud_s_bill_has_an_upper_bound(name):
     assert "spot" not in head
 
 
-@pytest.mark.parametrize("name", [*LAUNCHED, "kubernetes/cluster", "kubernetes/job"])
+@pytest.mark.parametrize("name", [*LAUNCHED, "kubernetes/cluster", "kubernetes/job", "kubernetes/services"])
 def test_each_file_says_what_to_change_and_what_guards_it(name):
     comments = "\n".join(
         line for line in (CLUSTER / f"{name}.yaml").read_text().splitlines() if line.startswith("#")
@@ -138,6 +138,7 @@ def check_ray_cluster(spec: dict[str, Any]) -> None:
     """What KubeRay's RayCluster must have, and may have, as far as these files use it."""
     allowed = {
         "rayVersion",
+        "authOptions",
         "enableInTreeAutoscaling",
         "autoscalerOptions",
         "headGroupSpec",
@@ -145,6 +146,8 @@ def check_ray_cluster(spec: dict[str, Any]) -> None:
     }
     assert set(spec) <= allowed
     assert spec["rayVersion"] == VERSIONS["ray"]
+    # the operator makes the token and hands it to head, workers, autoscaler and submitter (KubeRay 1.5.1)
+    assert spec["authOptions"] == {"mode": "token"}
     assert set(spec["headGroupSpec"]) <= {"serviceType", "rayStartParams", "template"}
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
     groups = spec["workerGroupSpecs"]
@@ -161,9 +164,7 @@ def check_ray_cluster(spec: dict[str, Any]) -> None:
             assert container["image"].endswith(f"-ray{VERSIONS['ray']}")
             assert container["resources"]["limits"] == container["resources"]["requests"]
             assert {mount["name"] for mount in container["volumeMounts"]} <= claimed
-            env = {entry["name"]: entry for entry in container["env"]}
-            assert env["RAY_AUTH_MODE"]["value"] == "token"
-            assert "secretKeyRef" in env["RAY_AUTH_TOKEN"]["valueFrom"]
+            assert not any(entry["name"].startswith("RAY_AUTH") for entry in container.get("env", []))
 
 
 def check_policy(policy: dict[str, Any], cluster: dict[str, Any]) -> None:
@@ -200,6 +201,31 @@ def test_the_ray_job_of_kubernetes_takes_its_cluster_down():
     # the pod that submits is no pod of the cluster: KubeRay's job has the RayJob's name
     peers = [peer["podSelector"]["matchLabels"] for peer in policy["spec"]["ingress"][0]["from"]]
     assert {"batch.kubernetes.io/job-name": job["metadata"]["name"]} in peers
+
+
+def test_mlflow_on_kubernetes_is_reached_by_the_fleet_alone():
+    parts = {(part["kind"], part["metadata"]["name"]): part for part in read_all("kubernetes/services")}
+    cluster = read_all("kubernetes/cluster")[0]["spec"]
+    head = cluster["headGroupSpec"]["template"]
+    claims = {volume["persistentVolumeClaim"]["claimName"] for volume in head["spec"]["volumes"]}
+    assert all(("PersistentVolumeClaim", claim) in parts for claim in claims)
+    shared = parts["PersistentVolumeClaim", "mpformer"]["spec"]
+    assert shared["accessModes"] == ["ReadWriteMany"]
+
+    service, server = parts["Service", "mlflow"], parts["Deployment", "mlflow"]["spec"]["template"]
+    assert service["spec"]["type"] == "ClusterIP"
+    assert service["spec"]["selector"] == server["metadata"]["labels"]
+    (container,) = server["spec"]["containers"]
+    address = {entry["name"]: entry["value"] for entry in head["spec"]["containers"][0]["env"]}["MLFLOW"]
+    host = address.removeprefix("http://")
+    assert host == f"mlflow:{service['spec']['ports'][0]['port']}"
+    assert host in container["command"][container["command"].index("--allowed-hosts") + 1].split(",")
+    assert container["image"].endswith(f"-ray{VERSIONS['ray']}")
+
+    policy = parts["NetworkPolicy", "mlflow"]["spec"]
+    assert policy["podSelector"]["matchLabels"] == server["metadata"]["labels"]
+    (rule,) = policy["ingress"]
+    assert rule["from"] == [{"podSelector": {"matchLabels": head["metadata"]["labels"]}}]
 
 
 # --- what runs on the machines ----------------------------------------------------------------------

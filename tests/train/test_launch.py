@@ -10,6 +10,7 @@ import pytest
 from mpformer.config import Config, Data
 from mpformer.data.synthetic import generate
 from mpformer.train import launch, loop
+from mpformer.train.capacity import Capacity, Node
 from mpformer.types import InputError, RunError
 
 
@@ -48,3 +49,34 @@ def test_splits_with_different_classes_are_refused_before_anything_starts(tmp_pa
     with pytest.raises(InputError, match="class 0 is 'sphere'"):
         launch.fit(config)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("cluster", "nodes", "reason"),
+    [
+        ({"workers": 5}, [Node(8)], "at most 4"),
+        (
+            {"workers": 2, "gpu": "yes"},
+            [Node(4), Node(16, 1)],
+            "2 workers need a GPU each; the cluster has 1",
+        ),
+        ({"workers": 4}, [Node(2)], "4 workers x 0.5 CPU + 1 for data = 3 CPUs, but the cluster has 2"),
+        # enough CPUs in all, but half a one is left on each machine, and data need a whole one
+        (
+            {"workers": 2, "cpus_per_worker": 3.5},
+            [Node(4), Node(4)],
+            "leave no machine enough for data; the cluster has 2 x (4 CPUs)",
+        ),
+    ],
+)
+def test_a_run_that_could_only_wait_is_refused_with_the_arithmetic(cluster, nodes, reason):
+    config = Config.model_validate({"cluster": cluster, "train": {"batch_size": 4}})
+    with pytest.raises(InputError) as refused:
+        launch._scaling(config, Capacity(tuple(nodes)))
+    assert reason in str(refused.value)
+
+
+def test_workers_take_gpus_where_there_is_one_for_each():
+    config = Config.model_validate({"cluster": {"workers": 2}, "train": {"batch_size": 4}})
+    assert launch._scaling(config, Capacity((Node(4), Node(8, 1), Node(8, 1)))).use_gpu
+    assert not launch._scaling(config, Capacity((Node(4), Node(8, 1)))).use_gpu
