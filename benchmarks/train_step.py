@@ -48,12 +48,12 @@ from mpformer.types import Batch
 OURS: dict[str, dict[str, Any]] = {
     "Mask2Former": {"pilot": {"queries": 0}},
     "MP-Former": {},
-    "MP-Former, shared points": {"loss": {"shared_pilot_points": True}},
+    "MP-Former with shared points": {"loss": {"shared_pilot_points": True}},
 }
 REFERENCES = {
     "Mask2Former": TRANSFORMERS,
     "MP-Former": "Mask2Former",
-    "MP-Former, shared points": "Mask2Former",
+    "MP-Former with shared points": "Mask2Former",
 }
 
 Step = Callable[[], dict[str, float]]

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from mpformer import __version__, commands, commands_data
 from mpformer.types import InputError, RunError
+from mpformer.yamlfile import nearest
 
 SETTINGS = "settings to change, for instance train.lr=2e-4"
 BENCH = "how fast the data comes, stage by stage and through the loader, with no model"
@@ -37,6 +38,10 @@ _SETTING = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message = f"no command '{wrong[1]}'; nearest: {nearest(wrong[1], re.findall('[a-z]+', wrong[2]))}"
+        if message.endswith("required: COMMAND"):
+            message = "a command is expected; mpformer --help lists them"
         raise InputError(f"{message} (usage: {' '.join(self.format_usage().split()[1:])})")
 
 

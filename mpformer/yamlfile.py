@@ -62,6 +62,9 @@ class Source:
         self.places[".".join(keys)] = place
 
 
+_EXPERIMENTS = tuple(Path("experiments") / folder for folder in ("", "recipes", "ablations"))
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-4 is a number (YAML 1.1 wants a dot) and a key given twice is an error."""
 
@@ -167,7 +170,11 @@ def _near_files(path: Path) -> str:
         return f" (there is no folder {folder})"
     names = [p.name for p in folder.iterdir() if p.suffix == path.suffix]
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
-    return f"; nearest: {folder / close[0]}" if close else ""
+    if close:
+        return f"; nearest: {folder / close[0]}"
+    # a recipe or a study by its name alone
+    own = [found for shipped in _EXPERIMENTS for found in shipped.glob("*.yaml") if found.stem == path.stem]
+    return f"; nearest: {own[0]}" if own else ""
 
 
 def _first_line(error: Exception) -> str:

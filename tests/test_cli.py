@@ -96,9 +96,10 @@ def test_settings_may_stand_anywhere_after_the_command():
         (["data", "show", "nowhere.yaml", "--out", "out"], "no file nowhere.yaml"),
         (["data", "synth", "out", "sise=3"], "no such setting here; nearest: size"),
         (["show", TINY, "other.yaml"], "no file other.yaml"),
-        (["trian", TINY], "invalid choice: 'trian'"),
+        (["trian", TINY], "no command 'trian'; nearest: train"),
+        (["data", "chekc", "."], "no command 'chekc'; nearest: check"),
         (["train"], "the following arguments are required: RECIPE"),
-        ([], "the following arguments are required: COMMAND"),
+        ([], "a command is expected; mpformer --help lists them"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(line, message, capsys, tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ def test_a_small_terminal_shows_the_runs_at_work(tmp_path):
     assert "34 not shown" in frame[0]
     assert any("row30 s0" in line for line in frame)
     assert not any("row35 s0" in line for line in frame)
-    assert len(frame) < 12
+    assert len(frame) <= 12  # with the line of the cursor
 
 
 @pytest.mark.parametrize("console", [{}, {"force_terminal": True, "_environ": {"TERM": "dumb"}}])

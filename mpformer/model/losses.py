@@ -233,15 +233,17 @@ def _mask_losses(
     if config.points is not None and config.mask_loss == "cross_entropy" and library is not None:
         images = []
         for b, (target, (queries, objects)) in enumerate(zip(targets, pairs)):
-            drawn = points[b]
+            drawn, rows = points[b], None
             if shared:
-                kept = _shared_points(mask_logits[b, queries], objects, drawn, config)
+                kept, rows = _shared_points(mask_logits[b, queries], objects, drawn, config)
+                order = rows.argsort()
+                queries, objects, rows = queries[order], objects[order], rows[order]
                 drawn = kept[:, :0], kept
             limit = (math.inf, math.inf)
             if config.padding == "ignored":
                 (height, width), size = valid_sizes[b], target.masks.shape[1:]
                 limit = (width / size[1], height / size[0])
-            images.append(MaskPairs(queries, objects, target.masks, *drawn, limit))
+            images.append(MaskPairs(queries, objects, target.masks, *drawn, limit, rows))
         important = 0 if shared else int(config.importance * config.points)
         both = mask_point_losses(library, mask_logits, images, important)
         return both[0].sum(), both[1].sum()
@@ -258,7 +260,8 @@ def _mask_losses(
             kept = cell_centers(*size, logits.device)
         else:
             if shared:
-                kept = unpack(_shared_points(logits, objects, points[b], config))
+                kept, rows = _shared_points(logits, objects, points[b], config)
+                kept = unpack(kept[rows])
             else:
                 kept = _kept_points(logits, points[b], config)
             predicted = sample(logits, kept)
@@ -303,10 +306,11 @@ def _kept_points(logits: Tensor, drawn: tuple[Tensor, Tensor], config: LossConfi
 
 def _shared_points(
     logits: Tensor, objects: Tensor, drawn: tuple[Tensor, Tensor], config: LossConfig
-) -> Tensor:
-    """[n,P] int32: packed points, the same for all predictions of an object; objects [n], group by group.
+) -> tuple[Tensor, Tensor]:
+    """[m,P] int32: packed points of each object that is asked for; [n] int64: the row of each of `objects`.
 
-    Of an object's candidates those are kept at which the mean of its predictions is least certain.
+    objects [n]: group by group, each group holds every object once. Of an object's candidates those are kept
+    at which the mean of its predictions is least certain.
     """
     candidates, uniform = drawn
     own, _ = objects[: len(candidates)].sort()
@@ -315,7 +319,7 @@ def _shared_points(
     # every group holds every object once, so a sum of logits is as uncertain as their mean
     sums.index_add_(0, place, logits.detach().to(sums.dtype))
     kept = least_certain(sums, candidates, int(config.importance * config.points))
-    return torch.cat((kept, uniform), dim=1)[place]
+    return torch.cat((kept, uniform), dim=1), place
 
 
 @torch.no_grad()

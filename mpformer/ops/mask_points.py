@@ -54,9 +54,12 @@ class MaskPairs:
     candidates: Tensor
     """[n,candidates] int32: packed points, see `mpformer.model.points.unpack`."""
     uniform: Tensor
-    """[n,uniform] int32: packed points."""
+    """[n,uniform] int32: packed points; with `rows` [m,uniform]."""
     limit: tuple[float, float] = (float("inf"), float("inf"))
     """(x, y) in 0..1: points at or beyond it do not count."""
+    rows: Tensor | None = None
+    """[n] int64: the row of `uniform` with each pair's points; None: its own. Neighbours of the same object
+    and row are quick: their true mask is looked up once."""
 
 
 def kernel_for_mask_points(mask_logits: Tensor) -> Library | None:
@@ -91,7 +94,8 @@ class _Losses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         call = _Call(mask_logits, library, images, important, kernel)
         pairs = call.pairs(mask_logits)
-        pairs["candidates"] = np.concatenate([_rows(image.candidates) for image in images])
+        if important:
+            pairs["candidates"] = np.concatenate([_rows(image.candidates) for image in images])
         call.run(library.mask_points_forward, pairs, mask_logits, images[0].candidates.shape[1])
         ctx.call = call
         ctx.save_for_backward(mask_logits)
@@ -158,7 +162,12 @@ class _Call:
         pairs["mask"] = np.concatenate(
             [_rows(masks)[image.objects.numpy()] for masks, image in zip(self.masks, self.images)]
         )
-        pairs["uniform"] = np.concatenate([_rows(uniform) for uniform in self.uniform])
+        pairs["uniform"] = np.concatenate(
+            [
+                _rows(uniform) if image.rows is None else _rows(uniform)[image.rows.numpy()]
+                for uniform, image in zip(self.uniform, self.images)
+            ]
+        )
         counts = [len(image.queries) for image in self.images]
         for axis, name in enumerate(("limit_x", "limit_y")):
             pairs[name] = np.repeat([image.limit[axis] for image in self.images], counts)

@@ -110,6 +110,27 @@ def test_a_part_of_a_head_and_half_precision_are_read_where_they_lie():
     assert torch.equal(got[1], rounded[1].bfloat16())
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("important", [0, 93])
+@pytest.mark.parametrize("order", [[0, 0, 0, 1, 1], [0, 1, 0, 1, 0]])
+def test_pairs_that_share_their_points_are_as_with_copies_of_them(kernel, important, order):
+    """Neighbours with the same object and points, and the same pairs in turn, to the last bit."""
+    random = torch.Generator().manual_seed(3)
+    logits, masks = torch.randn(1, 5, 11, 17, generator=random), torch.rand(2, 37, 50, generator=random) < 0.4
+    rows, queries, uniform = torch.tensor(order), torch.tensor([4, 0, 2, 1, 3]), packed(2, 70)
+    candidates = packed(5, 301, seed=1)
+    sharing = MaskPairs(queries, 1 - rows, masks, candidates, uniform, rows=rows)
+    copies = MaskPairs(queries, 1 - rows, masks, candidates, uniform[rows])
+    results = [
+        losses_and_gradient(
+            lambda x, pairs=pairs: torch.stack(mask_point_losses(LIBRARY, x, [pairs], important, kernel)),
+            logits,
+        )
+        for pairs in (sharing, copies)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
 def test_the_bits_do_not_depend_on_the_threads():
     logits, images = problem()
     before = torch.get_num_threads()

@@ -34,8 +34,9 @@ struct MaskProblem {
 struct MaskKernel {
   // floats of scratch memory that a thread needs
   int64_t (*scratch)(const MaskProblem&);
-  void (*forward)(const MaskProblem&, MaskPair&, float* scratch);
-  void (*backward)(const MaskProblem&, MaskPair&, float* scratch);
+  // `again`: the pair before, in the same scratch memory, had the same true mask and uniform points
+  void (*forward)(const MaskProblem&, MaskPair&, float* scratch, bool again);
+  void (*backward)(const MaskProblem&, MaskPair&, float* scratch, bool again);
 };
 
 extern const MaskKernel mask_kernel_plain;

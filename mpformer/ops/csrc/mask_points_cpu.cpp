@@ -1,5 +1,6 @@
-// Mask losses on sampled points on the CPU: choice of the kernel, memory and threads. Threads draw the next pair
-// until none is left; pairs share nothing, so the bits do not depend on the threads.
+// Mask losses on sampled points on the CPU: choice of the kernel, memory and threads. Threads draw the next run of
+// pairs that have their true mask and uniform points in common, until none is left. A pair's results do not depend
+// on those of others, so the bits do not depend on the threads.
 #include "mask_points.h"
 
 #include <atomic>
@@ -26,16 +27,24 @@ struct Work {
   float* memory;
   int64_t per_thread;
   bool is_backward;
-  std::atomic<int64_t> next_pair;
+  std::atomic<int64_t> next_pair;  // the next to be looked at: its run is done by who draws its first pair
   std::atomic<int32_t> next_thread;
 };
 
+bool continues_run(const MaskProblem& p, int64_t i) {
+  return i > 0 && i < p.count && p.pairs[i].mask == p.pairs[i - 1].mask &&
+         p.pairs[i].uniform == p.pairs[i - 1].uniform;
+}
+
 void thread(void* argument) {
   Work& w = *static_cast<Work*>(argument);
+  const MaskProblem& p = *w.problem;
+  const auto work = w.is_backward ? w.kernel->backward : w.kernel->forward;
   float* scratch = w.memory + w.next_thread.fetch_add(1) * w.per_thread;
-  for (int64_t i; (i = w.next_pair.fetch_add(1)) < w.problem->count;) {
-    MaskPair& pair = w.problem->pairs[i];
-    (w.is_backward ? w.kernel->backward : w.kernel->forward)(*w.problem, pair, scratch);
+  for (int64_t i; (i = w.next_pair.fetch_add(1)) < p.count;) {
+    if (continues_run(p, i)) continue;
+    work(p, p.pairs[i], scratch, false);
+    while (continues_run(p, ++i)) work(p, p.pairs[i], scratch, true);
   }
 }
 

@@ -158,6 +158,7 @@ struct Scratch {
   float* logits;         // bordered
   float* grad;           // bordered
   uint8_t* mask;         // bordered
+  float* truth;          // [uniform]: the true mask at the uniform points
   uint32_t* uncertainty; // [candidates]
   uint32_t* within;      // [candidates]
   uint32_t* bins;        // [kBins]
@@ -213,8 +214,9 @@ void keep_least_certain(const MaskProblem& p, MaskPair& pair, const Scratch& s) 
 // ---- the losses of a pair
 
 // The points of a pair, block by block: kept ones, then uniform ones. A point that does not count has count 0.
+// With `again` the true mask at the uniform points is in the scratch memory already.
 template <class F>
-inline void for_blocks(const MaskProblem& p, const MaskPair& pair, const Scratch& s, F&& work) {
+inline void for_blocks(const MaskProblem& p, const MaskPair& pair, const Scratch& s, bool again, F&& work) {
   const uint32_t* parts[] = {pair.kept, pair.uniform};
   const int64_t sizes[] = {p.important, p.uniform};
   const float limit_x = pair.limit_x * 65536.0f - 0.5f, limit_y = pair.limit_y * 65536.0f - 0.5f;
@@ -227,8 +229,14 @@ inline void for_blocks(const MaskProblem& p, const MaskPair& pair, const Scratch
       float logits[kBlock], truth[kBlock], counted[kBlock];
       locate(block, p.height, p.width, cells);
       interpolate(s.logits, p.width + 2, cells, logits);
-      locate(block, p.mask_height, p.mask_width, mask_cells);
-      interpolate(s.mask, p.mask_width + 2, mask_cells, truth);
+      const bool known = again && part == 1;
+      if (known) {
+        std::memcpy(truth, s.truth + first, sizeof(truth));
+      } else {
+        locate(block, p.mask_height, p.mask_width, mask_cells);
+        interpolate(s.mask, p.mask_width + 2, mask_cells, truth);
+        if (part == 1) std::memcpy(s.truth + first, truth, sizeof(truth));
+      }
       for (int i = 0; i < kBlock; i++) {
         const bool in = float(int32_t(block[i] & 0xffff)) < limit_x && float(int32_t(block[i] >> 16)) < limit_y;
         counted[i] = in && i < size ? 1.0f : 0.0f;
@@ -246,23 +254,25 @@ Scratch scratch_in(const MaskProblem& p, float* memory) {
   s.uncertainty = reinterpret_cast<uint32_t*>(s.grad + cells);
   s.within = s.uncertainty + p.candidates + 1;
   s.bins = s.within + p.candidates + 1;
-  s.mask = reinterpret_cast<uint8_t*>(s.bins + kBins);
+  s.truth = reinterpret_cast<float*>(s.bins + kBins);
+  s.mask = reinterpret_cast<uint8_t*>(s.truth + p.uniform + kBlock);
   return s;
 }
 
 int64_t scratch(const MaskProblem& p) {
   const int64_t cells = int64_t(p.height + 2) * (p.width + 2);
   const int64_t mask_cells = int64_t(p.mask_height + 2) * (p.mask_width + 2);
-  return 2 * cells + 2 * (p.candidates + 1) + kBins + mask_cells / 4 + 2;
+  return 2 * cells + 2 * (p.candidates + 1) + kBins + p.uniform + kBlock + mask_cells / 4 + 2;
 }
 
-void forward(const MaskProblem& p, MaskPair& pair, float* memory) {
+void forward(const MaskProblem& p, MaskPair& pair, float* memory, bool again) {
   const Scratch s = scratch_in(p, memory);
   add_border(pair.logits, p.height, p.width, s.logits);
-  add_border(pair.mask, p.mask_height, p.mask_width, s.mask);
+  if (!again) add_border(pair.mask, p.mask_height, p.mask_width, s.mask);
   if (p.important > 0) keep_least_certain(p, pair, s);
   float partial[kSums][kPartial] = {};
-  for_blocks(p, pair, s, [&](const Cells&, const float* logits, const float* truth, const float* counted) {
+  for_blocks(p, pair, s, again, [&](const Cells&, const float* logits, const float* truth,
+                                    const float* counted) {
     for (int j = 0; j < kBlock; j += kPartial) {
       for (int lane = 0; lane < kPartial; lane++) {
         const int i = j + lane;
@@ -284,11 +294,11 @@ void forward(const MaskProblem& p, MaskPair& pair, float* memory) {
   }
 }
 
-void backward(const MaskProblem& p, MaskPair& pair, float* memory) {
+void backward(const MaskProblem& p, MaskPair& pair, float* memory, bool again) {
   const Scratch s = scratch_in(p, memory);
   const int32_t pitch = p.width + 2;
   add_border(pair.logits, p.height, p.width, s.logits);
-  add_border(pair.mask, p.mask_height, p.mask_width, s.mask);
+  if (!again) add_border(pair.mask, p.mask_height, p.mask_width, s.mask);
   std::memset(s.grad, 0, sizeof(float) * int64_t(p.height + 2) * pitch);
   const float per_point = pair.grad_cross_entropy / larger(pair.sums[kCounted], 1.0f);
   // dice = 1 - numerator / denominator
@@ -296,8 +306,8 @@ void backward(const MaskProblem& p, MaskPair& pair, float* memory) {
   const float denominator = pair.sums[kProbability] + pair.sums[kTruth] + 1;
   const float constant = pair.grad_dice * numerator / (denominator * denominator);
   const float per_truth = -2 * pair.grad_dice / denominator;
-  for_blocks(p, pair, s, [&](const Cells& cells, const float* logits, const float* truth,
-                             const float* counted) {
+  for_blocks(p, pair, s, again, [&](const Cells& cells, const float* logits, const float* truth,
+                                    const float* counted) {
     float grads[4][kBlock];
     for (int i = 0; i < kBlock; i++) {
       const float x = logits[i], t = truth[i];
