@@ -230,10 +230,10 @@ def _train(layout: Layout, root: Path, storage: Path) -> dict[str, Any]:
 # --- the makespan model against a real study --------------------------------------------------------
 
 RUNS = 6
-RUN_STEPS = 80
+RUN_STEPS = 240
 EVERY = 20
-INTERRUPTIONS_PER_HOUR = 72.0
-"""Of each node: one in 50 seconds, about one a run."""
+INTERRUPTIONS_PER_HOUR = 36.0
+"""Of each node: one in 100 seconds, about two for three runs."""
 DRAWS = 2000
 
 

@@ -194,5 +194,5 @@ def export_huggingface(checkpoint: str | Path, folder: str | Path) -> None:
 
     Raises `InputError` for a model that `transformers` has no equal of.
     """
-    model, _ = load_checkpoint(checkpoint)
-    write_huggingface(model, Path(folder))
+    model, config = load_checkpoint(checkpoint)
+    write_huggingface(model, Path(folder), config.data.test_resize)

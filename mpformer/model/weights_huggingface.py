@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mpformer.config_data import TestResize
 from mpformer.config_model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder
 from mpformer.model.segmenter import PIXEL_MEAN, PIXEL_STD, Segmenter
 from mpformer.model.tensorfile import read_tensors
@@ -145,8 +146,13 @@ def _to_backbone(settings: dict[str, Any], folder: Path) -> Backbone:
     return Backbone(name=name, pretrained=None)
 
 
-def write_huggingface(model: Segmenter, folder: Path) -> None:
-    """Write config.json, preprocessor_config.json and model.safetensors.
+_NO_LIMIT = 1 << 20
+"""Pixels; where `transformers` must be given a size."""
+
+
+def write_huggingface(model: Segmenter, folder: Path, resize: TestResize) -> None:
+    """Write config.json, preprocessor_config.json (with the model's `resize` for evaluation) and
+    model.safetensors.
 
     Pilots are left out: inference knows nothing of them. Raises `InputError` for a model that
     `transformers` has no equal of.
@@ -164,7 +170,7 @@ def write_huggingface(model: Segmenter, folder: Path) -> None:
     tensors.update(_unused_tensors(model, tensors))
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.cpu() for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-    for name, content in (("config", _to_settings(model)), ("preprocessor_config", _to_preprocessor())):
+    for name, content in (("config", _to_settings(model)), ("preprocessor_config", _to_preprocessor(resize))):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -264,11 +270,15 @@ def _to_backbone_settings(name: str) -> dict[str, Any]:
     raise InputError(f"export: transformers' Mask2Former has no backbone {name}")
 
 
-def _to_preprocessor() -> dict[str, Any]:
+def _to_preprocessor(resize: TestResize) -> dict[str, Any]:
+    if resize.short is not None:
+        size = {"shortest_edge": resize.short, "longest_edge": resize.long or _NO_LIMIT}
+    else:
+        size = {"max_height": resize.long or _NO_LIMIT, "max_width": resize.long or _NO_LIMIT}
     return {
         "image_processor_type": "Mask2FormerImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": 800, "longest_edge": 1333},
+        "do_resize": resize.short is not None or resize.long is not None,
+        "size": size,
         "size_divisor": 32,
         "do_rescale": True,
         "rescale_factor": 1 / 255,

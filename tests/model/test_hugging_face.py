@@ -3,10 +3,12 @@
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from mpformer import config_data
 from mpformer.config import Config
 from mpformer.model.losses import Normalizers, matching_losses
 from mpformer.model.matcher import match
@@ -270,9 +272,26 @@ def test_full_size_models_agree(kind, tmp_path):
         assert_same_heads(ours, reference, image.double(), 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("resize", "expected"),
+    [
+        (config_data.TestResize(short=96, long=256), (96, 128)),
+        (config_data.TestResize(short=96, long=64), (64, 64)),  # 48 x 64, brought to a multiple of 32
+        (config_data.TestResize(short=160, long=None), (160, 224)),  # 160 x 213
+        (config_data.TestResize(short=None, long=320), (256, 320)),  # 240 x 320
+        (config_data.TestResize(short=None, long=None), (480, 640)),
+    ],
+)
+def test_an_export_s_images_are_resized_as_in_its_evaluation(pair, tmp_path, resize, expected):
+    write_huggingface(pair.ours, tmp_path, resize)
+    processor = transformers.Mask2FormerImageProcessor.from_pretrained(tmp_path)
+    image = np.zeros((480, 640, 3), np.uint8)
+    assert processor(image, return_tensors="pt")["pixel_values"].shape[2:] == expected
+
+
 def test_a_resnet_with_group_norm_is_not_written_as_one_with_batch_norm(tmp_path):
     """Both have the same tensors by name, but for the running means, which would be those of no training."""
     model = build_model(tiny_model(), ClassTable.numbered(2))
     with pytest.raises(InputError, match=r"backbone\.norm is group_norm"):
-        write_huggingface(model, tmp_path / "out")
+        write_huggingface(model, tmp_path / "out", config_data.TestResize())
     assert not (tmp_path / "out").exists()
