@@ -5,7 +5,7 @@
 A private, encrypted bucket for data and results; an encrypted EFS file system; a security group that admits
 SSH from your present address alone, and everything among its own machines; a role for the head, which may
 start and end machines, and one for the workers, which may use the bucket. What is there already is left as it
-is; run it again when your address has changed. None of it costs anything while it is empty.
+is, aws.mine.yaml, too; run it again when your address has changed. None of it costs anything while it is empty.
 """
 
 import argparse
@@ -88,8 +88,12 @@ def _file_system(session: Any, vpc: str, group: str) -> str:
     name = files["FileSystemId"]
     served = {m["SubnetId"] for m in efs.describe_mount_targets(FileSystemId=name)["MountTargets"]}
     for subnet in ec2.describe_subnets(Filters=[{"Name": "vpc-id", "Values": [vpc]}])["Subnets"]:
-        if subnet["SubnetId"] not in served:
+        if subnet["SubnetId"] in served:
+            continue
+        try:
             efs.create_mount_target(FileSystemId=name, SubnetId=subnet["SubnetId"], SecurityGroups=[group])
+        except (efs.exceptions.MountTargetConflict, efs.exceptions.UnsupportedAvailabilityZone) as error:
+            print(f"{subnet['AvailabilityZone']}: {error}")  # one per zone, and not in all zones
     return name
 
 
@@ -139,6 +143,9 @@ def main() -> None:
         text = text.replace(f"<{name}>", value)
         print(f"{name:7} {value}")
     mine = HERE / "aws.mine.yaml"
+    if mine.exists():
+        print(f"SSH from {address} alone; {mine} is yours and stays as it is")
+        return
     mine.write_text(text)
     print(f"wrote {mine}: SSH from {address} alone")
 

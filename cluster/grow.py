@@ -22,6 +22,7 @@ def main(gpus: int) -> int:
             print(
                 f"{have} of {gpus} GPUs after {MINUTES_OF_PATIENCE} minutes: {'going on' if have else 'none'}"
             )
+            request_resources(bundles=[{"GPU": 1}] * have)  # what comes later would cost and not be used
             return 0 if have else 1
         time.sleep(5)
     print(f"{gpus} GPUs asked for, {have} there", flush=True)
