@@ -4,8 +4,8 @@
 
 A private, encrypted bucket for data and results; an encrypted EFS file system; a security group that admits
 SSH from your present address alone, and everything among its own machines; a role for the head, which may
-start and end machines, and one for the workers, which may use the bucket. What is there already, aws.mine.yaml
-included, is left as it is; run it again when your address has changed. Nothing costs while it is empty.
+start and end machines, and one for the workers, which may use the bucket. What is there already is left as it
+is, aws.mine.yaml included; run it again when your address has changed. Nothing costs while it is empty.
 """
 
 import argparse
