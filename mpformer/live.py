@@ -23,8 +23,8 @@ def shown(
 ) -> Iterator[None]:
     """While the body runs, show the runs' state on `console`, by default the standard output.
 
-    In a terminal it is a table that is drawn again twice a second; starts and warnings are told above it. In
-    a file or a pipe, all of it is told in lines.
+    In a terminal it is a table that is drawn again every second; starts and warnings are told above it. In a
+    file or a pipe, all of it is told in lines.
     """
     console = console or Console()
     tally = Tally(followers)
@@ -33,7 +33,7 @@ def shown(
             yield
         return
     live = Live(
-        get_renderable=lambda: _table(followers, tally, console.height), console=console, refresh_per_second=2
+        get_renderable=lambda: _table(followers, tally, console.height), console=console, refresh_per_second=1
     )
     with live, follow(followers, tell, points=False):
         yield

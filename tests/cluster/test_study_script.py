@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
+HEAD_TYPE = "ray.head.default"  # the only name that the provider knows the head by
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 
 STUDY = f"""#!{sys.executable}
@@ -33,51 +40,68 @@ print(int(ray.cluster_resources().get("GPU", 0)))
 """
 
 
-@pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment of the head of a fleet that may grow to two machines of one GPU each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    types = {
-        "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
-        "worker": {"resources": {"CPU": 1, "GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
-    }
-    config = {
+def autoscaling(address: str) -> dict[str, Any]:
+    """A cluster file as `ray up` leaves it on the head, for machines that are processes here."""
+    lists = ("initialization_commands", "cluster_synced_files", "setup_commands", "head_setup_commands")
+    lists += ("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
+    worker = {"resources": {"CPU": 1, "GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2}
+    return {
         "cluster_name": "local",
         "max_workers": 2,
+        "upscaling_speed": 1,
         "idle_timeout_minutes": 0.05,
         "provider": {
-            "type": "fake_multinode",
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
             "gcs_address": address,
             "head_node_id": HEAD_ID,
             "launch_multiple": True,
         },
-        "available_node_types": types,
-        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            HEAD_TYPE: {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            "worker": worker,
+        },
+        "head_node_type": HEAD_TYPE,
+        **{key: {} for key in ("docker", "auth", "file_mounts")},
+        **{key: [] for key in lists},
     }
-    (tmp_path / "autoscaling.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of the head of a fleet that may grow to two machines of one GPU each."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    address = f"{ray.util.get_node_ip_address()}:{port}"
+    (tmp_path / "autoscaling.json").write_text(json.dumps(autoscaling(address)))
     environment = os.environ | {
         "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_FAKE_CLUSTER": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
-        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
     }
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=1"]
-    start += [f"--port={address.split(':')[1]}", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
-    start += [f"--temp-dir={tmp_path / 'ray'}", f"--autoscaling-config={tmp_path / 'autoscaling.json'}"]
+    start += [f"--port={port}", "--include-dashboard=false"]
+    short = tempfile.mkdtemp(prefix="ray-")  # a socket's path has at most 107 characters
+    start += [f"--temp-dir={short}", f"--autoscaling-config={tmp_path / 'autoscaling.json'}"]
+    of_head = environment | {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
     with (tmp_path / "head.log").open("wb") as log:
-        head = subprocess.Popen(start, env=environment, stdout=log, stderr=log, start_new_session=True)
-    environment = {key: value for key, value in environment.items() if "OVERRIDE" not in key}
+        head = subprocess.Popen(start, env=of_head, stdout=log, stderr=log, start_new_session=True)
     yield environment | {"RAY_ADDRESS": address}
     os.killpg(head.pid, signal.SIGTERM)
-    try:
-        head.wait(30)
-    finally:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        head.wait(20)
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(head.pid, signal.SIGKILL)
+    shutil.rmtree(short, ignore_errors=True)
 
 
 def wait_for(happened: Callable[[], bool], what: str, seconds: float = 60) -> None:
@@ -94,16 +118,16 @@ def test_a_study_gets_its_gpus_and_lets_them_go_even_when_it_fails(fleet, tmp_pa
 
     def gpus() -> int:
         ask = [sys.executable, "-c", GPUS]
-        done = subprocess.run(ask, env=fleet, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(ask, env=fleet, capture_output=True, text=True, timeout=90)
         return int(done.stdout) if done.returncode == 0 else -1
 
-    wait_for(lambda: gpus() == 0, (tmp_path / "head.log").read_text())
+    wait_for(lambda: gpus() == 0, "the head does not start")
     done = subprocess.run(
         [CLUSTER / "study.sh", "2", "study.yaml", "data.root=/data"],
         env=fleet | {"MLFLOW": "http://mlflow:5000"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=180,
     )
     assert done.returncode == 3, done.stdout + done.stderr
     told = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
