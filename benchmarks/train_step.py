@@ -40,6 +40,7 @@ from contenders import (
 from device_time import device_times, flops, matmul_rate, print_kernels, wait
 
 from mpformer.ops.allocator import keep_freed_memory
+from mpformer.train.execution import prepare
 from mpformer.train.optim import build_optimizer
 from mpformer.train.step import train_step
 from mpformer.train.timing import Timers
@@ -56,6 +57,9 @@ REFERENCES = {
     "MP-Former with shared points": "Mask2Former",
 }
 
+COMPILED = {f"compiled {name}": {**settings, "train": {"compile": True}} for name, settings in OURS.items()}
+REFERENCES |= {f"compiled {name}": name for name in OURS}
+
 Step = Callable[[], dict[str, float]]
 """One training step; it returns the seconds of its parts."""
 
@@ -64,6 +68,7 @@ def our_step(settings: dict[str, Any], batch: Batch, tiny: bool, autocast: bool)
     config = our_config(settings, tiny)
     model = our_model(config).to(batch.images.device).train()
     optimizer = build_optimizer(model, config.train)
+    prepare(model, config.train)
     parts = {"backbone": model.backbone, "pixel decoder": model.pixel_decoder, "decoder": model.decoder}
     watch, timers = Stopwatch(parts), Timers()
 
@@ -126,7 +131,7 @@ def their_step(batch: Batch, tiny: bool, autocast: bool) -> Step:
 
 def contender(name: str, batch: Batch, given: argparse.Namespace) -> Step:
     how = batch.to(given.device), given.tiny, given.precision == "bfloat16"
-    return their_step(*how) if name == TRANSFORMERS else our_step(OURS[name], *how)
+    return their_step(*how) if name == TRANSFORMERS else our_step({**OURS, **COMPILED}[name], *how)
 
 
 def _recording(step: Step, taken: list[dict[str, float]], device: torch.device) -> Callable[[], None]:
@@ -159,6 +164,7 @@ def main() -> None:
     """Prints the tables."""
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--objects", default="5,20", help="objects per image, comma-separated")
+    parser.add_argument("--compile", action="store_true", help="ours with train.compile, too")
     parser.add_argument("--kernels", action="store_true", help="device time by kernel instead of by part")
     given = parser.parse_args()
     if given.keep_memory and not keep_freed_memory():
@@ -171,7 +177,8 @@ def main() -> None:
         return
 
     print(machine(given.device, given.keep_memory))
-    names = given.only.split(",") if given.only else [TRANSFORMERS, *OURS]
+    everyone = [TRANSFORMERS, *OURS, *(COMPILED if given.compile else ())]
+    names = given.only.split(",") if given.only else everyone
     for objects in map(int, given.objects.split(",")):
         print(f"\n## {objects} objects, {given.images} x {given.size}x{given.size}, {given.precision}")
         if not given.no_memory:
