@@ -141,7 +141,7 @@ def _run_study(study: Study, trials: Sequence[Trial], search: Search | None = No
     from mpformer.live import shown
     from mpformer.mlflow_store import close_parent, open_parent, prepare_store
     from mpformer.progress import Follower
-    from mpformer.train.summary import read_summary
+    from mpformer.record import read_summary
 
     uri = prepare_store(study.base, study.name)
     parent = open_parent(study.folder, uri, study.name, {"study": study.name}) if uri else None

@@ -24,6 +24,20 @@ INIT_FILE = "init.txt"
 """In a run's folder: what it took from the weights of `train.init`."""
 
 
+def read_summary(run_dir: Path) -> dict[str, Any] | None:
+    """The summary of a finished run; None for one that is not finished. `RunError` for a damaged one."""
+    path = run_dir / SUMMARY_FILE
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(
+            f"{path}: damaged ({error}): delete it, and the same command writes it again from the run's "
+            "record and last checkpoint"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Point:
     """What was measured at one step: `values` by metric key, and when (`time`, milliseconds since 1970)."""

@@ -179,7 +179,15 @@ class Link:
     @classmethod
     def read(cls, run_dir: Path) -> Link | None:
         path = cls.path(run_dir)
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise RunError(
+                f"{path}: damaged ({error}): delete it to go on without; the record is whole, and a run that "
+                "goes on brings all of it to a new run of MLflow"
+            ) from None
 
     def write(self, run_dir: Path) -> None:
         path = self.path(run_dir)

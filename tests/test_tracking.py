@@ -17,6 +17,7 @@ from mpformer import __version__, mlflow_store, tracking
 from mpformer.commit import git_commit
 from mpformer.config import Config, config_hash
 from mpformer.mlflow_store import prepare_store
+from mpformer.record import read_summary
 from mpformer.tracking import Entry, Link, Tracker, attach, read_metrics, sync
 from mpformer.types import InputError, RunError
 from tests.servers import MlflowServer, closed_port
@@ -387,3 +388,17 @@ def test_later_findings_survive_a_store_that_is_gone(storage):
     (storage / "mlflow.db").mkdir()
     told = attach(storage / "run", 0, {"diag/PQ_1": 7.0}, storage / "run" / "pictures")
     assert "does not have" in told
+
+
+def test_a_damaged_summary_is_named_with_its_remedy(tmp_path):
+    assert read_summary(tmp_path) is None
+    (tmp_path / "summary.json").write_text('{"metrics": {"val/A')
+    with pytest.raises(RunError, match=r"summary\.json: damaged .*: delete it, and the same command"):
+        read_summary(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"uri": "sqlite:///x"'])
+def test_a_damaged_link_to_mlflow_is_named_with_its_remedy(tmp_path, content):
+    (tmp_path / "mlflow.json").write_text(content)
+    with pytest.raises(RunError, match=r"mlflow\.json: damaged .*: delete it"):
+        Link.read(tmp_path)

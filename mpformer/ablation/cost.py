@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from mpformer.ablation.makespan import Interruptions, makespan
 from mpformer.ablation.spec import Study, Trial
 from mpformer.ablation.studyfile import message
 from mpformer.config import Config, duration_in_steps
-from mpformer.record import SUMMARY_FILE
+from mpformer.record import read_summary
 from mpformer.section import Count, NonNegative, Positive, Section
 from mpformer.types import InputError
 from mpformer.yamlfile import nearest, read_yaml
@@ -146,12 +145,11 @@ class Costs:
 def _measured(study: Study) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for trial in study.trials():
-        if trial.finished:
-            summary = json.loads((trial.run_dir / SUMMARY_FILE).read_text())
-            if summary.get("train_seconds") and summary.get("images_seen"):
-                speed = summary["train_seconds"] * summary["workers"] / summary["images_seen"]
-                found.setdefault(trial.config.name, []).append(speed)
-                found.setdefault("", []).append(speed)
+        summary = read_summary(trial.run_dir) or {}
+        if summary.get("train_seconds") and summary.get("images_seen"):
+            speed = summary["train_seconds"] * summary["workers"] / summary["images_seen"]
+            found.setdefault(trial.config.name, []).append(speed)
+            found.setdefault("", []).append(speed)
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 

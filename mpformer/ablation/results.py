@@ -10,8 +10,7 @@ from pathlib import Path
 
 from mpformer.ablation.spec import Study
 from mpformer.ablation.studyfile import split_column
-from mpformer.record import read_metrics
-from mpformer.train.summary import read_summary
+from mpformer.record import read_metrics, read_summary
 from mpformer.types import RunError
 
 History = list[tuple[int, dict[str, float]]]

@@ -106,8 +106,12 @@ class Reach:
 
 
 def reach(curves: Mapping[int, Curve], baseline: Mapping[int, Curve]) -> Reach | None:
-    """Where a row's curve first has the baseline's final value of the same seed; None without such a seed."""
-    seeds = [seed for seed in sorted(curves.keys() & baseline.keys()) if curves[seed] and baseline[seed]]
+    """Where a row's curve first has the baseline's final value of the same seed; None without such a seed.
+
+    A baseline that was measured untrained only has no final value.
+    """
+    both = sorted(curves.keys() & baseline.keys())
+    seeds = [seed for seed in both if curves[seed] and baseline[seed] and baseline[seed][-1][0] > 0]
     if not seeds:
         return None
     found = {seed: first_reach(curves[seed], baseline[seed][-1][1]) for seed in seeds}

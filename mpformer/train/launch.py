@@ -19,11 +19,11 @@ from mpformer.data.catalog import check_same_classes, open_split
 from mpformer.data.version import data_version
 from mpformer.mlflow_store import prepare_store
 from mpformer.model.weights import model_file
+from mpformer.record import read_summary
 from mpformer.tracking import Entry, close_run
 from mpformer.train import checkpoint
 from mpformer.train.capacity import Capacity, Node, uses_gpus
 from mpformer.train.mirror import Mirror
-from mpformer.train.summary import read_summary
 from mpformer.types import InputError, RunError
 
 # Before ray is imported anywhere in this process; its workers inherit them.

@@ -47,11 +47,5 @@ def write_summary(
     return summary
 
 
-def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """The summary of a finished run; None for one that is not finished."""
-    path = run_dir / SUMMARY_FILE
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def _val(values: dict[str, float]) -> dict[str, float]:
     return {k: v for k, v in values.items() if k.startswith("val/")}

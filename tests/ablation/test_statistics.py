@@ -87,3 +87,7 @@ def test_curves_over_hours_are_joined_where_all_seeds_have_them():
     assert [e.mean for _, e in joined] == [1.0, 5.0, 9.0]
     assert aligned_curve([]) == []
     assert aligned_curve([[(0, 1.0), (1, 2.0)], [(3, 1.0), (4, 2.0)]]) == []
+
+
+def test_a_baseline_measured_untrained_only_is_reached_by_nobody():
+    assert reach({0: [(0, 1.0), (100, 5.0)]}, {0: [(0, 1.0)]}) is None
