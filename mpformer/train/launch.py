@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import socket
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -48,18 +49,31 @@ from mpformer.train.loop import FAILURE_FILE, Job, run_worker  # noqa: E402
 log = logging.getLogger(__name__)
 
 SECONDS_OF_AN_ORPHAN = 20.0
+SECONDS_TO_A_CLUSTER = 20.0
 
 
 def start_ray() -> None:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine; nothing if there is one already.
 
     A machine with one core still gets two logical CPUs: Ray Data waits for ever where training workers
-    leave it none.
+    leave it none. Raises `RunError` where no cluster answers, or none starts in time.
     """
     if ray.is_initialized():
         return
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        _init_ray(address)
+    except Exception as error:  # Ray raises exceptions of no class of its own here
+        where = f"no cluster answers at RAY_ADDRESS={address}" if address else "none starts on this machine"
+        raise RunError(f"Ray: {where}: {_first_line(error)}") from error
+
+
+def _init_ray(address: str | None) -> None:
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
+    if address:
+        host, colon, port = address.rpartition(":")
+        if colon and port.isdecimal():  # Ray itself tries for minutes
+            socket.create_connection((host.rpartition("/")[2], int(port)), SECONDS_TO_A_CLUSTER).close()
         ray.init(**quiet)
     else:
         # nobody takes this machine away with a warning: one process less to start for every run
@@ -213,6 +227,10 @@ def _raise_noted_failure(run_dir: Path, token: str) -> None:
     failure = json.loads(note.read_text())
     if failure["token"] == token:
         raise (InputError if failure["kind"] == "InputError" else RunError)(failure["message"])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import socket
 import threading
 import time
 
@@ -74,6 +75,31 @@ def test_a_run_that_could_only_wait_is_refused_with_the_arithmetic(cluster, node
     with pytest.raises(InputError) as refused:
         launch._scaling(config, Capacity(tuple(nodes)))
     assert reason in str(refused.value)
+
+
+@pytest.mark.parametrize(("address", "told"), [("auto", "at RAY_ADDRESS=auto"), ("", "none starts")])
+def test_ray_that_does_not_come_is_one_line(monkeypatch, address, told):
+    def fail(**_):
+        raise Exception("The current node timed out during startup.\nMore of it.")
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(launch.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(launch.ray, "init", fail)
+    with pytest.raises(RunError) as refused:
+        launch.start_ray()
+    assert told in str(refused.value)
+    assert str(refused.value).endswith(": The current node timed out during startup.")
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_at_which_nobody_listens_is_told_at_once(monkeypatch, scheme):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"{scheme}127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(launch.ray, "is_initialized", lambda: False)
+    with pytest.raises(RunError, match=f"no cluster answers at RAY_ADDRESS={address}: .*refused"):
+        launch.start_ray()
 
 
 def test_workers_take_gpus_where_there_is_one_for_each():
