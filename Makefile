@@ -20,7 +20,7 @@ test: lint
 	wait $$e2e; failed=$$?; cat .e2e.log; exit $$((others | failed))
 
 test-fast: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 lint: $(TESTABLE)
 	$(BIN)/ruff check

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 CHANGE = re.compile(r"```diff\n--- (\S+)\n(.*?)```", re.DOTALL)
 
@@ -31,6 +33,7 @@ print("trained")
 """
 
 
+@pytest.mark.slow
 def test_the_examples_touch_two_files_each_and_train(tmp_path):
     changes = CHANGE.findall((ROOT / "docs" / "extending.md").read_text(encoding="utf-8"))
     files = [name for name, _ in changes]

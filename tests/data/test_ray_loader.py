@@ -20,6 +20,7 @@ def with_ray(data):
     return data.model_copy(update={"loader": "ray"})
 
 
+@pytest.mark.slow
 def test_the_same_batches_over_several_executions(tmp_path, monkeypatch):
     """Two epochs and a bit, cut into many blocks and executions, from the start and from the middle."""
     data = coco_folder(tmp_path, images=11)

@@ -141,7 +141,7 @@ def reference_loss(reference, images, targets, monkeypatch):
     ("kind", "dtype", "loss_tolerance", "gradient_tolerance"),
     [
         ("resnet18", torch.float32, 1e-5, 1e-4),
-        ("swin_tiny", torch.float64, 1e-7, 1e-6),
+        pytest.param("swin_tiny", torch.float64, 1e-7, 1e-6, marks=pytest.mark.slow),
         pytest.param("swin_tiny", torch.float32, 1e-5, 1e-4, marks=pytest.mark.slow),
         pytest.param("resnet50", torch.float32, 1e-5, 1e-4, marks=pytest.mark.slow),
         pytest.param("resnet50", torch.float64, 1e-7, 1e-6, marks=pytest.mark.slow),

@@ -32,6 +32,7 @@ def pages(how: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc can be told to keep memory")
 def test_memory_that_was_freed_is_not_fetched_again():
     # 48 MiB are at least 24 large or 12,288 small pages, ten times
