@@ -149,7 +149,6 @@ def _run_study(study: Study, trials: Sequence[Trial], search: Search | None = No
     followers = {
         trial.run_dir: Follower(trial.label, trial.run_dir, trial.config.train.batch_size) for trial in trials
     }
-
     for trial in trials:
         if trial.finished:
             followers[trial.run_dir].values |= read_summary(trial.run_dir)["metrics"]

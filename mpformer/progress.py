@@ -41,7 +41,7 @@ class Follower:
     """Follows one run's record and warnings from now on; what they held before is not told again.
 
     Besides the lines it keeps what a table of runs shows: `values`, the newest of each key since the process
-    began; `step` of `total_steps` (None before the run knows); `images_left`; `begun`, `finished`, `failed`.
+    began; `step` of `total_steps` (None before the run knows); `begun`, `finished`, `failed`.
     """
 
     def __init__(self, label: str, run_dir: Path, batch_size: int) -> None:
