@@ -18,8 +18,8 @@ _GROWTH = 64 << 20
 def keep_freed_memory() -> bool:
     """From now on this process gives no freed memory back before 2 GiB of it lie together; False: cannot.
 
-    Gaps between blocks may raise the peak a little (seen: -3 to +2 % in a training step); memory lent by torch's or another allocator of its
-    own (GPUs) is not touched. Needs glibc: nothing happens on other systems.
+    Gaps between blocks may raise the peak a little (seen: -3 to +2 % in a training step). Memory lent by an
+    allocator of torch's own (GPUs) is not touched. Needs glibc: nothing happens on other systems.
     """
     if sys.platform != "linux":
         return False
