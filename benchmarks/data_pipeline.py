@@ -35,10 +35,11 @@ from pycocotools import mask as coco_mask
 
 from mpformer.config import Data, DataSet, LargeScaleJitter, Split
 from mpformer.data.bench import Throughput, stages, throughput
-from mpformer.data.catalog import Catalog, Record, open_split
+from mpformer.data.catalog import open_split
 from mpformer.data.collate import collate
 from mpformer.data.images import PIXEL_MEAN, load_image, read_bytes
 from mpformer.data.packing import from_table, to_table
+from mpformer.data.records import Catalog, Record
 from mpformer.data.samples import make_sample
 
 

@@ -284,7 +284,7 @@ def measure_rate(size: int, device: str) -> float:
 
 def pixel_decoder(repetitions: int, device: str) -> None:
     """The R50 recipe's pixel decoder at 512 x 512 with each operator in its place."""
-    from mpformer.config_model import PixelDecoder
+    from mpformer.config.model import PixelDecoder
     from mpformer.model import pixel_decoder as module
 
     torch.manual_seed(0)

@@ -34,17 +34,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpformer.config import Config, Evaluate, TestResize, load_config
-from mpformer.data.catalog import Catalog, Record, Records, Rle, Segment, build_table, open_split
+from mpformer.data.catalog import open_split
 from mpformer.data.images import load_image
+from mpformer.data.records import Catalog, Record, Records, Rle, Segment, build_table
 from mpformer.draw import encode_png
 from mpformer.evaluate import inference
 from mpformer.evaluate.evaluation import evaluate
 from mpformer.evaluate.inference import find_instances
 from mpformer.evaluate.layers import layer_figures
 from mpformer.evaluate.metrics import score
+from mpformer.evaluate.postprocess import Sizes, View
 from mpformer.evaluate.truth import target_of
 from mpformer.evaluate.views import look
-from mpformer.model.postprocess import Sizes, View
 from mpformer.model.segmenter import build_model
 from mpformer.types import ClassTable, Head, Output
 

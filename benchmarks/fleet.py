@@ -29,7 +29,7 @@ import yaml
 
 from mpformer.ablation.makespan import Interruptions, best_interval, makespan
 from mpformer.config import load_config, run_name
-from mpformer.record import Point, parts, read_part, read_points
+from mpformer.tracking.record import Point, parts, read_part, read_points
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "experiments" / "recipes"

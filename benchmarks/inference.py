@@ -32,7 +32,7 @@ from contenders import (
 )
 from device_time import wait
 
-from mpformer.model.postprocess import Sizes, View, instance
+from mpformer.evaluate.postprocess import Sizes, View, instance
 from mpformer.ops.allocator import keep_freed_memory
 from mpformer.types import Batch
 

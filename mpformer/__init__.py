@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from mpformer.config import load_config
     from mpformer.evaluate.inference import segment
     from mpformer.model.segmenter import build_model
-    from mpformer.model.weights import load_weights
+    from mpformer.model.weights.loading import load_weights
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "load_config": "mpformer.config",
     "build_model": "mpformer.model.segmenter",
-    "load_weights": "mpformer.model.weights",
+    "load_weights": "mpformer.model.weights.loading",
     "segment": "mpformer.evaluate.inference",
 }
 _MODULES = ("ops",)

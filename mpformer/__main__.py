@@ -1,6 +1,6 @@
 import sys
 
-from mpformer.cli import main
+from mpformer.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -37,7 +37,7 @@ print("trained")
 def test_the_examples_touch_two_files_each_and_train(tmp_path):
     changes = CHANGE.findall((ROOT / "docs" / "extending.md").read_text(encoding="utf-8"))
     files = [name for name, _ in changes]
-    schema = "mpformer/config_model.py"
+    schema = "mpformer/config/model.py"
     assert files == [schema, "mpformer/model/convolutional.py", schema, "mpformer/model/noise.py"]
     for part in ("mpformer", "tests"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))

@@ -59,7 +59,7 @@ def test_a_pickled_checkpoint_of_another_tool_runs_no_code(tmp_path):
     )
     source, marker = tmp_path / "evil.pkl", tmp_path / "was-run"
     subprocess.run([sys.executable, "-c", program, source, marker], check=True)
-    from mpformer.commands import weights_import
+    from mpformer.cli.weights import weights_import
 
     with pytest.raises(InputError):
         weights_import(str(source), str(tmp_path / "out.safetensors"))

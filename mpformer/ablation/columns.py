@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 
 from mpformer.ablation.studyfile import StudyFile, split_column
+from mpformer.config.yamlfile import Source, nearest
 from mpformer.types import InputError
-from mpformer.yamlfile import Source, nearest
 
 _PRECISION = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 _RECALL = ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")

@@ -14,10 +14,10 @@ from mpformer.ablation.makespan import Interruptions, makespan
 from mpformer.ablation.spec import Study, Trial
 from mpformer.ablation.studyfile import message
 from mpformer.config import Config, duration_in_steps
-from mpformer.record import read_summary
-from mpformer.section import Count, NonNegative, Positive, Section
+from mpformer.config.section import Count, NonNegative, Positive, Section
+from mpformer.config.yamlfile import nearest, read_yaml
+from mpformer.tracking.record import read_summary
 from mpformer.types import InputError
-from mpformer.yamlfile import nearest, read_yaml
 
 COSTS_FILE = "costs.yaml"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mpformer.ablation.spec import Study
 from mpformer.ablation.studyfile import split_column
-from mpformer.record import read_metrics, read_summary
+from mpformer.tracking.record import read_metrics, read_summary
 from mpformer.types import RunError
 
 History = list[tuple[int, dict[str, float]]]
@@ -90,7 +90,7 @@ def collect_mlflow(study: Study, uri: str) -> Results:
     Raises `InputError` for an address that is none, `RunError` where the store cannot be asked or has no such
     study.
     """
-    from mpformer.mlflow_store import check_uri, client, first_line, mlflow_failures
+    from mpformer.tracking.mlflow_store import check_uri, client, first_line, mlflow_failures
 
     if check_uri(uri) == "sqlite" and not Path(uri.partition(":///")[2]).is_file():
         raise RunError(f"MLflow {uri}: there is no such file")  # asking for it would make one

@@ -7,7 +7,7 @@ from pathlib import Path
 from mpformer import draw
 from mpformer.ablation.page import html_page
 from mpformer.config import load_config
-from mpformer.record import parts, read_metrics, read_summary
+from mpformer.tracking.record import parts, read_metrics, read_summary
 from mpformer.types import InputError
 
 

@@ -16,10 +16,11 @@ from pydantic import Field, ValidationError
 
 from mpformer.ablation.columns import check_columns
 from mpformer.ablation.studyfile import Profile, Row, Seeds, StudyFile, check, message, split_column
-from mpformer.config import Config, Section, build_config, flatten, inline_dataset, read_recipe, run_name
-from mpformer.record import SUMMARY_FILE
+from mpformer.config import Config, build_config, flatten, inline_dataset, read_recipe, run_name
+from mpformer.config.section import Section
+from mpformer.config.yamlfile import Source, merge, nearest, parse_scalar, read_yaml
+from mpformer.tracking.record import SUMMARY_FILE
 from mpformer.types import InputError
-from mpformer.yamlfile import Source, merge, nearest, parse_scalar, read_yaml
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, model_validator
 
-from mpformer.section import Section
+from mpformer.config.section import Section
+from mpformer.config.yamlfile import Source, nearest
 from mpformer.types import InputError
-from mpformer.yamlfile import Source, nearest
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 """Of a row, a part or a profile: it becomes part of folder names."""

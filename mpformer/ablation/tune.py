@@ -37,7 +37,7 @@ from mpformer.ablation.spec import Trial  # noqa: E402
 from mpformer.ablation.studyfile import Search, split_column  # noqa: E402
 from mpformer.config import Config, duration_in_steps  # noqa: E402
 from mpformer.data.catalog import check_root  # noqa: E402
-from mpformer.tracking import Entry, close_run  # noqa: E402
+from mpformer.tracking.tracker import Entry, close_run  # noqa: E402
 from mpformer.train.capacity import threads_per_worker  # noqa: E402
 from mpformer.train.launch import cluster_capacity, fit, only_driver, start_ray  # noqa: E402
 from mpformer.types import InputError, RunError  # noqa: E402

@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 
 from mpformer.config import LargeScaleJitter, ShortestEdge, TestResize
-from mpformer.config_data import AnyAugment
-from mpformer.data.catalog import Record
+from mpformer.config.data import AnyAugment
 from mpformer.data.colors import ColorJitter, draw_colors, jitter_colors
 from mpformer.data.masks import BoxMask, Window, crop_masks
+from mpformer.data.records import Record
 
 _BLOCK = 8
 """Pixels along a side of a JPEG block."""

@@ -11,11 +11,11 @@ import numpy as np
 
 from mpformer.config import Data
 from mpformer.data import augment
-from mpformer.data.catalog import Catalog
 from mpformer.data.collate import collate
 from mpformer.data.images import load_reduced_image
 from mpformer.data.packing import from_table, to_table
 from mpformer.data.pipeline import train_batches
+from mpformer.data.records import Catalog
 from mpformer.data.samples import batch_canvas, make_sample, sample_order
 from mpformer.types import Batch
 

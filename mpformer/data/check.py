@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from mpformer.config import Data, DataSet, Packed
-from mpformer.data.catalog import Catalog, MapId, Polygons, Record, check_same_classes, open_split
+from mpformer.data.catalog import check_same_classes, open_split
 from mpformer.data.images import load_ids, load_image, read_bytes
 from mpformer.data.masks import BoxMask, Window, crop_masks
-from mpformer.data.pack import verify
+from mpformer.data.packed import verify
+from mpformer.data.records import Catalog, MapId, Polygons, Record
 from mpformer.types import InputError
 
 SMALL, LARGE = 32**2, 96**2

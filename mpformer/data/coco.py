@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from mpformer.config import Split
+from mpformer.config.yamlfile import nearest
 from mpformer.data import masks
-from mpformer.data.catalog import MapId, Mask, Polygons, Record, Rle, Segment, safe_relative_path
+from mpformer.data.records import MapId, Mask, Polygons, Record, Rle, Segment, safe_relative_path
 from mpformer.types import ClassInfo, ClassTable, InputError, distinct_color
-from mpformer.yamlfile import nearest
 
 _LARGEST_ID = 2**63 - 1
 

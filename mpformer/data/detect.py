@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpformer.config import DataSet, Packed, Split
-from mpformer.data.pack import is_packed
+from mpformer.data.packed import is_packed
 from mpformer.types import InputError
 
 _DEPTH = 3

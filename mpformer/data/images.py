@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from mpformer.data.catalog import Record
+from mpformer.data.records import Record
 from mpformer.types import InputError
 
 PIXEL_MEAN = (124, 116, 104)

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from mpformer.config import LabelMaps, LabelSplit, MaskFiles, MaskSplit
-from mpformer.config_data import ClassEntry
+from mpformer.config.data import ClassEntry
+from mpformer.config.yamlfile import nearest
 from mpformer.data import masks
-from mpformer.data.catalog import MapId, Record, Records, Segment
 from mpformer.data.images import image_size, load_index_map, load_rgb_map
+from mpformer.data.records import MapId, Record, Records, Segment
 from mpformer.types import ClassInfo, ClassTable, InputError, distinct_color
-from mpformer.yamlfile import nearest
 
 
 def read_label_maps(

@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from mpformer.data.catalog import MapId, Polygons, Record, Rle, Segment
 from mpformer.data.images import load_ids
+from mpformer.data.records import MapId, Polygons, Record, Rle, Segment
 
 
 @dataclass(frozen=True)

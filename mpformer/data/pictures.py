@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import cv2
 import numpy as np
 
-from mpformer.data.catalog import Catalog
 from mpformer.data.images import load_image
 from mpformer.data.masks import record_masks
+from mpformer.data.records import Catalog
 from mpformer.draw import overlay, side_by_side
 from mpformer.types import Batch, ClassInfo, ClassTable, InputError
 

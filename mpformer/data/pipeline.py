@@ -21,8 +21,8 @@ import ray.data
 from ray.data.collate_fn import ArrowBatchCollateFn
 
 from mpformer.config import Data
-from mpformer.data.catalog import Catalog
 from mpformer.data.packing import from_table, to_table
+from mpformer.data.records import Catalog
 from mpformer.data.samples import Sample, batch_canvas, make_sample
 from mpformer.types import Batch, InputError, RunError
 

@@ -16,9 +16,9 @@ import numpy as np
 from mpformer.config import Data, ShortestEdge
 from mpformer.data import augment
 from mpformer.data.augment import Placement
-from mpformer.data.catalog import Catalog, Record
 from mpformer.data.images import load_reduced_image
 from mpformer.data.masks import BoxMask
+from mpformer.data.records import Catalog, Record
 from mpformer.types import InputError
 
 _REPLACEMENTS = 100

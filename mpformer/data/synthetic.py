@@ -19,8 +19,8 @@ import numpy as np
 from numpy.random import Generator
 
 from mpformer.data.augment import generator
-from mpformer.data.catalog import Polygons, Record, Segment
 from mpformer.data.masks import run_lengths, segment_mask
+from mpformer.data.records import Polygons, Record, Segment
 from mpformer.types import InputError
 
 _MARKER = "synthetic.json"

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from torch.utils.data import DataLoader
 
 from mpformer.config import Data
-from mpformer.data.catalog import Catalog
 from mpformer.data.collate import collate
+from mpformer.data.records import Catalog
 from mpformer.data.samples import batch_canvas, make_sample
 from mpformer.types import Batch, InputError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mpformer.config import Data
 from mpformer.data import synthetic
-from mpformer.data.catalog import Catalog
+from mpformer.data.records import Catalog
 
 
 def data_version(data: Data, splits: Mapping[str, Catalog]) -> dict[str, str]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpformer.config import Config, Evaluate
-from mpformer.data.catalog import Catalog, Record
 from mpformer.data.images import load_image
+from mpformer.data.records import Catalog, Record
 from mpformer.draw import overlay, side_by_side
 from mpformer.evaluate.inference import find_instances, results
 from mpformer.evaluate.instance import ImageInstances, average_precision
@@ -29,12 +29,12 @@ from mpformer.evaluate.layers import (
     without_padding,
 )
 from mpformer.evaluate.metrics import score
+from mpformer.evaluate.postprocess import Sizes, View
 from mpformer.evaluate.prediction import Figures, Prediction
 from mpformer.evaluate.truth import target_of, true_instances
 from mpformer.evaluate.views import forward, prepare, view_of
 from mpformer.model.matcher import Match
 from mpformer.model.piloting import make_pilots
-from mpformer.model.postprocess import Sizes, View
 from mpformer.model.streams import SampleRandom
 from mpformer.types import ClassInfo, ClassTable, InputError, Target
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mpformer.config import Config
-from mpformer.data.catalog import Catalog
+from mpformer.data.records import Catalog
 from mpformer.evaluate.inference import Task, predict_on_workers, predict_records
 from mpformer.evaluate.layers import summarize
 from mpformer.evaluate.metrics import score

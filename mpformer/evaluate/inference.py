@@ -19,16 +19,16 @@ from torch import Tensor
 
 from mpformer import draw
 from mpformer.config import Config, Evaluate, TestResize
-from mpformer.data.catalog import Catalog, Record
 from mpformer.data.images import load_image, read_image
+from mpformer.data.records import Catalog, Record
 from mpformer.evaluate import instance as rle
+from mpformer.evaluate import postprocess
 from mpformer.evaluate.layers import layer_figures
+from mpformer.evaluate.postprocess import View
+from mpformer.evaluate.postprocess_detr import detr_panoptic
 from mpformer.evaluate.prediction import FoundInstance, FoundSegments, Prediction
 from mpformer.evaluate.truth import target_of
 from mpformer.evaluate.views import aligned, look
-from mpformer.model import postprocess
-from mpformer.model.postprocess import View
-from mpformer.model.postprocess_detr import detr_panoptic
 from mpformer.ops.allocator import keep_freed_memory
 from mpformer.types import ClassTable, InputError
 

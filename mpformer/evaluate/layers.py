@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpformer.config_model import Model as ModelConfig
+from mpformer.config.model import Model as ModelConfig
+from mpformer.evaluate.postprocess import Sizes
 from mpformer.evaluate.prediction import Figures, Prediction
 from mpformer.model.matcher import Match, match
-from mpformer.model.postprocess import Sizes
 from mpformer.model.streams import SampleRandom
 from mpformer.types import Head, Target
 

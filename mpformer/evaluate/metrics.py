@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from mpformer.data.catalog import Catalog
+from mpformer.data.records import Catalog
 from mpformer.draw import decode_png
 from mpformer.evaluate.instance import ImageInstances, average_precision
 from mpformer.evaluate.panoptic import Counts, count_classes, count_segments, panoptic_quality

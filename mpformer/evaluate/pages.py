@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mpformer.data.catalog import Catalog, Record
 from mpformer.data.images import load_image
 from mpformer.data.masks import record_masks
+from mpformer.data.records import Catalog, Record
 from mpformer.draw import decode_png, encode_jpeg, overlay, side_by_side
 from mpformer.evaluate.inference import Task, to_result
 from mpformer.evaluate.instance import ImageInstances, count_instances

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from mpformer.data.augment import Placement, place_masks
-from mpformer.data.catalog import MapId, Record
 from mpformer.data.masks import Window, record_masks, segment_rle
+from mpformer.data.records import MapId, Record
 from mpformer.evaluate.instance import TrueInstance, encode_mask
-from mpformer.model.postprocess import Sizes
+from mpformer.evaluate.postprocess import Sizes
 from mpformer.types import Target
 
 VOID = -1

@@ -21,8 +21,8 @@ from mpformer.config import Evaluate, TestResize
 from mpformer.data.augment import resize_image, test_size
 from mpformer.data.images import PIXEL_MEAN
 from mpformer.data.masks import Window
+from mpformer.evaluate.postprocess import Sizes, View
 from mpformer.model.matcher import most_alike
-from mpformer.model.postprocess import Sizes, View
 from mpformer.types import Head
 
 if TYPE_CHECKING:

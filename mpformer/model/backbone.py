@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpformer.config_model import Backbone as BackboneConfig
+from mpformer.config.model import Backbone as BackboneConfig
+from mpformer.config.yamlfile import nearest
 from mpformer.model.pyramid import SimpleFeaturePyramid
 from mpformer.model.swin import PadThenShift
-from mpformer.model.tensorfile import read_tensors
+from mpformer.model.weights.tensorfile import read_tensors
 from mpformer.types import InputError
-from mpformer.yamlfile import nearest
 
 # torchvision from PyPI is built for CUDA. Beside a CPU build of torch its library does not load, and its
 # Python part then fails on two operators that nobody defined, which takes `import timm` down with it.

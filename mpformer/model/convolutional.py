@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mpformer.config_model import PixelDecoder as PixelDecoderConfig
+from mpformer.config.model import PixelDecoder as PixelDecoderConfig
 from mpformer.model.points import at_least_float32
 
 Decoded = tuple[Tensor, tuple[Tensor, ...]]

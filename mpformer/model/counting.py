@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mpformer.config_model import Model as ModelConfig
+from mpformer.config.model import Model as ModelConfig
 from mpformer.model.segmenter import build_model
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mpformer.config_model import Decoder as DecoderConfig
-from mpformer.config_model import Model as ModelConfig
+from mpformer.config.model import Decoder as DecoderConfig
+from mpformer.config.model import Model as ModelConfig
 from mpformer.model.attention import CROSS_ATTENTIONS, Attention
 from mpformer.model.mask_logits import mask_logits_of
 from mpformer.model.points import cell_centers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mpformer.config_model import Decoder as DecoderConfig
+from mpformer.config.model import Decoder as DecoderConfig
 from mpformer.model.attention import Attention
 from mpformer.model.position import sine_position
 

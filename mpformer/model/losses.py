@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpformer.config_model import Loss as LossConfig
-from mpformer.config_model import Model as ModelConfig
+from mpformer.config.model import Loss as LossConfig
+from mpformer.config.model import Model as ModelConfig
 from mpformer.model.boxes import generalized_iou, relative_boxes
 from mpformer.model.matcher import FOCAL_ALPHA, FOCAL_GAMMA, Match
 from mpformer.model.piloting import pilot_layout

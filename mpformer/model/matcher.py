@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpformer.config_model import Loss as LossConfig
+from mpformer.config.model import Loss as LossConfig
 from mpformer.model.boxes import generalized_iou, relative_boxes
 from mpformer.model.points import at_least_float32, cell_centers, inside, matching_points, sample
 from mpformer.model.streams import SampleRandom

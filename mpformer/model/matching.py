@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpformer.config_model import Loss as LossConfig
-from mpformer.config_model import Model as ModelConfig
+from mpformer.config.model import Loss as LossConfig
+from mpformer.config.model import Model as ModelConfig
 from mpformer.model.matcher import Match, assign, fixed_matches, matching_costs
 from mpformer.model.points import HeadPoints, draw_points
 from mpformer.model.streams import SampleRandom

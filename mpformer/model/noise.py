@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpformer.config_model import Noise, PilotRules
+from mpformer.config.model import Noise, PilotRules
 from mpformer.model.streams import SampleRandom
 
 

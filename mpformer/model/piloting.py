@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpformer.config_model import Model as ModelConfig
-from mpformer.config_model import Pilot as PilotConfig
-from mpformer.config_model import PilotRules
+from mpformer.config.model import Model as ModelConfig
+from mpformer.config.model import Pilot as PilotConfig
+from mpformer.config.model import PilotRules
 from mpformer.model import noise as noises
 from mpformer.model.boxes import relative_boxes
 from mpformer.model.streams import SampleRandom

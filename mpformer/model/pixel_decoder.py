@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mpformer.config_model import PixelDecoder as PixelDecoderConfig
+from mpformer.config.model import PixelDecoder as PixelDecoderConfig
 from mpformer.model.convolutional import CONVOLUTIONAL
 from mpformer.model.position import sine_position
 from mpformer.ops import ms_deform_attn_fused

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpformer.config_model import Loss as LossConfig
+from mpformer.config.model import Loss as LossConfig
 from mpformer.model.streams import SampleRandom
 
 

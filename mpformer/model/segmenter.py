@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mpformer.config_model import Model as ModelConfig
+from mpformer.config.model import Model as ModelConfig
 from mpformer.model.decoder import PixelClassifier, QueryDecoder
 from mpformer.model.encoder import Encoder
 from mpformer.model.pixel_decoder import build_pixel_decoder

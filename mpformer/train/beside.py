@@ -14,15 +14,15 @@ import ray
 from ray.exceptions import RayTaskError
 
 from mpformer.config import Config
-from mpformer.data.catalog import Catalog
+from mpformer.data.records import Catalog
 from mpformer.evaluate.inference import predict_on_workers
 from mpformer.evaluate.layers import summarize
 from mpformer.evaluate.metrics import score
 from mpformer.evaluate.prediction import Prediction, Scores
 from mpformer.model.segmenter import Segmenter
-from mpformer.model.weights import load_checkpoint
-from mpformer.record import read_points
-from mpformer.tracking import Tracker
+from mpformer.model.weights.loading import load_checkpoint
+from mpformer.tracking.record import read_points
+from mpformer.tracking.tracker import Tracker
 from mpformer.train import checkpoint
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from mpformer.config import Config
 from mpformer.model.segmenter import Segmenter
-from mpformer.model.weights import MODEL_FILE, checkpoint_metadata
+from mpformer.model.weights.loading import MODEL_FILE, checkpoint_metadata
 from mpformer.types import InputError, RunError
 
 _OPTIMIZER_FILE = "optimizer.safetensors"

@@ -18,10 +18,10 @@ from typing import Any
 from mpformer.config import Config, dump_yaml, run_name
 from mpformer.data.catalog import check_same_classes, open_split
 from mpformer.data.version import data_version
-from mpformer.mlflow_store import prepare_store
-from mpformer.model.weights import model_file
-from mpformer.record import read_summary
-from mpformer.tracking import Entry, close_run
+from mpformer.model.weights.loading import model_file
+from mpformer.tracking.mlflow_store import prepare_store
+from mpformer.tracking.record import read_summary
+from mpformer.tracking.tracker import Entry, close_run
 from mpformer.train import checkpoint
 from mpformer.train.capacity import Capacity, Node, uses_gpus
 from mpformer.train.mirror import Mirror
@@ -44,7 +44,7 @@ import ray  # noqa: E402
 from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: E402
 from ray.train.torch import TorchTrainer  # noqa: E402
 
-from mpformer.train.loop import FAILURE_FILE, Job, run_worker  # noqa: E402
+from mpformer.train.worker import FAILURE_FILE, Job, run_worker  # noqa: E402
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from pyarrow import fs
 
-from mpformer.record import SUMMARY_FILE
+from mpformer.tracking.record import SUMMARY_FILE
 from mpformer.train import checkpoint
 from mpformer.types import InputError, RunError
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mpformer.config import Config
-from mpformer.config_model import Model as ModelConfig
+from mpformer.config.model import Model as ModelConfig
 from mpformer.model.losses import (
     Normalizers,
     consistency_losses,

@@ -9,9 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mpformer.commit import git_commit
 from mpformer.config import Config, config_hash
-from mpformer.record import SUMMARY_FILE, read_metrics
+from mpformer.tracking.commit import git_commit
+from mpformer.tracking.record import SUMMARY_FILE, read_metrics
 from mpformer.train.timing import Timers
 
 _PACKAGES = ("torch", "ray", "timm", "mlflow", "numpy", "pycocotools")

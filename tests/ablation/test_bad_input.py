@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from mpformer.cli import main
+from mpformer.cli.main import main
 
 STUDY = """\
 title: A study

@@ -13,7 +13,7 @@ from mpformer.ablation.report import cells, markdown, table_lines, write_report
 from mpformer.ablation.results import collect
 from mpformer.ablation.spec import Study, load_study
 from mpformer.ablation.statistics import estimate, mean_curve, paired_difference
-from mpformer.record import Part
+from mpformer.tracking.record import Part
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 30])

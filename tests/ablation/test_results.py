@@ -14,8 +14,8 @@ import pytest
 from mpformer.ablation.report import cells, markdown
 from mpformer.ablation.results import collect, collect_mlflow
 from mpformer.ablation.spec import load_study
-from mpformer.mlflow_store import client, open_parent, prepare_store, store_uri
-from mpformer.tracking import Entry, Tracker, attach_report
+from mpformer.tracking.mlflow_store import client, open_parent, prepare_store, store_uri
+from mpformer.tracking.tracker import Entry, Tracker, attach_report
 from mpformer.types import RunError
 
 STUDY = """\

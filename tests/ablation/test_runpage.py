@@ -6,7 +6,7 @@ import pytest
 
 from mpformer.ablation.runpage import write_run_report
 from mpformer.config import Config, dump_yaml
-from mpformer.record import Part
+from mpformer.tracking.record import Part
 from mpformer.types import InputError
 
 

@@ -8,9 +8,9 @@ from mpformer import config as settings
 from mpformer.config import LargeScaleJitter
 from mpformer.data import augment
 from mpformer.data.augment import Placement
-from mpformer.data.catalog import Polygons, Record, Rle, Segment
 from mpformer.data.images import image_size, load_image, load_reduced_image
 from mpformer.data.masks import Window
+from mpformer.data.records import Polygons, Record, Rle, Segment
 from tests.data.folders import photograph
 
 

@@ -10,6 +10,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from mpformer.config import Data, LargeScaleJitter, Packed, Split, build_config
+from mpformer.config.yamlfile import Source
 from mpformer.data.catalog import open_split
 from mpformer.data.check import check, obstacle, report_text, training_command
 from mpformer.data.detect import detect
@@ -17,7 +18,6 @@ from mpformer.data.pack import pack
 from mpformer.data.pictures import batch_pictures, catalog_sheet, pilot_sheet
 from mpformer.data.pipeline import train_batches
 from mpformer.types import InputError
-from mpformer.yamlfile import Source
 from tests.data.folders import SQUARE, annotation, coco_folder
 from tests.data.test_coco import panoptic_folder
 

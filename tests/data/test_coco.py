@@ -11,7 +11,8 @@ from pycocotools.coco import COCO
 
 from mpformer.config import Data, DataSet, Split
 from mpformer.data import masks
-from mpformer.data.catalog import Polygons, Rle, check_same_classes, open_split
+from mpformer.data.catalog import check_same_classes, open_split
+from mpformer.data.records import Polygons, Rle
 from mpformer.types import ClassTable, InputError
 from tests.data.folders import SQUARE, annotation, coco_folder
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mpformer.data.catalog import Record
 from mpformer.data.images import load_ids, load_image, load_reduced_image
+from mpformer.data.records import Record
 from mpformer.types import InputError
 from tests.data.folders import photograph
 

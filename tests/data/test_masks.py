@@ -7,8 +7,8 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from mpformer.data import masks
-from mpformer.data.catalog import MapId, Polygons, Record, Rle, Segment, build_table
 from mpformer.data.masks import Window
+from mpformer.data.records import MapId, Polygons, Record, Rle, Segment, build_table
 
 
 def star(random, count, center, radius):

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from mpformer.config import Data, Packed
-from mpformer.data import masks, pack
-from mpformer.data.catalog import MapId, Polygons, open_split
+from mpformer.data import masks, pack, packed
+from mpformer.data.catalog import open_split
 from mpformer.data.images import load_image
+from mpformer.data.records import MapId, Polygons
 from mpformer.data.samples import sample_order
 from mpformer.types import InputError
 from tests.data.folders import annotation, coco_folder
@@ -29,11 +30,11 @@ from tests.data.test_pipeline import joined, stream
 @pytest.fixture(autouse=True)
 def fresh():
     """Groups in memory belong to the files of another test."""
-    pack._read_group.cache_clear()
-    pack._open_shard.cache_clear()
+    packed._read_group.cache_clear()
+    packed._open_shard.cache_clear()
 
 
-def packed(data, root, **changes):
+def of_shards(data, root, **changes):
     return data.model_copy(update={"root": str(root), "dataset": Packed(), **changes})
 
 
@@ -61,7 +62,7 @@ def test_real_data_comes_back_as_it_was(sample_data, tmp_path):
     assert pack.pack(data, str(tmp_path / "out"), shard_bytes=1 << 20) == {"train": 37, "val": 36}
     for split in ("train", "val"):
         source = open_split(data, split)
-        catalog = open_split(packed(data, tmp_path / "out"), split)
+        catalog = open_split(of_shards(data, tmp_path / "out"), split)
         assert catalog.classes == source.classes
         by_id = {r.image_id: r for r in source.records}
         assert sorted(r.image_id for r in catalog.records) == sorted(by_id)
@@ -73,7 +74,7 @@ def test_real_data_comes_back_as_it_was(sample_data, tmp_path):
     for shard in shards[:-1]:
         file = pq.ParquetFile(shard)
         groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-        assert set(groups) == {pack.GROUP}
+        assert set(groups) == {packed.GROUP}
 
 
 def test_panoptic_maps_and_label_maps(tmp_path):
@@ -82,30 +83,30 @@ def test_panoptic_maps_and_label_maps(tmp_path):
     segments = [{"id": 60 << 16, "category_id": 3, "area": 600}, {"id": 5, "category_id": 7, "area": 600}]
     data = panoptic_folder(tmp_path / "a", segments, pixels)
     pack.pack(data, str(tmp_path / "packed"))
-    record = open_split(packed(data, tmp_path / "packed"), "val").records[0]
+    record = open_split(of_shards(data, tmp_path / "packed"), "val").records[0]
     assert isinstance(record.segments[0].mask, MapId)
     assert_same(record, open_split(data, "val").records[0])
     classes = small(tmp_path / "b")
     pack.pack(classes, str(tmp_path / "maps"))
-    ours = open_split(packed(classes, tmp_path / "maps"), "val")
+    ours = open_split(of_shards(classes, tmp_path / "maps"), "val")
     for a, b in zip(ours.records, open_split(classes, "val").records, strict=True):
         assert_same(a, b)
     with pytest.raises(InputError, match=r"'panoptic' needs objects, but .* holds classes only"):
-        open_split(packed(classes, tmp_path / "maps", task="panoptic"), "val")
+        open_split(of_shards(classes, tmp_path / "maps", task="panoptic"), "val")
 
 
 @pytest.mark.slow
 def test_mask_files(sample_data, tmp_path):
     data = label_settings(sample_data / "nuclei_dsb2018", "nuclei", "instance")
     pack.pack(data, str(tmp_path))
-    for a, b in zip(open_split(packed(data, tmp_path), "val").records, open_split(data, "val").records):
+    for a, b in zip(open_split(of_shards(data, tmp_path), "val").records, open_split(data, "val").records):
         assert_same(a, b)
 
 
 def test_ranks_and_resuming_see_the_same_batches(sample_data, tmp_path):
     data = Data(root=str(sample_data / "tiny_coco"), augment={"size": [64, 64]}, loader="inline")
     pack.pack(data, str(tmp_path))
-    shards = packed(data, tmp_path)
+    shards = of_shards(data, tmp_path)
     catalog = open_split(shards, "train")
     whole = stream(shards, catalog, stop=13, batch_size=6)
     shares = [stream(shards, catalog, stop=13, batch_size=6, rank=r, world=3) for r in range(3)]
@@ -131,7 +132,7 @@ def many(tmp_path):
 def test_an_interrupted_packing_is_finished(tmp_path, monkeypatch):
     data = many(tmp_path)
     pack.pack(data, str(tmp_path / "whole"), shard_bytes=1000)
-    written = pack._Store.write
+    written = packed.Store.write
     count = 0
 
     def fails(self, name, content):
@@ -141,12 +142,12 @@ def test_an_interrupted_packing_is_finished(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         written(self, name, content)
 
-    monkeypatch.setattr(pack._Store, "write", fails)
+    monkeypatch.setattr(packed.Store, "write", fails)
     with pytest.raises(KeyboardInterrupt):
         pack.pack(data, str(tmp_path / "out"), shard_bytes=1000)
-    monkeypatch.setattr(pack._Store, "write", written)
+    monkeypatch.setattr(packed.Store, "write", written)
     with pytest.raises(InputError, match="packing was interrupted"):
-        open_split(packed(data, tmp_path / "out"), "train")
+        open_split(of_shards(data, tmp_path / "out"), "train")
     first = (tmp_path / "out" / "train" / "shard-00000.parquet").stat().st_mtime_ns
     pack.pack(data, str(tmp_path / "out"), shard_bytes=1000)
     assert (tmp_path / "out" / "train" / "shard-00000.parquet").stat().st_mtime_ns == first
@@ -172,23 +173,23 @@ def test_damage_is_found(tmp_path):
     pack.pack(data, str(tmp_path / "out"))
     shard = tmp_path / "out" / "train" / "shard-00000.parquet"
     content = shard.read_bytes()
-    assert pack.verify(str(tmp_path / "out"), "train") == []
+    assert packed.verify(str(tmp_path / "out"), "train") == []
     shard.write_bytes(content[:-100])
     with pytest.raises(InputError, match=rf"shard-00000\.parquet: the shard has {len(content) - 100} bytes"):
-        open_split(packed(data, tmp_path / "out"), "train")
+        open_split(of_shards(data, tmp_path / "out"), "train")
     flipped = bytearray(content)
     flipped[len(content) // 3] ^= 0xFF
     shard.write_bytes(bytes(flipped))
-    (line,) = pack.verify(str(tmp_path / "out"), "train")
+    (line,) = packed.verify(str(tmp_path / "out"), "train")
     assert "shard-00000.parquet: its SHA-256" in line
-    catalog = open_split(packed(data, tmp_path / "out"), "train")
+    catalog = open_split(of_shards(data, tmp_path / "out"), "train")
     with pytest.raises(InputError, match=r"shard-00000\.parquet: group \d+ cannot be read"):
         list(catalog.records)
     shard.unlink()
     with pytest.raises(InputError, match="the shard is missing"):
-        open_split(packed(data, tmp_path / "out"), "train")
+        open_split(of_shards(data, tmp_path / "out"), "train")
     with pytest.raises(InputError, match=r"no manifest\.json: a split that"):
-        open_split(packed(data, tmp_path / "nowhere"), "train")
+        open_split(of_shards(data, tmp_path / "nowhere"), "train")
 
 
 def test_bad_samples_keep_their_place(tmp_path):
@@ -198,7 +199,7 @@ def test_bad_samples_keep_their_place(tmp_path):
         pack.pack(data, str(tmp_path / "out"))
     data = data.model_copy(update={"on_bad_sample": "skip"})
     pack.pack(data, str(tmp_path / "out"))
-    records = open_split(packed(data, tmp_path / "out"), "val").records
+    records = open_split(of_shards(data, tmp_path / "out"), "val").records
     assert ["2.png: no such file" in r.problem for r in records] == [False, True, False, False]
 
 
@@ -243,15 +244,15 @@ def test_object_stores(tmp_path, s3_server):
     assert pack.pack(data, s3_server, shard_bytes=1000) == {"train": 40, "val": 40}
     assert pack.pack(data, s3_server, shard_bytes=1000) == {"train": 40, "val": 40}
     pack.pack(data, str(tmp_path / "local"), shard_bytes=1000)
-    remote, local = packed(data, s3_server), packed(data, tmp_path / "local")
+    remote, local = of_shards(data, s3_server), of_shards(data, tmp_path / "local")
     for split in ("train", "val"):
-        assert pack.verify(s3_server, split) == []
+        assert packed.verify(s3_server, split) == []
         ours, theirs = open_split(remote, split), open_split(local, split)
         for a, b in zip(ours.records[::7], theirs.records[::7], strict=True):
             assert_same(a, b)
     assert stream(remote, open_split(remote, "train")) == stream(local, open_split(local, "train"))
     with pytest.raises(InputError, match="no manifest"):
-        open_split(packed(data, "s3://bucket/elsewhere"), "train")
+        open_split(of_shards(data, "s3://bucket/elsewhere"), "train")
 
 
 def test_the_manifest_is_plain_to_read(tmp_path):

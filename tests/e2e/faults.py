@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from mpformer.config import load_config, run_name
-from mpformer.mlflow_store import client
-from mpformer.record import read_points
+from mpformer.tracking.mlflow_store import client
+from mpformer.tracking.record import read_points
 from mpformer.train import checkpoint
 
 

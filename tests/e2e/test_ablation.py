@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from mpformer.ablation.spec import Study, load_study
-from mpformer.mlflow_store import client
-from mpformer.record import read_points
+from mpformer.tracking.mlflow_store import client
+from mpformer.tracking.record import read_points
 from mpformer.train import checkpoint
 from tests.e2e.conftest import run, start
 from tests.e2e.faults import title

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mpformer.record import read_points
+from mpformer.tracking.record import read_points
 from mpformer.train import checkpoint
 from tests.e2e.conftest import run, start
 from tests.e2e.faults import assert_mirrored, at_step, difference, run_dir_of, values, wait_for

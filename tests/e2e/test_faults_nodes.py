@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mpformer.record import read_points
+from mpformer.tracking.record import read_points
 from mpformer.train import checkpoint
 from tests.e2e.conftest import run, start
 from tests.e2e.faults import (

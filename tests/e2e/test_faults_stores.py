@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mpformer.tracking import Link, client
+from mpformer.tracking.tracker import Link, client
 from mpformer.train import checkpoint
 from tests.e2e.conftest import run, start
 from tests.e2e.faults import (

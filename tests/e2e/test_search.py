@@ -9,7 +9,7 @@ import pytest
 
 from mpformer.ablation.search import samples
 from mpformer.ablation.spec import load_study
-from mpformer.mlflow_store import client
+from mpformer.tracking.mlflow_store import client
 from tests.e2e.conftest import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from mpformer.config import load_config, run_name
-from mpformer.mlflow_store import client
-from mpformer.record import read_points
+from mpformer.tracking.mlflow_store import client
+from mpformer.tracking.record import read_points
 from mpformer.train import checkpoint
 from tests.e2e.conftest import run, start
 

@@ -9,7 +9,7 @@ from pycocotools import mask as coco_mask
 from torch import nn
 
 from mpformer.config import Backbone, Config, Decoder, Model, PixelDecoder, TestResize
-from mpformer.data.catalog import Catalog, Record, Rle, Segment
+from mpformer.data.records import Catalog, Record, Rle, Segment
 from mpformer.model.segmenter import Segmenter, build_model
 from mpformer.types import ClassInfo, ClassTable, Head, Output
 

@@ -9,8 +9,8 @@ import torch
 from mpformer.config import TestResize as Resize
 from mpformer.evaluate.inference import infer, predict_records
 from mpformer.evaluate.metrics import evaluate_predictions
+from mpformer.evaluate.postprocess import Sizes, View
 from mpformer.evaluate.views import aligned, look, prepare
-from mpformer.model.postprocess import Sizes, View
 from tests.evaluate.scenes import ColourModel, scenes, tiny_config
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import transformers  # isort: skip
 from safetensors.torch import load_file
 
 from mpformer.model.segmenter import PIXEL_MEAN, PIXEL_STD
-from mpformer.model.weights import import_weights, load_checkpoint
-from mpformer.model.weights_names import huggingface_names
+from mpformer.model.weights.loading import import_weights, load_checkpoint
+from mpformer.model.weights.names import huggingface_names
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 SMALL = {

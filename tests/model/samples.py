@@ -2,7 +2,7 @@
 
 import torch
 
-from mpformer.config_model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder
+from mpformer.config.model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder
 from mpformer.model.streams import SampleRandom
 from mpformer.types import Target
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mpformer.config_model import Decoder, Model, Pilot, PixelDecoder
+from mpformer.config.model import Decoder, Model, Pilot, PixelDecoder
 from mpformer.model.attention import Attention, MaskPooling, ModulatedAttention
 from mpformer.model.decoder import QueryDecoder
 from mpformer.model.piloting import make_pilots

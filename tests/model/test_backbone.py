@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mpformer.config_model import Backbone as Settings
+from mpformer.config.model import Backbone as Settings
 from mpformer.model.backbone import Backbone, timm
 from mpformer.types import InputError
 

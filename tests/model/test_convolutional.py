@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpformer.config_model import PixelDecoder
+from mpformer.config.model import PixelDecoder
 from mpformer.model.convolutional import CONVOLUTIONAL, DeformableConv
 
 C, CHANNELS = 4, (3, 4, 5, 6)

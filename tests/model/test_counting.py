@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from mpformer.config_model import Backbone, Decoder, Model, Pilot, PixelDecoder
+from mpformer.config.model import Backbone, Decoder, Model, Pilot, PixelDecoder
 from mpformer.model.counting import count_parameters, count_size
 
 TINY, SMALL = "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224"

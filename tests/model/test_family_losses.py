@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mpformer.config_model import Loss, Model
+from mpformer.config.model import Loss, Model
 from mpformer.model.boxes import generalized_iou, relative_boxes
 from mpformer.model.losses import Normalizers, count_for_normalizers, matching_losses, per_pixel_losses
 from mpformer.model.matcher import Match, match

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mpformer import config_data
 from mpformer.config import Config
+from mpformer.config import data as config_data
 from mpformer.model.losses import Normalizers, matching_losses
 from mpformer.model.matcher import match
 from mpformer.model.points import draw_points
 from mpformer.model.segmenter import build_model
-from mpformer.model.weights import checkpoint_metadata, export_huggingface, import_weights
-from mpformer.model.weights_huggingface import write_huggingface
+from mpformer.model.weights.huggingface import write_huggingface
+from mpformer.model.weights.loading import checkpoint_metadata, export_huggingface, import_weights
 from mpformer.types import ClassTable, InputError, Target
 from tests.model.hugging_face import (
     SMALL,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mpformer.config_model import Loss
+from mpformer.config.model import Loss
 from mpformer.model.losses import (
     Normalizers,
     consistency_losses,

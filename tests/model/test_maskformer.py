@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mpformer.config_model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder
+from mpformer.config.model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder
 from mpformer.model.decoder import QueryDecoder
 from mpformer.model.encoder import Encoder
 from mpformer.model.position import sine_position
 from mpformer.model.segmenter import build_model
-from mpformer.model.weights import export_huggingface, import_weights, load_checkpoint
-from mpformer.model.weights_names_maskformer import official_maskformer_names
+from mpformer.model.weights.loading import export_huggingface, import_weights, load_checkpoint
+from mpformer.model.weights.names_maskformer import official_maskformer_names
 from mpformer.types import InputError
 from tests.model.hugging_face import STAGES, normalized, transformers
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mpformer.config_model import Loss, Model
+from mpformer.config.model import Loss, Model
 from mpformer.model.matcher import NonFiniteError, match
 from mpformer.model.matching import match_heads
 from mpformer.model.streams import SampleRandom

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from mpformer.config import Config
-from mpformer.config_model import Pilot
+from mpformer.config.model import Pilot
 from mpformer.model.piloting import make_pilots, pilot_layout
 from tests.model.samples import blobs, pilot_draws, tiny_model
 

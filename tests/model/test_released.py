@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from mpformer.config_model import Decoder, Model, Pilot, PixelDecoder
+from mpformer.config.model import Decoder, Model, Pilot, PixelDecoder
 from mpformer.model.decoder import QueryDecoder
 from mpformer.model.piloting import make_pilots
 from mpformer.model.streams import SampleRandom
-from mpformer.model.weights_names import official_names
+from mpformer.model.weights.names import official_names
 from mpformer.types import Target
 
 FILE = "mpformer_decoder_1.npz"

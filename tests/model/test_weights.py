@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import save_file
 
 from mpformer.config import Config
-from mpformer.config_model import Backbone, Decoder, Model, Pilot, PixelDecoder
+from mpformer.config.model import Backbone, Decoder, Model, Pilot, PixelDecoder
 from mpformer.model.segmenter import build_model
-from mpformer.model.weights import (
+from mpformer.model.weights.loading import (
     checkpoint_metadata,
     import_weights,
     load_checkpoint,
     load_weights,
     read_metadata,
 )
-from mpformer.model.weights_names import official_names
+from mpformer.model.weights.names import official_names
 from mpformer.types import ClassInfo, ClassTable, InputError
 from tests.model.hugging_face import SMALL, random_mask2former, to_ours
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from mpformer.model.segmenter import build_model
-from mpformer.model.weights import load_checkpoint
-from mpformer.record import read_metrics
-from mpformer.tracking import Entry, Tracker
+from mpformer.model.weights.loading import load_checkpoint
+from mpformer.tracking.record import read_metrics
+from mpformer.tracking.tracker import Entry, Tracker
 from mpformer.train import beside, checkpoint
 from mpformer.train.beside import Beside
 from mpformer.types import InputError

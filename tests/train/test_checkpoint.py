@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpformer.model.segmenter import build_model
-from mpformer.model.weights import load_checkpoint, load_weights
+from mpformer.model.weights.loading import load_checkpoint, load_weights
 from mpformer.train import checkpoint
 from mpformer.train.optim import build_optimizer
 from mpformer.train.step import train_step

@@ -10,7 +10,8 @@ import pytest
 
 from mpformer.config import Config, Data
 from mpformer.data.synthetic import generate
-from mpformer.train import launch, loop
+from mpformer.train import launch
+from mpformer.train import worker as loop
 from mpformer.train.capacity import Capacity, Node
 from mpformer.types import InputError, RunError
 

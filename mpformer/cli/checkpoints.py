@@ -1,0 +1,171 @@
+"""Commands on checkpoints: evaluate, diagnose, predict. Heavy parts are imported where they are used."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpformer.cli.output import say
+from mpformer.config import Config, build_config, inline_dataset, read_recipe
+from mpformer.config.yamlfile import Source
+
+if TYPE_CHECKING:
+    import torch
+
+    from mpformer.data.records import Catalog
+    from mpformer.model.segmenter import Segmenter
+
+
+def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None:
+    """The figures of a checkpoint on the validation split of its own data, or of `data`; their page."""
+    from mpformer.evaluate import evaluation
+
+    model, split, config, device = open_checkpoint(checkpoint, data, settings)
+    if config.cluster.workers > 1:
+        from mpformer.train.launch import start_ray
+
+        start_ray()
+    found = evaluation.evaluate(model, split, config, device=device, report=_progress())
+    for key, value in {**found.scores.summary, **found.layers}.items():
+        say(f"{key:24} {value:8.2f}")
+    for key, text in found.facts().items():
+        say(f"{key:24} {text:>8}")
+    if config.evaluate.pictures:
+        origin = _origin(checkpoint)
+        folder = origin.pictures("evaluate", split.name)
+        page = found.write(folder, f"{checkpoint}: {split.name}", split, config.evaluate.pictures)[0]
+        say(str(page))
+        _attach(origin, {}, folder)
+
+
+def diagnose(checkpoint: str, data: str | None, settings: Sequence[str]) -> None:
+    """The decoder's layers (Table 1 of MP-Former) and pictures of queries over the layers (Figure 1)."""
+    from mpformer.draw import write_png
+    from mpformer.evaluate import diagnostics
+
+    model, split, config, device = open_checkpoint(checkpoint, data, settings)
+    chosen = range(len(split.records))[: config.evaluate.limit]
+    report = _progress()
+    found = diagnostics.diagnose(model, split, config, chosen, device, report=report)
+    say(found.table())
+    origin = _origin(checkpoint)
+    folder = origin.pictures("diagnose", split.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "layers.json").write_text(json.dumps({"images": found.images, **found.metrics()}, indent=1))
+    say(str(folder / "layers.json"))
+    for index in chosen[: config.evaluate.pictures]:
+        picture = diagnostics.draw_layers(model, split.records[index], config, device)
+        if picture is not None:
+            path = folder / f"layers-{split.records[index].image_id}.png"
+            write_png(path, picture)
+            say(str(path))
+    # figures of other data would pass for the run's own
+    _attach(origin, {f"diag/{k}": v for k, v in found.metrics().items()} if data is None else {}, folder)
+
+
+def predict(checkpoint: str, images: Sequence[str], out: str, settings: Sequence[str]) -> None:
+    """Segment image files, or all images of folders, into overlays and COCO-style JSON."""
+    from mpformer.evaluate.files import predict_files
+    from mpformer.model.weights.loading import load_checkpoint
+
+    model, trained = load_checkpoint(checkpoint, _inference_device())
+    config = _for_evaluation(trained, checkpoint, None, settings)
+    pictures = predict_files(model, images, out, config, report=say)
+    say(f"{len(pictures)} pictures and predictions.json in {out}")
+
+
+def open_checkpoint(
+    checkpoint: str, data: str | None, settings: Sequence[str]
+) -> tuple[Segmenter, Catalog, Config, torch.device]:
+    """Model, validation split, settings and device for looking at a checkpoint."""
+    from mpformer.data.catalog import check_same_classes, open_split
+    from mpformer.model.weights.loading import load_checkpoint
+
+    device = _inference_device()
+    model, trained = load_checkpoint(checkpoint, device)
+    config = _for_evaluation(trained, checkpoint, data, settings)
+    split = open_split(config.data, "val")
+    check_same_classes(model.classes, split.classes, split.name)
+    images = min(len(split.records), config.evaluate.limit or len(split.records))
+    say(f"{checkpoint}: {images} images of {split.name} on {device}")
+    return model, split, config, device
+
+
+def _for_evaluation(trained: Config, checkpoint: str, data: str | None, settings: Sequence[str]) -> Config:
+    """A checkpoint's settings with other data: a folder in the layout of its own, or a recipe's `data`."""
+    source = Source(Path(checkpoint), trained.model_dump(mode="json"), {})
+    source.set(["cluster", "workers"], 1, checkpoint)  # as many as asked for, not as many as trained it
+    if data is not None and Path(data).is_dir():
+        source.set(["data", "root"], data, f"--data {data}")
+    elif data is not None:
+        other = read_recipe(Path(data)).tree.get("data", {})
+        if "dataset" in other:
+            source.tree["data"].pop("dataset")  # the other one stands for itself
+        source = source.laid_under(Source(Path(data), {"data": other}, {}))
+    return build_config(inline_dataset(source.overridden(settings), Path()))
+
+
+def _inference_device() -> torch.device:
+    """A GPU if there is one, else this process's CPU, which then keeps its memory from image to image."""
+    import torch
+
+    from mpformer.ops.allocator import keep_freed_memory
+
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    keep_freed_memory()
+    return torch.device("cpu")
+
+
+def _progress() -> Callable[..., None]:
+    """Says at most every 10 seconds how many images are done and how long the rest will take."""
+    start = said = time.monotonic()
+
+    def report(done: int, total: int, left: float | None = None) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= 10 or done == total:
+            said = now
+            left = (now - start) / done * (total - done) if left is None else left
+            say(f"{done}/{total} images, {left / 60:.0f}:{left % 60:02.0f} min left")
+
+    return report
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a checkpoint comes from."""
+
+    run: Path | None
+    """The folder of its run, if it lies in one."""
+    folder: Path
+    """Where files about it go."""
+    name: str
+    step: int
+
+    def pictures(self, what: str, split: str) -> Path:
+        """One folder for each kind of picture, checkpoint and split."""
+        return self.folder / "pictures" / "-".join([what, self.name, *split.split()])
+
+
+def _origin(checkpoint: str) -> _Origin:
+    from mpformer.model.weights.loading import model_file
+
+    file = model_file(Path(checkpoint)).resolve()
+    run = next((p for p in file.parents if (p / "config.yaml").is_file()), None)
+    if run is None:
+        return _Origin(None, file.parent, file.stem, 0)
+    name = file.parent.name
+    return _Origin(run, run, name, int(name.rpartition("-")[2]))
+
+
+def _attach(origin: _Origin, values: dict[str, float], folder: Path) -> None:
+    """To the MLflow run that mirrors the checkpoint's, if there is one."""
+    from mpformer.tracking.tracker import attach
+
+    if origin.run is not None and (told := attach(origin.run, origin.step, values, folder)) is not None:
+        say(told)

@@ -1,0 +1,72 @@
+"""Commands on single runs: train, sync, show, doctor. Heavy parts are imported where they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpformer.ablation.plan import show_value
+from mpformer.cli.output import say
+from mpformer.cli.size import size_line
+from mpformer.config import Config, diff, dump_yaml, load_config, run_name
+
+
+def train(recipe: str, settings: Sequence[str]) -> None:
+    """One run to its end; the same command again resumes it, or shows what it came to."""
+    config = stored_absolutely(load_config(recipe, settings))
+    run_dir = Path(config.storage) / run_name(config)
+    say(f"run {run_dir}")
+    from mpformer.tracking.progress import Follower, follow
+    from mpformer.train.launch import fit
+
+    label = f"{config.name} s{config.train.seed}"
+    with follow([Follower(label, run_dir, config.train.batch_size)], say):
+        summary = fit(config)
+    tell_mlflow_problem(run_dir)
+    for key, value in summary["metrics"].items():
+        before = summary["untrained_metrics"].get(key)
+        say(f"{key:16} {value:8.2f}" + ("" if before is None else f"   untrained {before:.2f}"))
+    say(f"{run_dir / 'summary.json'}")
+
+
+def sync(run: str) -> None:
+    """Bring to MLflow what it could not take while the run went on."""
+    from mpformer.tracking.tracker import sync as sync_run
+
+    say(sync_run(Path(run)))
+
+
+def tell_mlflow_problem(run_dir: Path) -> None:
+    from mpformer.tracking.tracker import Link
+
+    link = Link.read(run_dir)
+    if link is not None and link.problem is not None:
+        say(f"MLflow lacks a part of this run ({link.problem}); later: mpformer sync {run_dir}")
+
+
+def stored_absolutely(config: Config) -> Config:
+    """Workers of Ray stand in folders of their own."""
+    return config.model_copy(update={"storage": str(Path(config.storage).resolve())})
+
+
+def show(recipe: str, other: str | None, settings: Sequence[str]) -> None:
+    """The resolved settings of a recipe and its model's size, or the settings in which two recipes differ."""
+    config = load_config(recipe, settings)
+    if other is None:
+        say(dump_yaml(config).rstrip())
+        say(f"# {size_line(config)}")
+        return
+    changed = diff(config, load_config(other, settings))
+    width = max(map(len, changed), default=0)
+    for key, (a, b) in changed.items():
+        say(f"{key:{width}}  {show_value(a)} -> {show_value(b)}")
+    if not changed:
+        say("no difference")
+
+
+def doctor() -> None:
+    """What is installed, which devices there are, and which deformable-attention kernel runs here and why."""
+    from mpformer.cli.doctor import lines
+
+    for line in lines():
+        say(line)

@@ -1,0 +1,210 @@
+"""Commands on studies: quickstart, ablate, report. Heavy parts are imported where they are used."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpformer.ablation.plan import plan_text, state_text
+from mpformer.ablation.spec import Study, Trial, load_study
+from mpformer.cli.output import say
+from mpformer.cli.runs import stored_absolutely, tell_mlflow_problem
+from mpformer.types import InputError, RunError
+
+if TYPE_CHECKING:
+    from mpformer.ablation.results import Results
+    from mpformer.ablation.studyfile import Search
+    from mpformer.ablation.tune import Failure
+
+QUICKSTART = "experiments/quickstart.yaml"
+
+
+def quickstart(settings: Sequence[str]) -> None:
+    """A generated data set, then the quickstart study on it."""
+    from mpformer.data.synthetic import generate
+
+    here = Path(__file__).resolve().parents[2] / QUICKSTART
+    path = here if here.exists() else Path(QUICKSTART)
+    study = load_study(path, settings)
+    began = time.monotonic()
+    root = Path(study.base.data.root)
+    fresh = generate(root)
+    say(f"data in {root}" + (f", made in {time.monotonic() - began:.0f} s" if fresh else ", as it was"))
+    ablate(str(path), settings, only=None, plan=False)
+
+
+def ablate(study_file: str, settings: Sequence[str], only: str | None, plan: bool) -> None:
+    """A study's runs, then its table and curves; with `plan`, only what it would do.
+
+    Raises `RunError`, or `InputError` where that is the reason, when runs have failed: after the table.
+    """
+    if plan:
+        say(plan_text(load_study(study_file, settings), only))
+        return
+    from mpformer.ablation.results import collect
+
+    study = _load_study(study_file, settings)
+    trials = study.trials(only)
+    _generate_data(study)
+    say(f"{study.name}: {len(trials)} runs in {study.folder}: {state_text(trials)}")
+    failures = _run_study(study, trials) if not all(trial.finished for trial in trials) else []
+    _diagnose_pilots(study, trials)
+    if study.file.search and only is None:
+        failures += _search(study)
+    report(study, collect(study))
+    for trial in trials:
+        tell_mlflow_problem(trial.run_dir)
+    for failure in failures:
+        say(f"failed: {failure.trial.label}: {failure.reason}")
+    if failures:
+        kind = InputError if all(failure.bad_input for failure in failures) else RunError
+        first = failures[0]
+        raise kind(f"{len(failures)} of {len(trials)} runs failed, {first.trial.label}: {first.reason}")
+
+
+def _diagnose_pilots(study: Study, trials: Sequence[Trial]) -> None:
+    """Figures of the pilots (columns `diag/pilot_...`) of finished runs that lack them."""
+    if not any("diag/pilot_" in column for column in study.file.columns):
+        return
+    from mpformer.cli.checkpoints import open_checkpoint
+    from mpformer.evaluate import diagnostics
+    from mpformer.train import checkpoint
+
+    for trial in trials:
+        path = trial.run_dir / "diagnose.json"
+        last = checkpoint.latest(trial.run_dir)[0] if trial.finished and not path.exists() else None
+        if last is None or trial.config.model.pilot.queries == 0:
+            continue
+        model, split, config, device = open_checkpoint(str(last.path), None, [])
+        chosen = range(len(split.records))[: config.evaluate.limit]
+        found = diagnostics.diagnose(model, split, config, chosen, device, quality=False)
+        figures = {f"diag/{key}": value for key, value in found.metrics().items() if "pilot" in key}
+        path.write_text(json.dumps(figures))
+        say(f"{trial.label}: figures of the pilots measured")
+
+
+def _search(study: Study) -> list[Failure]:
+    """The samples of the study's search, those that exist left as they are; then their table."""
+    from mpformer.ablation.results import read_run
+    from mpformer.ablation.search import samples, table
+    from mpformer.ablation.studyfile import split_column
+
+    search = study.file.search
+    found = samples(study)
+    open_ones = [one.trial for one in found if not one.trial.finished and one.stopped_at is None]
+    say(f"search: {len(found)} samples of row {search.row}, {len(open_ones)} to run")
+    failures = _run_study(study, open_ones, search) if open_ones else []
+    metric = split_column(search.column)[1]
+    values = [
+        read_run(one.trial.run_dir, one.trial.config.train.batch_size).metrics.get(metric)
+        if one.trial.finished
+        else None
+        for one in found
+    ]
+    text = table(list(zip(found, values)), study.file.columns[search.column].title)
+    (study.folder / "search.md").write_text(text + "\n", encoding="utf-8")
+    say(f"\n{text}\n")
+    return failures
+
+
+def _run_study(study: Study, trials: Sequence[Trial], search: Search | None = None) -> list[Failure]:
+    from mpformer.ablation.tune import run_trials
+    from mpformer.cli.live import shown
+    from mpformer.tracking.mlflow_store import close_parent, open_parent, prepare_store
+    from mpformer.tracking.progress import Follower
+    from mpformer.tracking.record import read_summary
+
+    uri = prepare_store(study.base, study.name)
+    parent = open_parent(study.folder, uri, study.name, {"study": study.name}) if uri else None
+    trials = [_tracked_in(trial, uri) for trial in trials]
+    followers = {
+        trial.run_dir: Follower(trial.label, trial.run_dir, trial.config.train.batch_size) for trial in trials
+    }
+    for trial in trials:
+        if trial.finished:
+            followers[trial.run_dir].values |= read_summary(trial.run_dir)["metrics"]
+
+    def on_failure(failure: Failure) -> None:
+        followers[failure.trial.run_dir].failed = True
+        say(f"{failure.trial.label}  failed, the others go on: {failure.reason}")
+
+    with shown(list(followers.values()), say):
+        failures = run_trials(trials, study.folder, study.name, parent, study.bases, search, on_failure)
+    if parent:
+        close_parent(uri, parent, "FAILED" if failures else "FINISHED")
+    return failures
+
+
+def _tracked_in(trial: Trial, uri: str | None) -> Trial:
+    """All runs of a study share one store, which lies beside the study's folder and not in it."""
+    tracking = trial.config.tracking.model_copy(update={"mlflow": uri})
+    return replace(trial, config=trial.config.model_copy(update={"tracking": tracking}))
+
+
+def _generate_data(study: Study) -> None:
+    """The generated data set of the study's size, if that has one and the study still reads it."""
+    generate = study.file.profiles[study.profile].generate if study.profile else None
+    if generate is None or study.base.data.root != generate.root:
+        return
+    from mpformer.data.synthetic import generate as make
+
+    settings = generate.model_dump(exclude={"root", "train", "val"})
+    fresh = make(Path(generate.root), {"train": generate.train, "val": generate.val}, **settings)
+    say(f"data in {generate.root}" + (", generated" if fresh else ", as it was"))
+
+
+def report(study: Study, results: Results) -> None:
+    """A study's table and curves, from what its runs have measured so far."""
+    from mpformer.ablation.report import write_report
+    from mpformer.tracking.tracker import attach_report
+
+    text, files = write_report(study, results)
+    say(f"\n{text}")
+    _say_where(files)
+    if (problem := attach_report(study.folder, files)) is not None:
+        say(problem)
+
+
+def _say_where(files: Sequence[Path]) -> None:
+    page = next(path for path in files if path.suffix == ".html")
+    say(f"report: {page}")
+    say("beside it: " + ", ".join(path.name for path in files if path != page))
+
+
+def report_file(place: str, settings: Sequence[str]) -> None:
+    """The report of a study file, with `from=mlflow` from its MLflow store alone; or of one run's folder."""
+    if Path(place).is_dir():
+        from mpformer.ablation.runpage import write_run_report
+
+        text, files = write_run_report(Path(place))
+        say(f"\n{text}")
+        _say_where(files)
+        return
+    from mpformer.ablation.results import collect, collect_mlflow
+    from mpformer.tracking.mlflow_store import store_uri
+
+    source = [text for text in settings if text.startswith("from=")]
+    if any(text != "from=mlflow" for text in source):
+        raise InputError(f"setting '{source[0]}': from=mlflow is expected, or nothing for the study's folder")
+    study = _load_study(place, [text for text in settings if text not in source])
+    if source:
+        if (uri := store_uri(study.base)) is None:
+            raise InputError("setting 'from=mlflow': tracking.mlflow is null: there is no store to read")
+        results, where = collect_mlflow(study, uri), f"MLflow {uri}"
+    else:
+        results, where = collect(study), str(study.folder)
+    if not any(results.values()):
+        raise InputError(
+            f"{where}: no run of this study, with these settings: mpformer ablate {place} starts them"
+        )
+    report(study, results)
+
+
+def _load_study(path: str | Path, settings: Sequence[str]) -> Study:
+    study = load_study(path, settings)
+    bases = {part: stored_absolutely(config) for part, config in study.bases.items()}
+    return replace(study, bases=bases, runs={key: stored_absolutely(c) for key, c in study.runs.items()})

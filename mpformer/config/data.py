@@ -1,0 +1,238 @@
+"""Settings of the data: where it lies, in which form, how it is augmented and read. No torch, no files."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from mpformer.config.section import Count, Fraction, Positive, Section, setting
+
+Size = tuple[Count, Count]
+"""(height, width) in pixels."""
+
+
+def _tag(key: str, default: str) -> BeforeValidator:
+    """Lets the key that tells the members of a union apart be left out for its commonest member."""
+    return BeforeValidator(lambda value: {key: default, **value} if isinstance(value, dict) else value)
+
+
+# --- data sets ------------------------------------------------------------------------------------
+
+
+class Split(Section):
+    """Where one split of a COCO data set lies, relative to `data.root`."""
+
+    images: str
+    """Folder of the images."""
+    annotations: str
+    """The JSON file."""
+    panoptic_masks: str | None = None
+    """COCO panoptic only: folder of the id PNGs."""
+    instances: str | None = None
+    """COCO panoptic only: the JSON of the same images' instances, which may overlap as segments cannot: AP of
+    a panoptic model is measured against it; null: against the things among the panoptic segments."""
+
+
+class DataSet(Section):
+    """COCO's form: classes, and so their number, come from the JSON."""
+
+    name: str = "coco"
+    format: Literal["coco_instance", "coco_panoptic"] = "coco_instance"
+    train: Split = Split(images="train2017", annotations="annotations/instances_train2017.json")
+    val: Split = Split(images="val2017", annotations="annotations/instances_val2017.json")
+
+
+class ClassEntry(Section):
+    """One class of a data set whose files name no classes."""
+
+    name: str
+    id: Annotated[int, Field(ge=0)]
+    """Its value in the label maps."""
+    thing: bool = False
+    """Countable."""
+    color: tuple[int, int, int] | None = None
+    """RGB 0..255; a distinct one if not given."""
+    instance_id: Annotated[int, Field(ge=1)] | None = None
+    """Its value in separate instance maps, where these count otherwise (ADE20K)."""
+
+
+def _check_classes(classes: tuple[ClassEntry, ...]) -> None:
+    ids = [c.id for c in classes]
+    if double := next((i for i in ids if ids.count(i) > 1), None):
+        raise ValueError(f"classes: id {double} stands there a second time")
+
+
+class LabelSplit(Section):
+    """Where one split of images and label maps lies, relative to `data.root`."""
+
+    images: str
+    labels: str
+    """Folder of the label maps, with the same folders and names inside but for the suffixes."""
+    instances: str | None = None
+    """Folder of separate instance maps (ADE20K)."""
+    names: str | None = None
+    """A file that lists the images of the split, one name per line; null: all in the folder."""
+
+
+class LabelMaps(Section):
+    """A folder of images and one of label maps."""
+
+    name: str = "label-maps"
+    format: Literal["label_maps"] = "label_maps"
+    train: LabelSplit
+    val: LabelSplit
+    image_suffix: str = ".jpg"
+    label_suffix: str = ".png"
+    encoding: Literal["classes", "cityscapes_instances", "mapillary_instances", "ade_full"] = "classes"
+    """What a pixel means. classes: the class. cityscapes_instances: below 1000 a class (a crowd if it is
+    countable), else class x 1000 + number. mapillary_instances: class x 256 + number. ade_full: class
+    R // 10 x 256 + G, object B."""
+    classes: Annotated[tuple[ClassEntry, ...], Field(min_length=1)]
+    ignore: tuple[int, ...] | Literal["others"] = ()
+    """Values that are no class; a value that is neither is an error. others: whatever is no class."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LabelMaps:
+        _check_classes(self.classes)
+        if self.ignore != "others" and (both := {c.id for c in self.classes} & set(self.ignore)):
+            raise ValueError(f"ignore: {min(both)} is the id of a class, too")
+        return self
+
+
+class MaskSplit(Section):
+    """One split of a data set with a file for each object, relative to `data.root`."""
+
+    images: str
+    """A pattern such as `stage1_train/*/images/*.png`."""
+    masks: str
+    """The object files of an image, a pattern relative to its folder, such as `../masks/*.png`."""
+    share: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """The part of the images, by a hash of their names, that belongs to the split: from, to."""
+
+
+class MaskFiles(Section):
+    """One file per object, any value but 0 being the object; all objects are of one class."""
+
+    name: str = "mask-files"
+    format: Literal["mask_files"] = "mask_files"
+    train: MaskSplit
+    val: MaskSplit
+    classes: Annotated[tuple[ClassEntry, ...], Field(min_length=1, max_length=1)]
+
+
+class Packed(Section):
+    """Parquet shards that `mpformer data pack` wrote; `data.root` may be `s3://...` or `gs://...`."""
+
+    name: str = "packed"
+    format: Literal["packed"] = "packed"
+    train: str = "train"
+    """Folder of the split, relative to `data.root`."""
+    val: str = "val"
+
+
+AnyDataSet = Annotated[
+    DataSet | LabelMaps | MaskFiles | Packed, Field(discriminator="format"), _tag("format", "coco_instance")
+]
+
+
+# --- augmentation ---------------------------------------------------------------------------------
+
+
+def _check_crop(size: Size, scale: tuple[float, float]) -> None:
+    if size[0] % 32 or size[1] % 32:
+        raise ValueError(f"size: multiples of 32 expected, not {list(size)}")
+    if scale[0] > scale[1]:
+        raise ValueError("scale: the smaller factor first")
+
+
+class LargeScaleJitter(Section):
+    """Resize by a uniform factor of the target size, then a fixed crop or padding (Copy-Paste's LSJ)."""
+
+    kind: Literal["large_scale_jitter"] = "large_scale_jitter"
+    size: Size = (1024, 1024)
+    """(height, width) of the crop; multiples of 32."""
+    scale: tuple[Positive, Positive] = (0.1, 2.0)
+    flip: Fraction = 0.5
+
+    @model_validator(mode="after")
+    def _check(self) -> LargeScaleJitter:
+        _check_crop(self.size, self.scale)
+        return self
+
+
+class ShortEdgeJitter(Section):
+    """The semantic recipes' augmentation: jitter of the short side, fixed crop or padding, colours, flip."""
+
+    kind: Literal["short_edge_jitter"] = "short_edge_jitter"
+    size: Size = (512, 512)
+    """(height, width) of the crop; multiples of 32."""
+    short: Count = 512
+    """The short side is brought to this times the factor that is drawn."""
+    scale: tuple[Positive, Positive] = (0.5, 2.0)
+    steps: Annotated[int, Field(ge=2)] | None = 16
+    """How many evenly spaced factors there are; null: any in the range."""
+    long: Count = 2048
+    """The long side is never brought beyond this."""
+    colors: bool = True
+    """Jitter brightness, contrast, saturation and hue as SSD does."""
+    max_category_area: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Crops in which one class has a larger share are drawn anew, up to ten times; 1: not at all."""
+    flip: Fraction = 0.5
+
+    @model_validator(mode="after")
+    def _check(self) -> ShortEdgeJitter:
+        _check_crop(self.size, self.scale)
+        return self
+
+
+class ShortestEdge(Section):
+    """Standard scale augmentation, or DETR's: the whole image or a crop of it, its short side one of several.
+
+    Sizes differ, so the samples of a global batch are padded to the largest among them.
+    """
+
+    kind: Literal["shortest_edge"] = "shortest_edge"
+    shorts: Annotated[tuple[Count, ...], Field(min_length=1)] = (640, 672, 704, 736, 768, 800)
+    long: Count = 1333
+    """The long side is never brought beyond this."""
+    crop: Fraction = 0.0
+    """Probability of a crop first: short side to one of `crop_shorts`, then a crop within `crop_size`."""
+    crop_shorts: Annotated[tuple[Count, ...], Field(min_length=1)] = (400, 500, 600)
+    crop_size: tuple[Count, Count] = (384, 600)
+    """Smallest and largest side of that crop."""
+    flip: Fraction = 0.5
+
+
+AnyAugment = Annotated[
+    LargeScaleJitter | ShortEdgeJitter | ShortestEdge,
+    Field(discriminator="kind"),
+    _tag("kind", "large_scale_jitter"),
+]
+
+
+class TestResize(Section):
+    """Resizing for evaluation, the aspect kept: the short side to `short`, the long side at most `long`.
+
+    With `long` alone the long side is brought to it; with neither the image stays as it is.
+    """
+
+    short: Count | None = 800
+    long: Count | None = 1333
+
+
+class Data(Section):
+    root: str = "."
+    """Folder that holds the data set."""
+    dataset: AnyDataSet = DataSet()
+    """In a recipe: the path of a data-set file, relative to the recipe, or its settings in place."""
+    task: Literal["instance", "panoptic", "semantic"] = "instance"
+    augment: AnyAugment = LargeScaleJitter()
+    test_resize: TestResize = TestResize()
+    on_bad_sample: Literal["error", "skip"] = "error"
+    loader: Literal["ray", "torch", "inline"] = setting("ray")
+    """Ray Data, torch's DataLoader, or the training process itself; all give the very same batches."""
+    loader_processes: Count = setting(2)
+    """Processes of the torch loader in each training worker."""
+    prefetch: Annotated[int, Field(ge=0)] = setting(2)
+    """Batches prepared ahead."""

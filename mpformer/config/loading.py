@@ -1,0 +1,126 @@
+"""Reading recipes: a YAML file over its `base`, overridden, checked against the schema. Imports no torch.
+
+A recipe is a YAML file whose keys mirror `Config`. It may name one other recipe as its `base`; its own
+settings and then `key.sub=value` overrides are laid over it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from mpformer.config.identity import flatten
+from mpformer.config.run import Config
+from mpformer.config.yamlfile import Source, nearest, read_yaml
+from mpformer.types import InputError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The settings of a recipe file with `key.sub=value` overrides laid over it.
+
+    Raises `InputError` naming file, line, key and the nearest right key.
+    """
+    source = read_recipe(Path(path))
+    return build_config(inline_dataset(source.overridden(overrides), Path()))
+
+
+def read_recipe(path: Path) -> Source:
+    """A recipe laid over its `base`, data-set file inlined; not yet checked against the schema."""
+    source = read_yaml(path)
+    base = source.tree.pop("base", None)
+    if base is not None:
+        parent = read_yaml((path.parent / str(base)).resolve(), named_by=f"{path}: base")
+        if "base" in parent.tree:
+            raise InputError(
+                f"{parent.path}: a base has no base of its own; lay {path.name} over {parent.tree['base']}"
+            )
+        if isinstance(_section(source, "data").get("dataset"), str):
+            _section(parent, "data").pop("dataset", None)  # nothing of the base's data set stays
+        source = inline_dataset(parent, parent.path.parent).laid_under(inline_dataset(source, path.parent))
+    else:
+        source = inline_dataset(source, path.parent)
+    source.tree.setdefault("name", path.stem)
+    return source
+
+
+def _section(source: Source, name: str) -> dict[str, Any]:
+    found = source.tree.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def inline_dataset(source: Source, folder: Path) -> Source:
+    """With the file that `data.dataset` names, if it names one, read in its place; relative to `folder`."""
+    data = source.tree.get("data")
+    if isinstance(data, dict) and isinstance(data.get("dataset"), str):
+        dataset = read_dataset(
+            folder / data["dataset"], named_by=f"{source.place(['data', 'dataset'])}: data.dataset"
+        )
+        tree = {**source.tree, "data": {**data, "dataset": dataset.tree}}
+        places = {f"data.dataset.{key}": place for key, place in dataset.places.items()}
+        return Source(source.path, tree, {**source.places, **places})
+    return source
+
+
+def read_dataset(path: Path, named_by: str = "") -> Source:
+    """A data-set file; not yet checked against the schema."""
+    source = read_yaml(path.resolve(), named_by)
+    source.tree.setdefault("name", path.stem)
+    return source
+
+
+def build_config(source: Source) -> Config:
+    """Check a tree of settings against the schema; `InputError` names the place of the first error."""
+    try:
+        return Config.model_validate(source.tree)
+    except ValidationError as error:
+        raise InputError(_explain(error, source)) from None
+
+
+def _explain(error: ValidationError, source: Source) -> str:
+    first = error.errors()[0]
+    keys = _written_keys(first["loc"], source.tree, first["type"] == "missing")
+    if first["type"] == "union_tag_invalid":
+        keys.append(first["ctx"]["discriminator"].strip("'"))
+    key = ".".join(keys)
+    place = source.place(keys)
+    if first["type"] == "extra_forbidden":
+        known = flatten(Config().model_dump())
+        return f"{place}: no setting '{key}'; nearest: {nearest(key, known, sections=True)}"
+    if first["type"] in ("union_tag_invalid", "literal_error"):
+        return f"{place}: {_explain_choice(key, first)}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = "" if isinstance(given, BaseModel | dict) else f" (given: {given!r})"
+    return f"{place}: {key + ': ' if key else ''}{message}{shown}"
+
+
+def _explain_choice(key: str, error: ErrorDetails) -> str:
+    """A value that is none of those there are, with the nearest of them."""
+    context = error["ctx"]
+    given = context.get("tag", error["input"])
+    expected = context.get("expected_tags") or context["expected"]
+    names = re.findall(r"'([^']*)'", expected)
+    return f"{key}: {given!r} is none of {expected}; nearest: {nearest(str(given), names)}"
+
+
+def _written_keys(location: Sequence[int | str], tree: Any, missing: bool) -> list[str]:
+    """The keys of a pydantic location as they stand in the file, without the tags of its unions.
+
+    Only the last key may be absent from the file, and only if that is the error.
+    """
+    keys = []
+    for i, part in enumerate(location):
+        inside = isinstance(tree, Mapping)
+        if inside and part not in tree and not (missing and i + 1 == len(location)):
+            continue
+        keys.append(str(part))
+        if inside or (isinstance(tree, Sequence) and isinstance(part, int) and part < len(tree)):
+            tree = tree.get(part) if inside else tree[part]
+        else:
+            tree = None
+    return keys

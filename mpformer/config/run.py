@@ -1,0 +1,200 @@
+"""The settings of one run: `Config`, with training, evaluation, cluster and tracking. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qs, urlsplit
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from mpformer.config.data import Data
+from mpformer.config.model import Model
+from mpformer.config.section import Count, Fraction, Positive, Section, setting
+
+_DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?|images?)\s*$")
+
+
+def _check_duration(value: Any) -> Any:
+    if not isinstance(value, str) or not _DURATION.match(value):
+        raise ValueError("expected a length such as '50 epochs', '368750 steps' or '9600 images'")
+    return " ".join(value.split())
+
+
+Duration = Annotated[str, BeforeValidator(_check_duration)]
+"""A length of training: '50 epochs', '600 steps' (of the global batch) or '9600 images'."""
+
+
+def duration_in_steps(duration: str, images_per_epoch: int, batch_size: int) -> int:
+    """Optimiser steps of a `Duration`, rounded up, at least 1."""
+    amount, unit = _DURATION.match(duration).groups()
+    per_step = {"e": batch_size / max(images_per_epoch, 1), "s": 1.0, "i": batch_size}[unit[0]]
+    return max(1, -int(-float(amount) // per_step))
+
+
+class StepSchedule(Section):
+    kind: Literal["step"] = "step"
+    at: tuple[Fraction, ...] = (0.9, 0.95)
+    """Fractions of the run at which the rate is multiplied by `factor`."""
+    factor: Positive = 0.1
+
+
+class PolySchedule(Section):
+    kind: Literal["poly"] = "poly"
+    power: Positive = 0.9
+
+
+class Train(Section):
+    seed: Annotated[int, Field(ge=0)] = 0
+    init: str | None = None
+    """Weights of a whole model to start from: a run, a checkpoint, or what `mpformer weights import` wrote.
+    What does not fit, such as the class head for other classes, starts anew and is listed. null: a random
+    model with the backbone that `model.backbone.pretrained` says."""
+    length: Duration = "50 epochs"
+    batch_size: Count = 16
+    """Images of the global batch, whatever the number of workers."""
+    lr: Positive = 1e-4
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+    backbone_lr_factor: Annotated[float, Field(ge=0.0)] = 0.1
+    clip_norm: Annotated[float, Field(ge=0.0)] = 0.01
+    """Largest gradient norm of the full model; 0 does not clip."""
+    warmup: Fraction = 0.0
+    """Fraction of the run over which the rate rises linearly from 0."""
+    schedule: Annotated[StepSchedule | PolySchedule, Field(discriminator="kind")] = StepSchedule()
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on GPUs that have it, else float32."""
+    micro_batch: Count | None = setting(None)
+    """Most images of one forward; null: the worker's whole share of the global batch."""
+    compile: bool = setting(False)
+    """torch.compile of backbone, pixel decoder and decoder: for long runs, with fixed crops."""
+    activation_checkpointing: bool = setting(False)
+    """Layers of the pixel decoder and the decoder keep only their inputs for the backward pass, and are
+    computed again there: less memory, more time."""
+    checkpoint_every: Duration = setting("1 epoch")
+    keep_checkpoints: Count = setting(2)
+    log_every: Count = setting(20)
+    """Steps between points of the metrics record."""
+
+
+class Evaluate(Section):
+    every: Duration | None = None
+    """Evaluate during training, too; null: only at the end."""
+    at_start: bool = False
+    """Evaluate the untrained model, too."""
+    limit: Count | None = None
+    """At most that many images of the split, in its order."""
+    score_threshold: Fraction = 0.0
+    """Instances below this score are not kept."""
+    top_k: Count = 100
+    """Instances kept per image."""
+    class_confidence: Fraction = 0.8
+    """Panoptic: a query below this class probability is dropped."""
+    overlap: Fraction = 0.8
+    """Panoptic: a segment that keeps less than this share of its mask is dropped."""
+    panoptic: Literal["general", "detr"] = "general"
+    """Panoptic segments by class times mask probability (MaskFormer section 3.4), or as DETR finds them
+    (its class_confidence: 0.85): each pixel to its largest mask, specks dropped, `overlap` unused."""
+    semantic: Literal["marginalise", "general"] = "marginalise"
+    """Semantic labels from all queries' probabilities, or the one best query's (MaskFormer section 3.4)."""
+    general_confidence: Fraction = 0.3
+    """General inference: a query below this class probability is dropped."""
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
+    """Test-time augmentation of semantic and panoptic results: factors on the size of `data.test_resize`."""
+    flip: bool = False
+    """Test-time augmentation: each scale mirrored, too."""
+    boundary: bool = False
+    """Also measure boundary AP."""
+    layers: bool = True
+    """Also measure the decoder's layers: mIoU-L and query utilisation (MP-Former section 3)."""
+    batch: Count = setting(1)
+    """`predict`: images of one size that go through the model together (evaluation takes one at a time)."""
+    pictures: Annotated[int, Field(ge=0)] = 8
+    """Overlays drawn at the end of a run."""
+
+
+def _yes_or_no(value: Any) -> Any:
+    """YAML reads a bare yes or no as a truth value."""
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+
+
+class Cluster(Section):
+    workers: Count = 1
+    """Training workers; the global batch does not change with them."""
+    cpus_per_worker: Positive = 0.5
+    """Logical CPUs a worker claims; the rest is Ray Data's."""
+    gpu: Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)] = "auto"
+    """Whether each worker takes a GPU; auto: when the cluster has one for each."""
+    threads: Count | None = None
+    """CPU threads of a worker that trains on the CPU; null: the machine's cores shared among the workers."""
+    min_workers: Count | None = None
+    """With how many workers a run may start, or go on after a loss; null: with `workers` only."""
+    evaluators: Annotated[int, Field(ge=0)] = 0
+    """Tasks that evaluate beside training, each claiming what a worker claims; 0: training waits, and its
+    workers evaluate. A run's last evaluation is its workers' either way."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Restarts of a run after worker failures; -1: without limit. Machines that the cloud takes back do not
+    count."""
+    mirror: str | None = None
+    """Folder or URI (s3://bucket/path, gs://bucket/path) that each run is copied to at its checkpoints, and
+    fetched from where the storage folder lacks it; null: none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Cluster:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers: {self.min_workers} is more than workers: {self.workers}")
+        if self.mirror is not None:
+            _without_password("cluster.mirror", self.mirror)
+        return self
+
+
+def _store(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("auto, null (no MLflow) or a tracking URI is expected")
+    return value
+
+
+class Tracking(Section):
+    mlflow: Annotated[str | None, BeforeValidator(_store)] = "auto"
+    """MLflow store: 'auto' is sqlite in the storage folder, null none, else a tracking URI."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Tracking:
+        if self.mlflow is not None:
+            _without_password("tracking.mlflow", self.mlflow)
+        return self
+
+
+def _without_password(key: str, uri: str) -> None:
+    """Settings are written to run folders and to MLflow: a secret in them would be, too."""
+    parts = urlsplit(uri)
+    secret = {"access_key", "secret_key", "password", "token", "session_token"} & set(parse_qs(parts.query))
+    if parts.password is not None or secret:
+        raise ValueError(
+            f"{key} holds a secret: leave it out, and set MLFLOW_TRACKING_USERNAME and _PASSWORD, "
+            "PGPASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
+        )
+
+
+class Config(Section):
+    """All settings of one run."""
+
+    name: str = "run"
+    """Recipe name; the file's stem if not set."""
+    model: Model = Model()
+    data: Data = Data()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    cluster: Cluster = Cluster()
+    tracking: Tracking = Tracking()
+    storage: str = "runs"
+    """Folder of the runs."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        for asked, name in (
+            (self.model.output == "per_pixel", "model.output: per_pixel"),
+            (self.model.loss.assignment == "fixed", "model.loss.assignment: fixed"),
+        ):
+            if asked and self.data.task != "semantic":
+                raise ValueError(f"{name} needs one object per class: data.task must be semantic")
+        return self

@@ -1,0 +1,253 @@
+"""The one in-memory record of every data set: images, their segments, and masks that stay compact.
+
+A `Catalog` holds a whole split. Its records lie in a few flat arrays (`RecordTable`), so that millions of
+segments cost their bytes and little more, and so that Ray's object store shares one copy per node; a `Record`
+with its `Segment` objects is made when it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import overload
+
+import numpy as np
+
+from mpformer.types import ClassTable, InputError
+
+
+@dataclass(frozen=True)
+class Polygons:
+    """A mask as the union of polygons, in pixels: x right, y down from the upper left corner."""
+
+    parts: tuple[np.ndarray, ...]
+    """Each [n,2] float64 (x, y), n at least 3."""
+
+
+@dataclass(frozen=True)
+class Rle:
+    """A mask as COCO's run lengths (column-major, background first) in their compressed form."""
+
+    counts: bytes
+
+
+@dataclass(frozen=True)
+class MapId:
+    """A mask as the pixels of the record's label map that hold this value."""
+
+    value: int
+
+
+Mask = Polygons | Rle | MapId
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One object or stuff region of an image."""
+
+    label: int
+    """Contiguous label, an index into the catalog's `ClassTable`."""
+    crowd: bool
+    """A group of objects drawn as one: no training target, and no error to predict in."""
+    mask: Mask
+    area: float
+    """As the source states it, in pixels."""
+    id: int
+    """The source's own id (COCO: of the annotation; panoptic: of the segment)."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image and all that is known about it."""
+
+    image_id: str
+    image: str | bytes
+    """Path of the image file, or its encoded bytes."""
+    width: int
+    height: int
+    segments: tuple[Segment, ...]
+    label_map: str | bytes | np.ndarray | None = None
+    """What `MapId` masks refer to: path or encoded bytes of an id PNG (COCO panoptic), or [h,w] int32."""
+    problem: str = ""
+    """Why the sample cannot be used, in one line that names file and annotation; empty when it can."""
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """One split of a data set."""
+
+    name: str
+    """Data set and split, for messages."""
+    classes: ClassTable
+    records: Records
+    root: str
+    """Folder of the data set."""
+    group: int = 1
+    """Neighbouring records that are read together: an epoch's order keeps them close to each other."""
+    instances: Records | None = None
+    """The same images' things as a source of their own tells them; see `config_data.Split.instances`."""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+class Records(Sequence[Record]):
+    """Records that are made when they are asked for; `len` and `read` are left to each kind."""
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self.read(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        return self.read(index % len(self))
+
+    @abstractmethod
+    def read(self, index: int) -> Record:
+        """The record at an index from 0 up; what is wrong with it is its `problem`."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hexadecimal digits that change with what opening the split has read, wherever its folder lies."""
+
+
+class RecordTable(Records):
+    """Records in flat arrays. Pickles without copies (protocol 5)."""
+
+    def __init__(self, columns: dict[str, np.ndarray], root: str) -> None:
+        self._columns = columns
+        self._root = root
+
+    def __len__(self) -> int:
+        return len(self._columns["width"])
+
+    def read(self, index: int) -> Record:
+        column = self._columns
+        first, last = column["segment_start"][index : index + 2].tolist()
+        label_map = self._text("label_map", index)
+        return Record(
+            image_id=self._text("image_id", index),
+            image=self._path(self._text("image", index)),
+            width=int(column["width"][index]),
+            height=int(column["height"][index]),
+            segments=tuple(self._segment(i) for i in range(first, last)),
+            label_map=self._path(label_map) if label_map else None,
+            problem=self._text("problem", index),
+        )
+
+    def fingerprint(self) -> str:
+        """Of file names, sizes and annotations; not of the images' pixels."""
+        digest = hashlib.sha256()
+        for name, column in sorted(self._columns.items()):
+            if name == "problem":
+                continue  # the text names the folder; which records have one is in `problem_start`
+            seen = np.diff(column) > 0 if name == "problem_start" else np.ascontiguousarray(column)
+            digest.update(f"{name} {len(column)} ".encode())
+            digest.update(seen)
+        return digest.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all columns together."""
+        return sum(c.nbytes for c in self._columns.values())
+
+    def _path(self, relative: str) -> str:
+        return f"{self._root}/{relative}"
+
+    def _text(self, name: str, index: int) -> str:
+        return bytes(self._bytes(name, index)).decode()
+
+    def _bytes(self, name: str, index: int) -> memoryview:
+        start, end = self._columns[f"{name}_start"][index : index + 2].tolist()
+        return memoryview(self._columns[name])[start:end]
+
+    def _segment(self, index: int) -> Segment:
+        column = self._columns
+        return Segment(
+            label=int(column["label"][index]),
+            crowd=bool(column["crowd"][index]),
+            mask=unpack_mask(self._bytes("mask", index)),
+            area=float(column["area"][index]),
+            id=int(column["id"][index]),
+        )
+
+
+_TEXTS = ("image_id", "image", "label_map", "problem")
+_SCALARS = {
+    "width": np.int32,
+    "height": np.int32,
+    "label": np.int32,
+    "crowd": np.bool_,
+    "area": np.float64,
+    "id": np.int64,
+}
+
+
+def build_table(records: Iterable[Record], root: str) -> RecordTable:
+    """Flat columns of records whose paths are relative to `root`."""
+    blobs = {name: bytearray() for name in (*_TEXTS, "mask")}
+    starts: dict[str, list[int]] = {name: [0] for name in (*_TEXTS, "mask", "segment")}
+    scalars: dict[str, list[float]] = {name: [] for name in _SCALARS}
+    for record in records:
+        for name in _TEXTS:
+            blobs[name] += str(getattr(record, name) or "").encode()
+            starts[name].append(len(blobs[name]))
+        scalars["width"].append(record.width)
+        scalars["height"].append(record.height)
+        for segment in record.segments:
+            for name in ("label", "crowd", "area", "id"):
+                scalars[name].append(getattr(segment, name))
+            blobs["mask"] += pack_mask(segment.mask)
+            starts["mask"].append(len(blobs["mask"]))
+        starts["segment"].append(len(scalars["label"]))
+    columns = {name: np.frombuffer(bytes(blob), np.uint8) for name, blob in blobs.items()}
+    columns |= {f"{name}_start": np.asarray(start, np.int64) for name, start in starts.items()}
+    columns |= {name: np.asarray(scalars[name], dtype) for name, dtype in _SCALARS.items()}
+    return RecordTable(columns, root)
+
+
+# One byte of kind, then: P the number of parts and their point counts (int32) and the points (float64);
+# R the compressed run lengths; M the value (int64).
+
+
+def pack_mask(mask: Mask) -> bytes:
+    """A mask in flat bytes, as the columns and packed data sets keep it."""
+    if isinstance(mask, Polygons):
+        head = struct.pack(f"<{len(mask.parts) + 1}i", len(mask.parts), *(len(p) for p in mask.parts))
+        return b"P" + head + b"".join(np.ascontiguousarray(p, "<f8").tobytes() for p in mask.parts)
+    if isinstance(mask, Rle):
+        return b"R" + mask.counts
+    return b"M" + struct.pack("<q", mask.value)
+
+
+def unpack_mask(packed: memoryview) -> Mask:
+    """The mask of `pack_mask`."""
+    kind, body = packed[0], packed[1:]
+    if kind == ord("R"):
+        return Rle(bytes(body))
+    if kind == ord("M"):
+        return MapId(struct.unpack("<q", body)[0])
+    (count,) = struct.unpack_from("<i", body)
+    lengths = struct.unpack_from(f"<{count}i", body, 4)
+    offset, parts = 4 + 4 * count, []
+    for length in lengths:
+        parts.append(np.frombuffer(body, "<f8", 2 * length, offset).reshape(length, 2))
+        offset += 16 * length
+    return Polygons(tuple(parts))
+
+
+def safe_relative_path(name: object, what: str) -> str:
+    """A file name from an annotation file that stays in the data folder; `what` begins the error."""
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{what}: 'file_name' is {name!r}, a path relative to its folder is expected")
+    path, windows = PurePosixPath(name), PureWindowsPath(name)
+    if path.is_absolute() or windows.drive or windows.root or ".." in windows.parts or "\0" in name:
+        raise InputError(f"{what}: file name '{name}' leaves the data folder; a relative path is expected")
+    return str(path)

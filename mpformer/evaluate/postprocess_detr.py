@@ -1,0 +1,56 @@
+"""DETR's panoptic post-processing, with which MaskFormer's Table 3 has a row, "MaskFormer (DETR)"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+
+import torch
+from torch import Tensor
+
+from mpformer.evaluate.postprocess import Panoptic, View
+
+SPECK = 4
+"""Segments of at most so many pixels are dropped."""
+
+
+def detr_panoptic(
+    views: Sequence[View], *, class_confidence: float = 0.85, thing_labels: Set[int]
+) -> Panoptic:
+    """Each pixel to the query with the largest mask logit (mean of the views); specks are dropped.
+
+    Query q is the same object in all views. Queries whose best class is no-object, or not above
+    `class_confidence`, take no part; those of one stuff class are one segment, scored by its best query. As
+    long as a segment is a speck, it goes and its pixels are given anew. No pixel is void unless no query is
+    left. (DETR's evaluation code; the paper, section 4.4 of Carion et al., describes it in words.)
+    """
+    probabilities = torch.stack([v.class_probabilities() for v in views]).mean(0)
+    scores, labels = probabilities.max(-1)
+    kept = (labels < probabilities.shape[-1] - 1) & (scores > class_confidence)
+    height, width = views[0].sizes.original
+    masks = torch.stack([view.upsampler(kept)(slice(0, height)) for view in views]).mean(0)
+    scores, labels = scores[kept], labels[kept]
+    while len(labels):
+        owner = _first_of_stuff(labels, thing_labels)[masks.argmax(0)]  # [h,w] query
+        areas = torch.bincount(owner.flatten(), minlength=len(labels))
+        # a stuff query stands or falls with the one that its pixels were given to
+        stays = areas[_first_of_stuff(labels, thing_labels)] > SPECK
+        if stays.all():
+            return _segments(owner, labels, scores, thing_labels)
+        masks, labels, scores = masks[stays], labels[stays], scores[stays]
+    return Panoptic(torch.zeros(height, width, dtype=torch.int64, device=scores.device), (), ())
+
+
+def _first_of_stuff(labels: Tensor, thing_labels: Set[int]) -> Tensor:
+    """For each query [n] itself, or for stuff the first query of its class."""
+    first: dict[int, int] = {}
+    owners = [
+        i if label in thing_labels else first.setdefault(label, i) for i, label in enumerate(labels.tolist())
+    ]
+    return torch.tensor(owners, device=labels.device)
+
+
+def _segments(owner: Tensor, labels: Tensor, scores: Tensor, thing_labels: Set[int]) -> Panoptic:
+    best = scores.clone()
+    best.scatter_reduce_(0, _first_of_stuff(labels, thing_labels), scores, "amax")
+    present, ids = owner.unique(return_inverse=True)
+    return Panoptic(ids + 1, tuple(labels[present].tolist()), tuple(best[present].tolist()))
