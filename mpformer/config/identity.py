@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from mpformer.config.plugins import references
 from mpformer.config.run import Config
+from mpformer.plugin import source_hash
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -37,12 +39,14 @@ def dump_yaml(config: Config) -> str:
 
 
 def identity_settings(config: Config) -> dict[str, Any]:
-    """Settings of model, data and train that differ from their defaults and change what is computed."""
+    """Settings of model, data and train that differ from their defaults and change what is computed; for a
+    plug-in, a hash of its source as well. `InputError` where there is no such plug-in."""
     neutral = set(_neutral_keys(Config))
     neutral.add("train.seed")  # the seed stands in the run's name by itself
-    changed = diff(config, Config())
+    changed = {key: value for key, (value, _) in diff(config, Config()).items()}
+    changed |= {f"{key}.source": source_hash(found, key) for key, found in references(config)}
     return {
-        key: value[0]
+        key: value
         for key, value in sorted(changed.items())
         if key.split(".")[0] in ("model", "data", "train") and key not in neutral
     }

@@ -85,7 +85,7 @@ def _explain(error: ValidationError, source: Source) -> str:
     first = error.errors()[0]
     keys = _written_keys(first["loc"], source.tree, first["type"] == "missing")
     if first["type"] == "union_tag_invalid":
-        keys.append(first["ctx"]["discriminator"].strip("'"))
+        keys.append(first["ctx"]["discriminator"].strip("'()"))
     key = ".".join(keys)
     place = source.place(keys)
     if first["type"] == "extra_forbidden":
