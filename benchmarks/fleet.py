@@ -30,6 +30,7 @@ import yaml
 from mpformer.ablation.makespan import Interruptions, best_interval, makespan
 from mpformer.config import load_config, run_name
 from mpformer.tracking.record import Point, parts, read_part, read_points
+from mpformer.tracking.run_dir import RunDir
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "experiments" / "recipes"
@@ -205,7 +206,7 @@ def _train(layout: Layout, root: Path, storage: Path) -> dict[str, Any]:
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
         wall = time.time() - began
     run_dir = storage / run_name(load_config(TINY, arguments))
-    summary = json.loads((run_dir / "summary.json").read_text())
+    summary = json.loads(RunDir(run_dir).summary.read_text())
     points = [p.values for p in read_points(run_dir) if p.step > WARM_UP and "train/loss" in p.values]
     speed = statistics.mean(values["speed/images_per_second"] for values in points)
     spent = {key: statistics.mean(v[key] for v in points) for key in points[0] if key.startswith("time/")}
@@ -318,7 +319,7 @@ class Study:
     @property
     def end(self) -> float:
         """When the last run was done."""
-        return max((run / "summary.json").stat().st_mtime for run in self.runs)
+        return max(RunDir(run).summary.stat().st_mtime for run in self.runs)
 
     def run(self, environment: dict[str, str], due: Callable[[float, int], bool]) -> list[tuple[int, float]]:
         """Run the study and kill (node, seconds) the worker of a node whenever `due(seconds, node)`."""
@@ -347,10 +348,10 @@ class Study:
             for before, after in itertools.pairwise(points):
                 kind = plain if before.step % EVERY else after_checkpoint
                 kind.append((after.time - before.time) / 1000)
-            ends.append((run / "summary.json").stat().st_mtime - points[-1].time / 1000)
+            ends.append(RunDir(run).summary.stat().st_mtime - points[-1].time / 1000)
         step = statistics.mean(plain)
         starts = sorted(lives[run][0][0].time / 1000 - step for run in self.runs)
-        first_end = min((run / "summary.json").stat().st_mtime for run in self.runs)
+        first_end = min(RunDir(run).summary.stat().st_mtime for run in self.runs)
         return Seconds(
             first_start=statistics.mean(starts[:2]) - self.began,
             next_start=starts[2] - first_end,

@@ -28,6 +28,7 @@ from mpformer.ablation.statistics import (
     reach,
 )
 from mpformer.ablation.studyfile import split_column
+from mpformer.tracking.run_dir import ReportDir, StudyDir
 
 MISSING = "–"
 NO_SUCH = "–†"
@@ -328,9 +329,10 @@ def write_curves(study: Study, results: Results, folder: Path) -> list[Path]:
             series = {name: [(at, e.mean) for at, e in line] for name, line in lines.items()}
             bands = {name: band(line) for name, line in lines.items()}
             stem = column.replace("val/", "").replace("/", "-").replace(":", "-")
-            name = f"curve-{stem}.png" if x == study.file.x else f"curve-{stem}-{x.replace('_', '-')}.png"
-            draw.curves(series, AXES[x], heading.title, study.file.title, folder / name, bands=bands)
-            written.append(folder / name)
+            name = stem if x == study.file.x else f"{stem}-{x.replace('_', '-')}"
+            path = ReportDir(folder).curve(name)
+            draw.curves(series, AXES[x], heading.title, study.file.title, path, bands=bands)
+            written.append(path)
     return written
 
 
@@ -339,10 +341,10 @@ def write_report(study: Study, results: Results) -> tuple[str, list[Path]]:
     table = cells(study, results)
     text = markdown(study, table, results)
     study.folder.mkdir(parents=True, exist_ok=True)
-    files = {study.folder / "table.md": text, study.folder / "table.csv": table_csv(study, table)}
+    place = StudyDir(study.folder)
+    files = {place.table: text, place.table_csv: table_csv(study, table)}
     for path, content in files.items():
         path.write_text(content, encoding="utf-8")
     curves = write_curves(study, results, study.folder)
-    page = study.folder / "report.html"
-    page.write_text(html_page(study.file.title, text, curves), encoding="utf-8")
-    return text, [*files, page, *curves]
+    place.page.write_text(html_page(study.file.title, text, curves), encoding="utf-8")
+    return text, [*files, place.page, *curves]

@@ -11,6 +11,7 @@ from pathlib import Path
 from mpformer.ablation.spec import Study
 from mpformer.ablation.studyfile import split_column
 from mpformer.tracking.record import read_metrics, read_summary
+from mpformer.tracking.run_dir import RunDir
 from mpformer.types import RunError
 
 History = list[tuple[int, dict[str, float]]]
@@ -78,7 +79,7 @@ def read_run(run_dir: Path, batch_size: int) -> RunResult:
     """The result of one run. Raises `RunError` where its record is damaged."""
     summary = read_summary(run_dir)
     history = read_metrics(run_dir)
-    extra = run_dir / "diagnose.json"
+    extra = RunDir(run_dir).diagnose
     if summary and extra.exists():
         history = [*history, (history[-1][0], json.loads(extra.read_text()))]
     return RunResult(history, summary is not None, batch_size, (summary or {}).get("workers", 1))

@@ -8,6 +8,7 @@ from mpformer import draw
 from mpformer.ablation.page import html_page
 from mpformer.config import load_config
 from mpformer.tracking.record import parts, read_metrics, read_summary
+from mpformer.tracking.run_dir import RunDir
 from mpformer.types import InputError
 
 
@@ -16,11 +17,12 @@ def write_run_report(run_dir: Path) -> tuple[str, list[Path]]:
 
     Raises `InputError` for a folder that is no run's.
     """
-    if not parts(run_dir) or not (run_dir / "config.yaml").is_file():
+    files = RunDir(run_dir)
+    if not parts(run_dir) or not files.config.is_file():
         raise InputError(
             f"{run_dir}: no run here: a study file or a run's folder (config.yaml, metrics/) is expected"
         )
-    config = load_config(run_dir / "config.yaml")
+    config = load_config(files.config)
     history = read_metrics(run_dir)
     evaluations = [(step, v) for step, v in history if any(key.startswith("val/") for key in v)]
     keys = list(dict.fromkeys(key for _, v in evaluations for key in v if key.startswith("val/")))
@@ -40,15 +42,14 @@ def write_run_report(run_dir: Path) -> tuple[str, list[Path]]:
             f"{summary['steps']} steps, {speed}, {summary['train_seconds'] / 3600:.2f} h of training.",
         ]
     text = "\n".join(lines) + "\n"
-    folder = run_dir / "report"
-    folder.mkdir(exist_ok=True)
-    (folder / "table.md").write_text(text, encoding="utf-8")
+    report = files.report
+    report.path.mkdir(exist_ok=True)
+    report.table.write_text(text, encoding="utf-8")
     curves = []
     for key in keys:
         points = [(step * config.train.batch_size, v[key]) for step, v in evaluations if key in v]
-        path = folder / f"curve-{key.removeprefix('val/')}.png"
+        path = report.curve(key.removeprefix("val/"))
         draw.curves({title: points}, "training images seen", key.removeprefix("val/"), title, path)
         curves.append(path)
-    page = folder / "report.html"
-    page.write_text(html_page(title, text, curves), encoding="utf-8")
-    return text, [folder / "table.md", page, *curves]
+    report.page.write_text(html_page(title, text, curves), encoding="utf-8")
+    return text, [report.table, report.page, *curves]

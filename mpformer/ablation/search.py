@@ -11,9 +11,7 @@ import numpy as np
 
 from mpformer.ablation.spec import Study, Trial
 from mpformer.ablation.studyfile import Choice, Integers, LogUniform, Search, Uniform, split_column
-
-STOPPED_FILE = "stopped.json"
-"""In a run's folder: a search gave the run up, and where. It is not taken up again."""
+from mpformer.tracking.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Sample:
     @property
     def stopped_at(self) -> int | None:
         """The step at which the run was given up."""
-        path = self.trial.run_dir / STOPPED_FILE
+        path = RunDir(self.trial.run_dir).stopped
         return json.loads(path.read_text())["step"] if path.exists() else None
 
 

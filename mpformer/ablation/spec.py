@@ -19,7 +19,7 @@ from mpformer.ablation.studyfile import Profile, Row, Seeds, StudyFile, check, m
 from mpformer.config import Config, build_config, flatten, inline_dataset, read_recipe, run_name
 from mpformer.config.section import Section
 from mpformer.config.yamlfile import Source, merge, nearest, parse_scalar, read_yaml
-from mpformer.tracking.record import SUMMARY_FILE
+from mpformer.tracking.run_dir import RunDir
 from mpformer.types import InputError
 
 
@@ -41,7 +41,7 @@ class Trial:
     @property
     def finished(self) -> bool:
         """A run writes its summary when it has ended well, and then it is never run again."""
-        return (self.run_dir / SUMMARY_FILE).exists()
+        return RunDir(self.run_dir).finished
 
     @property
     def label(self) -> str:

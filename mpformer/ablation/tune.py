@@ -32,11 +32,11 @@ from ray.tune.progress_reporter import TrialProgressCallback  # noqa: E402
 from ray.tune.schedulers import ASHAScheduler  # noqa: E402
 
 from mpformer.ablation.plan import DRIVER_CPUS, trials_at_once  # noqa: E402
-from mpformer.ablation.search import STOPPED_FILE  # noqa: E402
 from mpformer.ablation.spec import Trial  # noqa: E402
 from mpformer.ablation.studyfile import Search, split_column  # noqa: E402
 from mpformer.config import Config, duration_in_steps  # noqa: E402
 from mpformer.data.catalog import check_root  # noqa: E402
+from mpformer.tracking.run_dir import RunDir  # noqa: E402
 from mpformer.tracking.tracker import Entry, close_run  # noqa: E402
 from mpformer.train.capacity import threads_per_worker  # noqa: E402
 from mpformer.train.launch import cluster_capacity, fit, only_driver, start_ray  # noqa: E402
@@ -168,7 +168,7 @@ def run_trials(
             trial = by_folder[Path(result.path).name]
             if result.error is None and not trial.finished and "failure" not in result.metrics:
                 step = result.metrics["step"]
-                (trial.run_dir / STOPPED_FILE).write_text(json.dumps({"by": "asha", "step": step}))
+                RunDir(trial.run_dir).stopped.write_text(json.dumps({"by": "asha", "step": step}))
                 close_run(trial.run_dir, "KILLED")
     return endings.failures
 

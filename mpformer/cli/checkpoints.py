@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mpformer.cli.output import say
 from mpformer.config import Config, build_config, inline_dataset, read_recipe
 from mpformer.config.yamlfile import Source
+from mpformer.tracking.run_dir import RunDir, step_of
 
 if TYPE_CHECKING:
     import torch
@@ -149,18 +150,17 @@ class _Origin:
 
     def pictures(self, what: str, split: str) -> Path:
         """One folder for each kind of picture, checkpoint and split."""
-        return self.folder / "pictures" / "-".join([what, self.name, *split.split()])
+        return RunDir(self.folder).pictures / "-".join([what, self.name, *split.split()])
 
 
 def _origin(checkpoint: str) -> _Origin:
     from mpformer.model.weights.loading import model_file
 
     file = model_file(Path(checkpoint)).resolve()
-    run = next((p for p in file.parents if (p / "config.yaml").is_file()), None)
-    if run is None:
+    run, step = RunDir.containing(file), step_of(file.parent)
+    if run is None or step is None:
         return _Origin(None, file.parent, file.stem, 0)
-    name = file.parent.name
-    return _Origin(run, run, name, int(name.rpartition("-")[2]))
+    return _Origin(run.path, run.path, file.parent.name, step)
 
 
 def _attach(origin: _Origin, values: dict[str, float], folder: Path) -> None:

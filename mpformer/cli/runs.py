@@ -9,6 +9,7 @@ from mpformer.ablation.plan import show_value
 from mpformer.cli.output import say
 from mpformer.cli.size import size_line
 from mpformer.config import Config, diff, dump_yaml, load_config, run_name
+from mpformer.tracking.run_dir import RunDir
 
 
 def train(recipe: str, settings: Sequence[str]) -> None:
@@ -26,7 +27,7 @@ def train(recipe: str, settings: Sequence[str]) -> None:
     for key, value in summary["metrics"].items():
         before = summary["untrained_metrics"].get(key)
         say(f"{key:16} {value:8.2f}" + ("" if before is None else f"   untrained {before:.2f}"))
-    say(f"{run_dir / 'summary.json'}")
+    say(str(RunDir(run_dir).summary))
 
 
 def sync(run: str) -> None:

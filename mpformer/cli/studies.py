@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpformer import atomic
 from mpformer.ablation.plan import plan_text, state_text
 from mpformer.ablation.spec import Study, Trial, load_study
 from mpformer.cli.output import say
 from mpformer.cli.runs import stored_absolutely, tell_mlflow_problem
+from mpformer.tracking.run_dir import RunDir, StudyDir
 from mpformer.types import InputError, RunError
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ def _diagnose_pilots(study: Study, trials: Sequence[Trial]) -> None:
     from mpformer.train import checkpoint
 
     for trial in trials:
-        path = trial.run_dir / "diagnose.json"
+        path = RunDir(trial.run_dir).diagnose
         last = checkpoint.latest(trial.run_dir)[0] if trial.finished and not path.exists() else None
         if last is None or trial.config.model.pilot.queries == 0:
             continue
@@ -83,7 +85,7 @@ def _diagnose_pilots(study: Study, trials: Sequence[Trial]) -> None:
         chosen = range(len(split.records))[: config.evaluate.limit]
         found = diagnostics.diagnose(model, split, config, chosen, device, quality=False)
         figures = {f"diag/{key}": value for key, value in found.metrics().items() if "pilot" in key}
-        path.write_text(json.dumps(figures))
+        atomic.write_text(path, json.dumps(figures))
         say(f"{trial.label}: figures of the pilots measured")
 
 
@@ -106,7 +108,7 @@ def _search(study: Study) -> list[Failure]:
         for one in found
     ]
     text = table(list(zip(found, values)), study.file.columns[search.column].title)
-    (study.folder / "search.md").write_text(text + "\n", encoding="utf-8")
+    StudyDir(study.folder).search.write_text(text + "\n", encoding="utf-8")
     say(f"\n{text}\n")
     return failures
 

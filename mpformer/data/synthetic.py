@@ -8,7 +8,6 @@ then a swarm of small ones as a crowd. Every image depends on (seed, split, numb
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
+from mpformer import atomic
 from mpformer.data.augment import generator
 from mpformer.data.masks import run_lengths, segment_mask
 from mpformer.data.records import Polygons, Record, Segment
@@ -343,6 +343,4 @@ def _write_image(path: Path, pixels: np.ndarray, parameters: list[int] | None = 
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)
+    atomic.write_text(path, json.dumps(content))

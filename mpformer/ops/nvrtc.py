@@ -6,9 +6,7 @@ a machine where a CUDA build of torch runs. Compiled code is kept in the user's 
 
 import ctypes
 import hashlib
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from mpformer import atomic
 from mpformer.ops.build import cache_directory
 
 
@@ -84,9 +83,8 @@ def compile_source(source: str, architecture: int, defines: Sequence[tuple[str, 
     code = _compile(source, options, native)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, cached)
+        with atomic.replacing(cached) as partial:
+            partial.write_bytes(code)
     except OSError as error:  # the cache only saves time
         warnings.warn(f"compiled CUDA code is not kept in {cached.parent}: {error.strerror}", stacklevel=2)
     return code

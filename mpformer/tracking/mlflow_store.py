@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpformer.config import Config
+from mpformer.tracking.run_dir import StudyDir
 from mpformer.types import InputError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def store_uri(config: Config) -> str | None:
 
 def open_parent(folder: Path, uri: str, experiment: str, tags: Mapping[str, str]) -> str | None:
     """The MLflow run above all runs of a study, the same at every call; None where out of reach."""
-    path = Path(folder) / "mlflow.json"
+    path = StudyDir(Path(folder)).mlflow
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     failures = mlflow_failures()
     try:

@@ -14,20 +14,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mpformer.tracking.record import INIT_FILE, SUMMARY_FILE, Point, parts, read_part
+from mpformer.tracking.record import Point, parts, read_part
+from mpformer.tracking.run_dir import RunDir
 from mpformer.types import RunError
 
 SECONDS_BETWEEN_LOOKS = 1.0
 LONGEST_WAIT = 0.1
 """Share of a step that waiting for data may take before a line warns of it."""
-WARNINGS_FILE = "warnings.log"
 QUALITY = ("val/AP", "val/PQ", "val/mIoU")
 
 
 @contextmanager
 def kept_warnings(run_dir: Path) -> Iterator[None]:
     """While the body runs, what a process without a terminal warns of goes to `RUN/warnings.log`."""
-    handler = logging.FileHandler(Path(run_dir) / WARNINGS_FILE, encoding="utf-8", delay=True)
+    handler = logging.FileHandler(RunDir(run_dir).warnings, encoding="utf-8", delay=True)
     logger = logging.getLogger("mpformer")
     logger.addHandler(handler)
     try:
@@ -55,13 +55,13 @@ class Follower:
         self._told = set(parts(run_dir))
         self._part: Path | None = None
         self._offset = 0
-        self._warnings = run_dir / WARNINGS_FILE
+        self._warnings = RunDir(run_dir).warnings
         self._warned = self._warnings.stat().st_size if self._warnings.exists() else 0
         self._waits_from_start = True
 
     @property
     def finished(self) -> bool:
-        return (self.run_dir / SUMMARY_FILE).exists()
+        return RunDir(self.run_dir).finished
 
     @property
     def shares(self) -> tuple[float, float]:
@@ -132,11 +132,11 @@ class Follower:
 
     def _start(self) -> str:
         """With what became of the weights that it starts from, if it starts from any."""
-        path = self.run_dir / INIT_FILE
+        path = RunDir(self.run_dir).init
         return "starts from " + "; ".join(path.read_text().splitlines()) if path.exists() else "starts"
 
     def _read_total_steps(self) -> int | None:
-        path = self.run_dir / "progress.json"
+        path = RunDir(self.run_dir).progress
         return json.loads(path.read_text())["total_steps"] if path.exists() else None
 
 

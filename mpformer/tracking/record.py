@@ -16,17 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpformer.tracking.run_dir import RunDir
 from mpformer.types import RunError
-
-SUMMARY_FILE = "summary.json"
-"""In a run's folder once it has reached its last step."""
-INIT_FILE = "init.txt"
-"""In a run's folder: what it took from the weights of `train.init`."""
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
     """The summary of a finished run; None for one that is not finished. `RunError` for a damaged one."""
-    path = run_dir / SUMMARY_FILE
+    path = RunDir(run_dir).summary
     if not path.exists():
         return None
     try:
@@ -80,7 +76,7 @@ def read_metrics(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
 
 def parts(run_dir: Path) -> list[Path]:
     """The parts of a run's record, oldest first."""
-    return sorted((Path(run_dir) / "metrics").glob("[0-9]*.jsonl"))
+    return sorted(RunDir(Path(run_dir)).metrics.glob("[0-9]*.jsonl"))
 
 
 def read_part(part: Path, offset: int = 0) -> tuple[list[Point | int], int]:
@@ -112,7 +108,7 @@ class Part:
     def __init__(self, run_dir: Path, start_step: int) -> None:
         older = parts(run_dir)
         number = int(older[-1].stem) + 1 if older else 1
-        self.path = Path(run_dir) / "metrics" / f"{number:04d}.jsonl"
+        self.path = RunDir(Path(run_dir)).metrics / f"{number:04d}.jsonl"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("x", encoding="utf-8")

@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpformer import __version__
+from mpformer import __version__, atomic
 from mpformer.config import Config, config_hash, diff
 from mpformer.tracking.commit import git_commit
 from mpformer.tracking.mlflow_store import client, experiment_id, find_run, first_line, mlflow_failures
-from mpformer.tracking.record import SUMMARY_FILE, Part, Point, merge_steps, parts, read_metrics, read_points
+from mpformer.tracking.record import Part, Point, merge_steps, parts, read_metrics, read_points
+from mpformer.tracking.run_dir import PICTURES, RunDir, StudyDir
 from mpformer.types import InputError, RunError
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class Link:
 
     @staticmethod
     def path(run_dir: Path) -> Path:
-        return Path(run_dir) / "mlflow.json"
+        return RunDir(Path(run_dir)).mlflow
 
     @classmethod
     def read(cls, run_dir: Path) -> Link | None:
@@ -191,10 +192,8 @@ class Link:
 
     def write(self, run_dir: Path) -> None:
         path = self.path(run_dir)
-        fresh = path.with_suffix(".json.new")
         try:
-            fresh.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-            fresh.replace(path)
+            atomic.write_text(path, json.dumps(asdict(self), indent=1))
         except OSError as error:
             raise RunError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -298,11 +297,11 @@ class _Mirror:
 
     def _send_files(self) -> None:
         """The run's settings, and the pictures and pages of its evaluations, as they lie in its folder."""
-        config, pictures = self.run_dir / "config.yaml", self.run_dir / "pictures"
-        if config.is_file():
-            self._client.log_artifact(self.link.run_id, str(config))
-        if pictures.is_dir():
-            self._client.log_artifacts(self.link.run_id, str(pictures), "pictures")
+        files = RunDir(self.run_dir)
+        if files.config.is_file():
+            self._client.log_artifact(self.link.run_id, str(files.config))
+        if files.pictures.is_dir():
+            self._client.log_artifacts(self.link.run_id, str(files.pictures), PICTURES)
 
 
 def attach(run_dir: Path, step: int, values: Mapping[str, float], folder: Path) -> str | None:
@@ -323,7 +322,7 @@ def attach(run_dir: Path, step: int, values: Mapping[str, float], folder: Path) 
     failures = mlflow_failures()
     try:
         store = client(link.uri)
-        store.log_artifacts(link.run_id, str(folder), f"pictures/{folder.name}")
+        store.log_artifacts(link.run_id, str(folder), f"{PICTURES}/{folder.name}")
         store.log_batch(link.run_id, metrics=metrics)
     except failures as error:
         return f"MLflow {link.uri}: {first_line(error)}: it does not have {folder}"
@@ -332,7 +331,7 @@ def attach(run_dir: Path, step: int, values: Mapping[str, float], folder: Path) 
 
 def attach_report(folder: Path, files: Iterable[Path]) -> str | None:
     """Bring a study's report to its parent run as artefacts; why not, where that fails, else None."""
-    if not (path := Path(folder) / "mlflow.json").exists():
+    if not (path := StudyDir(Path(folder)).mlflow).exists():
         return None
     parent = json.loads(path.read_text(encoding="utf-8"))
     try:
@@ -358,7 +357,7 @@ def sync(run_dir: Path) -> str:
     link = Link.read(run_dir)
     if link is None:
         raise InputError(f"{run_dir}: this run was not tracked with MLflow (tracking.mlflow: null)")
-    if (run_dir / SUMMARY_FILE).exists():  # killed between its last line and its good-bye to MLflow
+    if RunDir(run_dir).finished:  # killed between its last line and its good-bye to MLflow
         link = replace(link, status="FINISHED")
     mirror = _Mirror(run_dir, link)
     if not mirror.attempt(at_once=True):

@@ -13,6 +13,7 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayTaskError
 
+from mpformer import atomic
 from mpformer.config import Config
 from mpformer.data.records import Catalog
 from mpformer.evaluate.inference import predict_on_workers
@@ -22,6 +23,7 @@ from mpformer.evaluate.prediction import Prediction, Scores
 from mpformer.model.segmenter import Segmenter
 from mpformer.model.weights.loading import load_checkpoint
 from mpformer.tracking.record import read_points
+from mpformer.tracking.run_dir import RunDir
 from mpformer.tracking.tracker import Tracker
 from mpformer.train import checkpoint
 
@@ -30,7 +32,7 @@ class Beside:
     """The evaluations of one start of a run. One process only: rank 0."""
 
     def __init__(self, run_dir: Path, config: Config, val: ray.ObjectRef, tracker: Tracker) -> None:
-        self._folder = run_dir / checkpoint.EVALUATIONS
+        self._files = RunDir(run_dir)
         self._run_dir, self._config, self._val, self._tracker = run_dir, config, val, tracker
         self._step = 0
         self._task: ray.ObjectRef | None = None
@@ -38,10 +40,9 @@ class Beside:
     def resume(self, start: int) -> None:
         """Begin what an earlier start of the run left without figures; `start`: the step it goes on from."""
         measured = {p.step for p in read_points(self._run_dir) if any(k.startswith("val/") for k in p.values)}
-        for leftover in self._folder.glob(".*.partial"):
+        for leftover in atomic.leftovers(self._files.evaluations):
             leftover.unlink()
-        for path in self._files():
-            step = int(path.stem[-8:])
+        for step, path in self._files.waiting_evaluations().items():
             if 0 < start >= step and step not in measured:
                 self._begin(step)
             else:
@@ -53,7 +54,7 @@ class Beside:
         Raises `RunError` where the disk refuses, and what the evaluation before has raised.
         """
         self.collect()
-        checkpoint.save_weights(self._file(step), model, self._config)
+        checkpoint.save_weights(self._files.evaluation(step), model, self._config)
         self._begin(step)
 
     def collect(self, *, wait: bool = True) -> None:
@@ -71,21 +72,15 @@ class Beside:
 
     def committed(self) -> None:
         """A checkpoint covers what is in the record: those weights are not needed any more."""
-        for path in self._files():
-            if self._task is None or path != self._file(self._step):
+        for step, path in self._files.waiting_evaluations().items():
+            if self._task is None or step != self._step:
                 path.unlink()
 
     def _begin(self, step: int) -> None:
         self.collect()
         # it waits for its own tasks, and then counts for some seconds
         measure = ray.remote(num_cpus=0, max_retries=-1)(_measure)
-        self._step, self._task = step, measure.remote(self._val, self._config, self._file(step))
-
-    def _file(self, step: int) -> Path:
-        return self._folder / f"step-{step:08d}.safetensors"
-
-    def _files(self) -> list[Path]:
-        return sorted(self._folder.glob("step-*.safetensors"))
+        self._step, self._task = step, measure.remote(self._val, self._config, self._files.evaluation(step))
 
 
 def figures(predictions: list[Prediction], scores: Scores) -> dict[str, float]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +20,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mpformer import atomic
 from mpformer.config import Config
 from mpformer.model.segmenter import Segmenter
 from mpformer.model.weights.loading import MODEL_FILE, checkpoint_metadata
+from mpformer.tracking.run_dir import RunDir, partial_checkpoint, partial_checkpoints, step_of
 from mpformer.types import InputError, RunError
 
 _OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
-EVALUATIONS = "evaluations"
-"""Folder, in a run's, of weights that are yet to be evaluated (`mpformer.train.beside`)."""
-_NAME = re.compile(r"^step-(\d{8})$")
 
 
 @dataclass(frozen=True)
@@ -57,12 +54,12 @@ def save(
     The checkpoint appears under its name only when every byte of it is on disk. Raises `RunError` where the
     disk refuses; older checkpoints are then still there.
     """
-    folder = run_dir / "checkpoints"
-    final = folder / f"step-{step:08d}"
-    partial = folder / f".partial-step-{step:08d}"
+    folder = RunDir(run_dir).checkpoints
+    final = RunDir(run_dir).checkpoint(step)
+    partial = partial_checkpoint(final)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".partial-*"):
+        for leftover in partial_checkpoints(folder):
             shutil.rmtree(leftover)
         partial.mkdir()
         _write_model(partial / MODEL_FILE, model, config)
@@ -75,11 +72,11 @@ def save(
         }
         (partial / STATE_FILE).write_text(json.dumps(content, indent=1))
         for file in partial.iterdir():
-            _flush(file)
+            atomic.flush(file)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        _flush(folder)
+        atomic.flush(folder)
         for old in complete(run_dir)[: -config.train.keep_checkpoints]:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:  # the latter is what a full disk is to safetensors
@@ -91,24 +88,19 @@ def save(
 
 def save_weights(path: Path, model: Segmenter, config: Config) -> None:
     """Write the weights alone; the file appears when complete. Raises `RunError` where the disk refuses."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_model(partial, model, config)
-        _flush(partial)
-        partial.rename(path)
-        _flush(path.parent)
+        with atomic.replacing(path, durable=True) as partial:
+            _write_model(partial, model, config)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or error
         raise RunError(f"{path}: the weights cannot be written: {reason}") from error
 
 
 def complete(run_dir: Path) -> list[Path]:
     """Folders of complete checkpoints, oldest first."""
-    folder = run_dir / "checkpoints"
-    found = [p for p in folder.iterdir() if _NAME.match(p.name)] if folder.is_dir() else []
-    return sorted(found)
+    folder = RunDir(run_dir).checkpoints
+    return sorted(p for p in folder.iterdir() if step_of(p) is not None) if folder.is_dir() else []
 
 
 def latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -173,11 +165,3 @@ def _names(model: nn.Module) -> dict[nn.Parameter, str]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

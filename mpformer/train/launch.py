@@ -21,6 +21,7 @@ from mpformer.data.version import data_version
 from mpformer.model.weights.loading import model_file
 from mpformer.tracking.mlflow_store import prepare_store
 from mpformer.tracking.record import read_summary
+from mpformer.tracking.run_dir import RunDir
 from mpformer.tracking.tracker import Entry, close_run
 from mpformer.train import checkpoint
 from mpformer.train.capacity import Capacity, Node, uses_gpus
@@ -44,7 +45,7 @@ import ray  # noqa: E402
 from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: E402
 from ray.train.torch import TorchTrainer  # noqa: E402
 
-from mpformer.train.worker import FAILURE_FILE, Job, run_worker  # noqa: E402
+from mpformer.train.worker import Job, run_worker  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def fit(
     check_same_classes(splits["train"].classes, splits["val"].classes, splits["val"].name)
     run_dir.mkdir(parents=True, exist_ok=True)
     with only_driver(run_dir):
-        (run_dir / "config.yaml").write_text(dump_yaml(config))
+        RunDir(run_dir).config.write_text(dump_yaml(config))
         begun, damaged = checkpoint.latest(run_dir)
         for line in damaged:
             log.warning("%s. The run goes on from the checkpoint before", line)
@@ -208,7 +209,7 @@ def only_driver(run_dir: Path) -> Iterator[None]:
     The trial of a study whose driver was killed outlives it by some seconds: so long its successor waits.
     """
     deadline = time.monotonic() + SECONDS_OF_AN_ORPHAN
-    with (run_dir / ".lock").open("w") as lock:
+    with RunDir(run_dir).lock.open("w") as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -221,7 +222,7 @@ def only_driver(run_dir: Path) -> Iterator[None]:
 
 
 def _raise_noted_failure(run_dir: Path, token: str) -> None:
-    note = run_dir / FAILURE_FILE
+    note = RunDir(run_dir).failure
     if not note.exists():
         return
     failure = json.loads(note.read_text())

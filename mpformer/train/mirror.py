@@ -16,7 +16,8 @@ from typing import TypeVar
 
 from pyarrow import fs
 
-from mpformer.tracking.record import SUMMARY_FILE
+from mpformer import atomic
+from mpformer.tracking.run_dir import CHECKPOINTS, EVALUATIONS, SUMMARY_FILE, RunDir, partial_checkpoint
 from mpformer.train import checkpoint
 from mpformer.types import InputError, RunError
 
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 SECONDS_OF_PATIENCE = 600.0
 """How long the end of a run waits for a store that refuses."""
 _UNCHANGED = "nothing was changed"
-_GROWING = ("config.yaml", "mlflow.json", "failure.json")
 
 
 class Mirror:
@@ -36,6 +36,9 @@ class Mirror:
 
     def __init__(self, uri: str, run_dir: Path) -> None:
         self.run_dir = Path(run_dir)
+        self._run = RunDir(self.run_dir)
+        # of these the content changes, but perhaps not the size
+        self._rewritten = (self._run.config, self._run.mlflow, self._run.failure)
         self.uri = f"{uri.rstrip('/').partition('?')[0]}/{self.run_dir.name}"
         if "://" in uri:
             self._files, base = self._patiently(lambda: self._open(uri), _UNCHANGED)
@@ -86,11 +89,11 @@ class Mirror:
         mine = max((path.name for path in checkpoint.complete(self.run_dir)), default="")
         complete = [Path(name).parent.name for name in there if Path(name).name == checkpoint.STATE_FILE]
         theirs = max(complete, default="")
-        finished = SUMMARY_FILE in there and not (self.run_dir / SUMMARY_FILE).exists()
+        finished = SUMMARY_FILE in there and not self._run.finished
         if theirs <= mine and not finished:
             return
         for name in there:
-            if not name.startswith("checkpoints/") and name != SUMMARY_FILE:
+            if not name.startswith(f"{CHECKPOINTS}/") and name != SUMMARY_FILE:
                 self._fetch(name)
         # by these others see that something is complete
         if theirs > mine:
@@ -104,35 +107,36 @@ class Mirror:
         return [i.path[len(self._base) + 1 :] for i in infos if i.type == fs.FileType.File]
 
     def _fetch_checkpoint(self, name: str, there: list[str]) -> None:
-        final = self.run_dir / "checkpoints" / name
-        partial = final.with_name(f".partial-{name}")
+        final = self._run.checkpoints / name
+        partial = partial_checkpoint(final)
         for file in there:
-            if file.startswith(f"checkpoints/{name}/"):
+            if file.startswith(f"{CHECKPOINTS}/{name}/"):
                 self._fetch(file, partial / Path(file).name)
         partial.rename(final)
 
     def _fetch(self, name: str, target: Path | None = None) -> None:
         target = target or self.run_dir / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = target.with_name(f".{target.name}.fetched")
-        with self._files.open_input_stream(f"{self._base}/{name}") as source, fresh.open("wb") as file:
+        with (
+            atomic.replacing(target) as partial,
+            self._files.open_input_stream(f"{self._base}/{name}") as source,
+            partial.open("wb") as file,
+        ):
             while block := source.read(1 << 22):
                 file.write(block)
-        fresh.replace(target)
 
     def _push(self) -> None:
         kept = checkpoint.complete(self.run_dir)
-        files = [self.run_dir / name for name in _GROWING]
-        files += sorted((self.run_dir / "metrics").glob("*.jsonl"))
-        files += sorted(path for path in (self.run_dir / "pictures").rglob("*") if path.is_file())
-        files += (waiting := sorted((self.run_dir / checkpoint.EVALUATIONS).glob("*.safetensors")))
+        files = [*self._rewritten, *sorted(self._run.metrics.glob("*.jsonl"))]
+        files += sorted(path for path in self._run.pictures.rglob("*") if path.is_file())
+        files += (waiting := list(self._run.waiting_evaluations().values()))
         for folder in kept:
             files += sorted(folder.iterdir(), key=lambda path: path.name == checkpoint.STATE_FILE)
-        for path in [*files, self.run_dir / SUMMARY_FILE]:
+        for path in [*files, self._run.summary]:
             if path.is_file():
                 self._send(path)
         self._delete_measured({path.name for path in waiting})
-        folder = f"{self._base}/checkpoints"
+        folder = f"{self._base}/{CHECKPOINTS}"
         for info in self._files.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
             # only what is older than all that is kept: another start of the run may be ahead of this folder
             if kept and info.base_name < kept[0].name:
@@ -140,7 +144,7 @@ class Mirror:
 
     def _delete_measured(self, waiting: Set[str]) -> None:
         """The weights whose figures are in the record, which is there by now."""
-        folder = fs.FileSelector(f"{self._base}/{checkpoint.EVALUATIONS}", allow_not_found=True)
+        folder = fs.FileSelector(f"{self._base}/{EVALUATIONS}", allow_not_found=True)
         for info in self._files.get_file_info(folder):
             if info.base_name not in waiting:
                 self._files.delete_file(info.path)
@@ -148,7 +152,7 @@ class Mirror:
     def _send(self, path: Path) -> None:
         name = path.relative_to(self.run_dir).as_posix()
         content = path.stat()
-        if name not in _GROWING and self._copied.get(name) == content.st_size:
+        if path not in self._rewritten and self._copied.get(name) == content.st_size:
             return
         target = f"{self._base}/{name}"
         self._files.create_dir(target.rpartition("/")[0], recursive=True)

@@ -9,9 +9,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mpformer import atomic
 from mpformer.config import Config, config_hash
 from mpformer.tracking.commit import git_commit
-from mpformer.tracking.record import SUMMARY_FILE, read_metrics
+from mpformer.tracking.record import read_metrics
+from mpformer.tracking.run_dir import RunDir
 from mpformer.train.timing import Timers
 
 _PACKAGES = ("torch", "ray", "timm", "mlflow", "numpy", "pycocotools")
@@ -41,9 +43,7 @@ def write_summary(
         "versions": {"python": sys.version.split()[0], "platform": platform.platform()}
         | {name: metadata.version(name) for name in _PACKAGES},
     }
-    partial = run_dir / f".{SUMMARY_FILE}"
-    partial.write_text(json.dumps(summary, indent=1))
-    partial.replace(run_dir / SUMMARY_FILE)
+    atomic.write_text(RunDir(run_dir).summary, json.dumps(summary, indent=1))
     return summary
 
 

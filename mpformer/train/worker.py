@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mpformer import atomic
 from mpformer.config import Config, duration_in_steps
 from mpformer.data.pipeline import train_batches
 from mpformer.data.records import Catalog
@@ -33,7 +34,7 @@ from mpformer.model.segmenter import Segmenter, build_model
 from mpformer.model.weights.loading import load_weights
 from mpformer.ops.allocator import keep_freed_memory
 from mpformer.tracking.progress import kept_warnings
-from mpformer.tracking.record import INIT_FILE
+from mpformer.tracking.run_dir import RunDir
 from mpformer.tracking.tracker import Entry, Tracker
 from mpformer.train import checkpoint
 from mpformer.train.beside import Beside, figures
@@ -46,8 +47,6 @@ from mpformer.train.timing import Timers
 from mpformer.types import Batch, InputError, RunError
 
 log = logging.getLogger(__name__)
-
-FAILURE_FILE = "failure.json"
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def run_worker(settings: dict[str, Job]) -> None:
     makes sees it and returns at once, and the driver raises it.
     """
     job = settings["job"]
-    failure = job.run_dir / FAILURE_FILE
+    failure = RunDir(job.run_dir).failure
     if failure.exists() and json.loads(failure.read_text())["token"] == job.token:
         return
     try:
@@ -108,10 +107,8 @@ def run_worker(settings: dict[str, Job]) -> None:
 
 def _note(failure: Path, content: dict[str, str]) -> None:
     """Whole or not at all: a torn note on a full disk would stop the run when there is room again."""
-    fresh = failure.with_name(f".{failure.name}")
     try:
-        fresh.write_text(json.dumps(content))
-        fresh.replace(failure)
+        atomic.write_text(failure, json.dumps(content))
     except OSError as error:  # Ray then tries again what cannot work, and ends with the failure itself
         log.warning("%s: cannot be written: %s", failure, error.strerror)
 
@@ -180,7 +177,7 @@ class _Run:
         if not begun:
             report = load_weights(model, self.job.init)
             if self.rank == 0:
-                (self.run_dir / INIT_FILE).write_text(f"{self.job.init}\n{report}\n", encoding="utf-8")
+                RunDir(self.run_dir).init.write_text(f"{self.job.init}\n{report}\n", encoding="utf-8")
         return model
 
     def _train(
@@ -293,7 +290,7 @@ class _Run:
         if self.rank != 0:
             return None
         progress = {"name": self.config.name, "start_step": start, "total_steps": self.plan.total}
-        (self.run_dir / "progress.json").write_text(json.dumps(progress))
+        atomic.write_text(RunDir(self.run_dir).progress, json.dumps(progress))
         return Tracker.open(
             self.run_dir,
             self.config,
@@ -364,7 +361,7 @@ class _Run:
                     title = f"{self.config.name}, step {done}"
                     count = self.config.evaluate.pictures
                     write_page(
-                        self.run_dir / "pictures",
+                        RunDir(self.run_dir).pictures,
                         title,
                         predictions,
                         self.val_split,

@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from mpformer.ablation.search import STOPPED_FILE, draw, samples, table
+from mpformer.ablation.search import draw, samples, table
 from mpformer.ablation.spec import load_study
 from mpformer.ablation.studyfile import Search
 
@@ -53,7 +53,7 @@ def test_a_sample_is_the_row_with_its_settings(tmp_path):
 
     assert first.stopped_at is None
     first.trial.run_dir.mkdir(parents=True)
-    (first.trial.run_dir / STOPPED_FILE).write_text(json.dumps({"by": "asha", "step": 3}))
+    (first.trial.run_dir / "stopped.json").write_text(json.dumps({"by": "asha", "step": 3}))
     lines = table([(first, None), (others[0], 2.5), (others[1], 7.25)], "AP").splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
         "sample-002",

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from mpformer.tracking.record import read_points
-from mpformer.train import checkpoint
 from tests.e2e.conftest import run, start
 from tests.e2e.faults import assert_mirrored, at_step, difference, run_dir_of, values, wait_for
 
@@ -36,7 +35,7 @@ def test_a_run_killed_during_an_evaluation_has_the_points_of_one_that_waits(
     wait_for(at_step(run_dir, 6), process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    left = sorted(path.name for path in (run_dir / checkpoint.EVALUATIONS).iterdir())
+    left = sorted(path.name for path in (run_dir / "evaluations").iterdir())
     assert "step-00000006.safetensors" in left
     assert not any("val/PQ" in point.values for point in read_points(run_dir) if point.step == 6)
 
@@ -46,7 +45,7 @@ def test_a_run_killed_during_an_evaluation_has_the_points_of_one_that_waits(
     assert values(run_dir) == values(waited)
     assert difference(run_dir, waited) == 0
     assert_mirrored(run_dir)
-    assert list((run_dir / checkpoint.EVALUATIONS).iterdir()) == []
+    assert list((run_dir / "evaluations").iterdir()) == []
 
 
 def test_two_evaluators_share_the_images(recipe: Path, waited: Path) -> None:

@@ -5,7 +5,7 @@ import logging
 from types import SimpleNamespace
 
 from mpformer.tracking.progress import Follower, Tally, follow, kept_warnings
-from mpformer.tracking.record import INIT_FILE, Part
+from mpformer.tracking.record import Part
 
 
 def follower(tmp_path) -> Follower:
@@ -62,7 +62,7 @@ def test_each_point_is_told_once_and_a_restart_is_announced(tmp_path):
 
 def test_a_start_from_other_weights_says_what_was_taken(tmp_path):
     following = follower(tmp_path)
-    (tmp_path / INIT_FILE).write_text("/w/model.safetensors\n9 tensors loaded\n2 re-initialised: a, b\n")
+    (tmp_path / "init.txt").write_text("/w/model.safetensors\n9 tensors loaded\n2 re-initialised: a, b\n")
     Part(tmp_path, 0)
     assert following.lines() == [
         "tiny s0  starts from /w/model.safetensors; 9 tensors loaded; 2 re-initialised: a, b"

@@ -58,7 +58,7 @@ def weights(config, figure: float):
 
 
 def waiting(run_dir: Path) -> list[int]:
-    return [int(path.stem[-8:]) for path in sorted((run_dir / checkpoint.EVALUATIONS).glob("step-*"))]
+    return [int(path.stem[-8:]) for path in sorted((run_dir / "evaluations").glob("step-*"))]
 
 
 def test_figures_stand_under_their_step_and_weights_stay_until_a_checkpoint(opened, tmp_path, tiny_config):
@@ -78,7 +78,7 @@ def test_figures_stand_under_their_step_and_weights_stay_until_a_checkpoint(open
 
 def test_a_restart_measures_what_has_no_figures_and_nothing_twice(opened, tmp_path, tiny_config):
     _, tracker = opened(0)
-    folder = tmp_path / checkpoint.EVALUATIONS
+    folder = tmp_path / "evaluations"
     for step in (2, 4, 6):
         model = weights(tiny_config, step / 8)
         checkpoint.save_weights(folder / f"step-{step:08d}.safetensors", model, tiny_config)

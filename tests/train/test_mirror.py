@@ -87,7 +87,7 @@ def test_weights_that_wait_for_their_evaluation_are_fetched_and_those_measured_a
 ):
     here, there = tmp_path / "here" / request.node.name, tmp_path / "there" / request.node.name
     copy = Mirror(uri, here)
-    waiting = here / checkpoint.EVALUATIONS
+    waiting = here / "evaluations"
     for step in (1, 2):
         write(here, step)
         waiting.mkdir(exist_ok=True)
@@ -96,7 +96,7 @@ def test_weights_that_wait_for_their_evaluation_are_fetched_and_those_measured_a
     (waiting / "step-00000001.safetensors").unlink()
     assert copy.push()
     Mirror(uri, there).pull()
-    found = {path.name: path.read_bytes() for path in (there / checkpoint.EVALUATIONS).iterdir()}
+    found = {path.name: path.read_bytes() for path in (there / "evaluations").iterdir()}
     assert found == {"step-00000002.safetensors": b"\2"}
 
 
