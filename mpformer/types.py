@@ -19,10 +19,21 @@ from __future__ import annotations
 
 import colorsys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
+
+Task = Literal["instance", "panoptic", "semantic"]
+"""The segmentation task that a model is trained for and evaluated on."""
+
+STRIDE = 32
+"""Stride of the coarsest feature level: height and width of a network input are multiples of it."""
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below `value`."""
+    return -(-value // multiple) * multiple
 
 
 class InputError(Exception):

@@ -29,7 +29,7 @@ from pydantic import BeforeValidator, Field, StringConstraints, ValidationError,
 
 from mpformer.config.section import Section
 from mpformer.config.yamlfile import Source, nearest
-from mpformer.types import InputError
+from mpformer.types import InputError, Task
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 """Of a row, a part or a profile: it becomes part of folder names."""
@@ -96,7 +96,7 @@ class Generate(Section):
 class Profile(Section):
     """Another size of the same study."""
 
-    base: str | dict[Literal["instance", "panoptic", "semantic"], str] | None = None
+    base: str | dict[Task, str] | None = None
     """A recipe in the place of every base; or one for each task that a base may have."""
     settings: dict[str, Any] = Field(default_factory=dict)
     rows: dict[str, dict[str, Any]] = Field(default_factory=dict)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from mpformer.config.section import Count, Fraction, Positive, Section, setting
+from mpformer.types import STRIDE, Task
 
 Size = tuple[Count, Count]
 """(height, width) in pixels."""
@@ -140,8 +141,8 @@ AnyDataSet = Annotated[
 
 
 def _check_crop(size: Size, scale: tuple[float, float]) -> None:
-    if size[0] % 32 or size[1] % 32:
-        raise ValueError(f"size: multiples of 32 expected, not {list(size)}")
+    if size[0] % STRIDE or size[1] % STRIDE:
+        raise ValueError(f"size: multiples of {STRIDE} expected, not {list(size)}")
     if scale[0] > scale[1]:
         raise ValueError("scale: the smaller factor first")
 
@@ -226,7 +227,7 @@ class Data(Section):
     """Folder that holds the data set."""
     dataset: AnyDataSet = DataSet()
     """In a recipe: the path of a data-set file, relative to the recipe, or its settings in place."""
-    task: Literal["instance", "panoptic", "semantic"] = "instance"
+    task: Task = "instance"
     augment: AnyAugment = LargeScaleJitter()
     test_resize: TestResize = TestResize()
     on_bad_sample: Literal["error", "skip"] = "error"

@@ -19,7 +19,7 @@ from mpformer.data.augment import Placement
 from mpformer.data.images import load_reduced_image
 from mpformer.data.masks import BoxMask
 from mpformer.data.records import Catalog, Record
-from mpformer.types import InputError
+from mpformer.types import STRIDE, InputError, round_up
 
 _REPLACEMENTS = 100
 """Bad samples in a row after which the data set as a whole is called bad."""
@@ -78,7 +78,7 @@ def batch_canvas(catalog: Catalog, data: Data, seed: int, batch_size: int, posit
     start = position - position % batch_size
     sizes = [_planned_size(catalog, data, seed, p) for p in range(start, start + batch_size)]
     height, width = (max(side) for side in zip(*sizes))
-    return -(-height // 32) * 32, -(-width // 32) * 32
+    return round_up(height, STRIDE), round_up(width, STRIDE)
 
 
 def _planned_size(catalog: Catalog, data: Data, seed: int, position: int) -> tuple[int, int]:
@@ -175,6 +175,6 @@ def _pack(mask: BoxMask) -> tuple[tuple[int, int, int, int], bytes]:
     """Box and bits of a mask; the box is widened to whole bytes of a canvas row."""
     height, width = mask.pixels.shape
     before = mask.x % 8
-    padded = np.zeros((height, -(-(before + width) // 8) * 8), bool)
+    padded = np.zeros((height, round_up(before + width, 8)), bool)
     padded[:, before : before + width] = mask.pixels
     return (mask.x - before, mask.y, padded.shape[1], height), np.packbits(padded).tobytes()

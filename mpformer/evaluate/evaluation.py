@@ -14,11 +14,12 @@ import torch
 
 from mpformer.config import Config
 from mpformer.data.records import Catalog
-from mpformer.evaluate.inference import Task, predict_on_workers, predict_records
+from mpformer.evaluate.inference import predict_on_workers, predict_records
 from mpformer.evaluate.layers import summarize
 from mpformer.evaluate.metrics import score
 from mpformer.evaluate.pages import write_page
 from mpformer.evaluate.prediction import Prediction, Scores
+from mpformer.types import Task
 
 if TYPE_CHECKING:
     from mpformer.model.segmenter import Segmenter

@@ -15,7 +15,7 @@ from mpformer.draw import decode_png, write_png
 from mpformer.evaluate import instance as rle
 from mpformer.evaluate.inference import infer, to_result
 from mpformer.evaluate.prediction import FoundInstance, FoundSegments, Prediction
-from mpformer.types import ClassTable, InputError
+from mpformer.types import ClassTable, InputError, Task
 
 if TYPE_CHECKING:
     from mpformer.model.segmenter import Segmenter
@@ -124,7 +124,7 @@ class _CocoWriter:
         self._annotations: list[dict[str, Any]] = []
         self._panoptic: list[dict[str, Any]] = []
 
-    def add(self, prediction: Prediction, file_name: str, out: Path, task: str) -> None:
+    def add(self, prediction: Prediction, file_name: str, out: Path, task: Task) -> None:
         image_id = len(self._images) + 1
         height, width = prediction.size
         self._images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
@@ -183,7 +183,7 @@ class _CocoWriter:
         write_png(out / "labels" / f"{prediction.image_id}.png", coded)
         return [FoundInstance(k, 1.0, rle.encode_mask(labels == k)) for k in seen]
 
-    def write(self, out: Path, task: str) -> None:
+    def write(self, out: Path, task: Task) -> None:
         categories = [
             {"id": c.source_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)}
             for c in self._classes.classes

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,12 +30,10 @@ from mpformer.evaluate.prediction import FoundInstance, FoundSegments, Predictio
 from mpformer.evaluate.truth import target_of
 from mpformer.evaluate.views import aligned, look
 from mpformer.ops.allocator import keep_freed_memory
-from mpformer.types import ClassTable, InputError
+from mpformer.types import ClassTable, InputError, Task
 
 if TYPE_CHECKING:
     from mpformer.model.segmenter import Segmenter
-
-Task = Literal["instance", "panoptic", "semantic"]
 
 _Loaded = tuple[Record, np.ndarray | None, str]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 import numpy as np
 
@@ -14,9 +13,7 @@ from mpformer.evaluate.panoptic import Counts, count_classes, count_segments, pa
 from mpformer.evaluate.prediction import Prediction, Scores
 from mpformer.evaluate.semantic import confusion, mean_iou
 from mpformer.evaluate.truth import true_instances, true_segments
-from mpformer.types import RunError
-
-Task = Literal["instance", "panoptic", "semantic"]
+from mpformer.types import RunError, Task
 
 
 def evaluate_predictions(

@@ -14,13 +14,13 @@ from mpformer.data.images import load_image
 from mpformer.data.masks import record_masks
 from mpformer.data.records import Catalog, Record
 from mpformer.draw import decode_png, encode_jpeg, overlay, side_by_side
-from mpformer.evaluate.inference import Task, to_result
+from mpformer.evaluate.inference import to_result
 from mpformer.evaluate.instance import ImageInstances, count_instances
 from mpformer.evaluate.panoptic import Counts, count_segments
 from mpformer.evaluate.prediction import Prediction, Scores
 from mpformer.evaluate.semantic import confusion
 from mpformer.evaluate.truth import true_instances, true_segments
-from mpformer.types import ClassTable
+from mpformer.types import ClassTable, Task
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from mpformer.data.masks import Window, record_masks, segment_rle
 from mpformer.data.records import MapId, Record
 from mpformer.evaluate.instance import TrueInstance, encode_mask
 from mpformer.evaluate.postprocess import Sizes
-from mpformer.types import Target
+from mpformer.types import Target, Task
 
 VOID = -1
 """Label of pixels that no segment covers."""
@@ -48,7 +48,7 @@ def true_segments(record: Record) -> TrueSegments:
     return TrueSegments(ids, tuple(s.label for s in record.segments), tuple(s.crowd for s in record.segments))
 
 
-def target_of(record: Record, sizes: Sizes, task: str) -> Target:
+def target_of(record: Record, sizes: Sizes, task: Task) -> Target:
     """The record as a training target at the size of the network input, padding empty: what a loss would see.
 
     Crowds are left out but for the task "semantic", which has one mask per class.

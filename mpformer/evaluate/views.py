@@ -23,12 +23,10 @@ from mpformer.data.images import PIXEL_MEAN
 from mpformer.data.masks import Window
 from mpformer.evaluate.postprocess import Sizes, View
 from mpformer.model.matcher import most_alike
-from mpformer.types import Head
+from mpformer.types import STRIDE, Head, round_up
 
 if TYPE_CHECKING:
     from mpformer.model.segmenter import Segmenter
-
-STRIDE = 32
 
 
 def prepare(image: np.ndarray, resize: TestResize, scale: float = 1.0) -> tuple[Tensor, Sizes]:
@@ -36,7 +34,7 @@ def prepare(image: np.ndarray, resize: TestResize, scale: float = 1.0) -> tuple[
     h, w = image.shape[:2]
     height, width = (max(1, round(edge * scale)) for edge in test_size(h, w, resize))
     resized = resize_image(image, Window(0, 0, w, h, width, height))
-    padded = (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE)
+    padded = (round_up(height, STRIDE), round_up(width, STRIDE))
     canvas = np.empty((*padded, 3), np.uint8)
     canvas[:] = PIXEL_MEAN
     canvas[:height, :width] = resized

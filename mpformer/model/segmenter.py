@@ -9,7 +9,7 @@ from mpformer.config.model import Model as ModelConfig
 from mpformer.model.decoder import PixelClassifier, QueryDecoder
 from mpformer.model.encoder import Encoder
 from mpformer.model.pixel_decoder import build_pixel_decoder
-from mpformer.types import ClassTable, InputError, Output, Pilots
+from mpformer.types import STRIDE, ClassTable, InputError, Output, Pilots
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -49,8 +49,8 @@ class Segmenter(nn.Module):
         the last one. Raises `InputError` for other sizes, and for pilots where the model has none.
         """
         height, width = images.shape[-2:]
-        if height % 32 or width % 32:
-            raise InputError(f"images of {height}x{width}: height and width must be multiples of 32")
+        if height % STRIDE or width % STRIDE:
+            raise InputError(f"images of {height}x{width}: height and width must be multiples of {STRIDE}")
         if pilots is not None and self.decoder.pilot_embed is None:
             raise InputError("pilots for a model without mask piloting (model.pilot.queries is 0)")
         normalized = (images - self.pixel_mean) / self.pixel_std
