@@ -114,10 +114,12 @@ def _inference_device() -> torch.device:
     """A GPU if there is one, else this process's CPU, which then keeps its memory from image to image."""
     import torch
 
+    from mpformer.cores import usable_cores
     from mpformer.ops.allocator import keep_freed_memory
 
     if torch.cuda.is_available():
         return torch.device("cuda")
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # torch does not see quotas
     keep_freed_memory()
     return torch.device("cpu")
 

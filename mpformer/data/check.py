@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mpformer.config import Data, DataSet, Packed
+from mpformer.cores import usable_cores
 from mpformer.data.catalog import check_same_classes, open_split
 from mpformer.data.images import load_ids, load_image, read_bytes
 from mpformer.data.masks import BoxMask, Window, crop_masks
@@ -111,7 +111,7 @@ def _verify(data: Data, split: str) -> tuple[Finding, ...]:
 def check_split(catalog: Catalog, data: Data, seen: dict[bytes, str] | None = None) -> SplitReport:
     """The report of one split. `seen` gathers the digests of images, to find the same file in two splits."""
     seen = {} if seen is None else seen
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and rasterising run outside Python's lock
+    with ThreadPoolExecutor(usable_cores()) as pool:  # decoding and rasterising run outside Python's lock
         checked = list(pool.map(lambda i: _check_record(catalog.records[i]), range(len(catalog))))
     findings: list[Finding] = []
     names: set[str] = set()

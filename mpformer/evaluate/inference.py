@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from mpformer import draw
 from mpformer.config import Config, Evaluate, TestResize
+from mpformer.cores import usable_cores
 from mpformer.data.images import load_image, read_image
 from mpformer.data.records import Catalog, Record
 from mpformer.evaluate import instance as rle
@@ -123,7 +123,7 @@ def predict_on_workers(
     use_gpu = config.cluster.gpu != "no" and ray.cluster_resources().get("GPU", 0) >= workers
     share = ray.remote(num_cpus=config.cluster.cpus_per_worker, num_gpus=int(use_gpu))(_predict_share)
     placed = ray.put((copy.deepcopy(model).cpu(), catalog))
-    threads = config.cluster.threads or max(1, (os.cpu_count() or 1) // workers)
+    threads = config.cluster.threads or max(1, usable_cores() // workers)
     streams = [
         share.options(num_returns="streaming").remote(placed, config, list(indices[rank::workers]), threads)
         for rank in range(workers)

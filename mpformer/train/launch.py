@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mpformer.config import Config, dump_yaml, run_name
+from mpformer.cores import usable_cores
 from mpformer.data.catalog import check_same_classes, open_split
 from mpformer.data.version import data_version
 from mpformer.model.weights.loading import model_file
@@ -80,7 +81,7 @@ def _init_ray(address: str | None) -> None:
         # nobody takes this machine away with a warning: one process less to start for every run
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # a cluster that happens to run on this machine is joined only when RAY_ADDRESS says so
-        cpus = max(2, os.cpu_count() or 1)
+        cpus = max(2, usable_cores())  # a worker, and what prepares its data
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import resource
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from torch import nn
 
 from mpformer import atomic
 from mpformer.config import Config, duration_in_steps
+from mpformer.cores import usable_cores
 from mpformer.data.pipeline import train_batches
 from mpformer.data.records import Catalog
 from mpformer.evaluate.inference import predict_records
@@ -123,7 +123,7 @@ class _Run:
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             local = max(1, context.get_local_world_size())
-            threads = self.config.cluster.threads or max(1, (os.cpu_count() or 1) // local)
+            threads = self.config.cluster.threads or max(1, usable_cores() // local)
             torch.set_num_threads(threads)
             keep_freed_memory()
         self.train_split: Catalog = ray.get(job.train)
