@@ -78,9 +78,10 @@ def run(recipe: Path, overrides: list[str], steps: int) -> list[dict[str, float]
         valid = ((SIZE, SIZE), (SIZE - 28, SIZE), (SIZE, SIZE - 45))
         batch = Batch(images, tuple(targets), valid, tuple(map(str, positions)), positions)
         result = train_step(model, optimizer, batch, config, Timers(), classes=CLASSES)
-        recorded.append(
-            {k: float(v) for k, v in result.losses.items()} | {"gradient": float(result.grad_norm)}
-        )
+        # up to 9e5fc0a the optimised total was losses["loss"], which is the matching part's sum since
+        total = result.total if hasattr(result, "total") else result.losses["loss"]
+        terms = {k: float(v) for k, v in result.losses.items() if k not in ("loss", "pilot_loss")}
+        recorded.append(terms | {"total": float(total), "gradient": float(result.grad_norm)})
     return recorded
 
 

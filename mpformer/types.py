@@ -131,16 +131,59 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Augmented samples of one size, as the model, its losses and matching take them."""
+
+    images: torch.Tensor
+    """[B,3,H,W] uint8, RGB, 0..255; H and W multiples of 32."""
+    targets: tuple[Target, ...]
+    """One per image; masks at the size of `images`."""
+    valid_sizes: tuple[tuple[int, int], ...]
+    """(height, width) of the unpadded part of each image, its upper left corner."""
+    image_ids: tuple[str, ...]
+    positions: tuple[int, ...]
+    """Global position of each sample in the run's sample stream: 0, 1, 2, ... over all epochs."""
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return Batch(
+            self.images.to(device, non_blocking=non_blocking),
+            tuple(target.to(device, non_blocking) for target in self.targets),
+            self.valid_sizes,
+            self.image_ids,
+            self.positions,
+        )
+
+    def split(self, size: int) -> list[Batch]:
+        """Micro-batches of at most `size` images, in order."""
+        return [self.select(range(i, min(i + size, len(self)))) for i in range(0, len(self), size)]
+
+    def select(self, images: range) -> Batch:
+        """The batch of some consecutive images."""
+        rows = slice(images.start, images.stop)
+        return Batch(
+            self.images[rows],
+            self.targets[rows],
+            self.valid_sizes[rows],
+            self.image_ids[rows],
+            self.positions[rows],
+        )
+
+
+@dataclass(frozen=True)
 class PackedTarget:
-    """A `Target` on its way to the device: an eighth of its bytes while batches wait in line."""
+    """A `Target` on its way to the device, its masks an eighth of the bytes."""
 
     labels: torch.Tensor
+    """[N] int64 in 0..K-1."""
     bits: torch.Tensor
     """[N,H,W/8] uint8: eight pixels of a row to a byte, the leftmost in the highest bit."""
 
     @property
     def masks(self) -> torch.Tensor:
-        """The masks [N,H,W] bool, unpacked at each call."""
+        """The masks [N,H,W] bool, unpacked at each call, on the device of `bits`."""
         if self.bits.device.type == "cpu":
             import numpy as np
             import torch
@@ -160,18 +203,15 @@ class PackedTarget:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Augmented samples of one size, as the model takes them."""
+class PackedBatch:
+    """A `Batch` as the data part makes it, with packed masks; `to` makes the batch that the model takes."""
 
     images: torch.Tensor
     """[B,3,H,W] uint8, RGB, 0..255; H and W multiples of 32."""
-    targets: tuple[Target | PackedTarget, ...]
-    """One per image; masks at the size of `images`. The data part packs them, `to` unpacks them."""
+    targets: tuple[PackedTarget, ...]
     valid_sizes: tuple[tuple[int, int], ...]
-    """(height, width) of the part of each image that is no padding: its upper left corner."""
     image_ids: tuple[str, ...]
     positions: tuple[int, ...]
-    """Global position of each sample in the run's sample stream: 0, 1, 2, ... over all epochs."""
     skipped: tuple[str, ...] = ()
     """One line per bad sample that `on_bad_sample: skip` replaced while this batch was made."""
 
@@ -179,23 +219,14 @@ class Batch:
         return len(self.targets)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch on a device, its masks unpacked there."""
         return Batch(
             self.images.to(device, non_blocking=non_blocking),
-            tuple(t.to(device, non_blocking) for t in self.targets),
+            tuple(target.to(device, non_blocking) for target in self.targets),
             self.valid_sizes,
             self.image_ids,
             self.positions,
-            self.skipped,
         )
-
-    def split(self, size: int) -> list[Batch]:
-        """Micro-batches of at most `size` images, in order."""
-        return [self.select(range(i, min(i + size, len(self)))) for i in range(0, len(self), size)]
-
-    def select(self, part: range) -> Batch:
-        """Those images, which follow each other."""
-        columns = (self.images, self.targets, self.valid_sizes, self.image_ids, self.positions)
-        return Batch(*(column[part.start : part.stop] for column in columns))
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,10 @@ def data_show(place: str, out: str, settings: Sequence[str]) -> None:
     splits = {name: open_split(config.data, name) for name in ("train", "val")}
     sheets = {name: catalog_sheet(split) for name, split in splits.items()}
     inline = config.data.model_copy(update={"loader": "inline"})
-    [batch] = train_batches(
+    [packed] = train_batches(
         inline, splits["train"], seed=0, batch_size=8, start_step=0, stop_step=1, rank=0, world=1
     )
+    batch = packed.to("cpu")
     samples = batch_pictures(batch, splits["train"].classes)
     sheets["samples"] = side_by_side(samples, batch.image_ids, columns=4)
     if (pilots := _pilot_sheet(batch, config, splits["train"].classes)) is not None:
@@ -106,7 +107,7 @@ def _pilot_sheet(batch: Batch, config: Config, classes: ClassTable) -> np.ndarra
     from mpformer.model.piloting import make_pilots
     from mpformer.model.streams import SampleRandom
 
-    targets = batch.to("cpu").targets
+    targets = batch.targets
     draws = SampleRandom(0, "pilots", batch.positions, batch.images.device)
     pilots = make_pilots(targets, config.model, len(classes), draws)
     if pilots is None:

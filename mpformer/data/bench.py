@@ -17,7 +17,7 @@ from mpformer.data.packing import from_table, to_table
 from mpformer.data.pipeline import train_batches
 from mpformer.data.records import Catalog
 from mpformer.data.samples import batch_canvas, make_sample, sample_order
-from mpformer.types import Batch
+from mpformer.types import PackedBatch
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,5 @@ def _sample_megabytes(samples: list[Any]) -> float:
     return sum(s.image.nbytes + len(s.bits) for s in samples) / 1e6
 
 
-def _batch_bytes(batch: Batch) -> int:
-    masks = (t.bits if hasattr(t, "bits") else t.masks for t in batch.targets)
-    return batch.images.nbytes + sum(m.nbytes for m in masks)
+def _batch_bytes(batch: PackedBatch) -> int:
+    return batch.images.nbytes + sum(target.bits.nbytes for target in batch.targets)

@@ -1,4 +1,4 @@
-"""Samples to the `Batch` that the model takes; the one step of the data part that makes tensors."""
+"""Collate samples into a `PackedBatch`: the one step of the data part that makes tensors."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 from mpformer.data.images import PIXEL_MEAN
 from mpformer.data.samples import Sample
-from mpformer.types import Batch, PackedTarget
+from mpformer.types import PackedBatch, PackedTarget
 
 
-def collate(samples: Sequence[Sample], canvas: tuple[int, int]) -> Batch:
+def collate(samples: Sequence[Sample], canvas: tuple[int, int]) -> PackedBatch:
     """A batch of samples on a canvas (height, width): images padded with `PIXEL_MEAN`, masks packed.
 
     Empty `samples` make an empty batch.
@@ -25,7 +25,7 @@ def collate(samples: Sequence[Sample], canvas: tuple[int, int]) -> Batch:
         for plane, mean in zip(out, PIXEL_MEAN):
             plane[h:] = mean
             plane[:h, w:] = mean
-    return Batch(
+    return PackedBatch(
         images=torch.from_numpy(images),
         targets=tuple(_target(s, canvas) for s in samples),
         valid_sizes=tuple((s.image.shape[1], s.image.shape[2]) for s in samples),

@@ -24,7 +24,7 @@ from mpformer.config import Data
 from mpformer.data.packing import from_table, to_table
 from mpformer.data.records import Catalog
 from mpformer.data.samples import Sample, batch_canvas, make_sample
-from mpformer.types import Batch, InputError, RunError
+from mpformer.types import InputError, PackedBatch, RunError
 
 _BLOCK_BYTES = 108 << 20
 """Samples of one Ray Data block together, about (seen: 64 MB cost a tenth of the throughput)."""
@@ -54,7 +54,7 @@ def train_batches(
     stop_step: int,
     rank: int,
     world: int,
-) -> Iterator[Batch]:
+) -> Iterator[PackedBatch]:
     """This rank's slice of the global batch of `batch_size` images, for each step from `start_step` on.
 
     The same batches bit for bit from each `data.loader`. A bad sample raises `InputError` at its step, or is
@@ -74,7 +74,7 @@ def train_batches(
 
 def _inline(
     data: Data, catalog: Catalog, seed: int, batch_size: int, steps: Sequence[range]
-) -> Iterator[Batch]:
+) -> Iterator[PackedBatch]:
     from mpformer.data.collate import collate
 
     for positions in steps:
@@ -92,7 +92,7 @@ def _ray(
     batch_size: int,
     steps: Sequence[range],
     world: int,
-) -> Iterator[Batch]:
+) -> Iterator[PackedBatch]:
     """Batches from Ray Data executions over this rank's positions, decoded and augmented by tasks anywhere.
 
     Each rank runs executions over its own rows in their order: `streaming_split` would deal out whole blocks.
@@ -213,7 +213,7 @@ class _Collate(ArrowBatchCollateFn):
         self.canvas = canvas
         self.collate = collate
 
-    def __call__(self, batch: pa.Table) -> Batch | InputError:
+    def __call__(self, batch: pa.Table) -> PackedBatch | InputError:
         try:
             samples = from_table(batch)
             return self.collate(samples, self.canvas(samples[0].position))

@@ -10,12 +10,12 @@ from mpformer.config import Data
 from mpformer.data.collate import collate
 from mpformer.data.records import Catalog
 from mpformer.data.samples import batch_canvas, make_sample
-from mpformer.types import Batch, InputError
+from mpformer.types import InputError, PackedBatch
 
 
 def loader_batches(
     data: Data, catalog: Catalog, seed: int, batch_size: int, steps: Sequence[range]
-) -> Iterator[Batch]:
+) -> Iterator[PackedBatch]:
     """One batch for each range of positions, in their order; `InputError` at a bad sample's step."""
     loader = DataLoader(
         _Steps(data, catalog, seed, batch_size),
@@ -38,7 +38,7 @@ class _Steps:
     def __init__(self, data: Data, catalog: Catalog, seed: int, batch_size: int) -> None:
         self.data, self.catalog, self.seed, self.batch_size = data, catalog, seed, batch_size
 
-    def __getitem__(self, positions: range) -> Batch | InputError:
+    def __getitem__(self, positions: range) -> PackedBatch | InputError:
         try:
             samples = [make_sample(self.catalog, self.data, self.seed, p) for p in positions]
         except InputError as error:  # raised across processes it would lose its type

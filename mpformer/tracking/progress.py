@@ -116,6 +116,8 @@ class Follower:
         texts = [f"{self.label}  step {entry.step}" + (f"/{total}" if total else "")]
         if (loss := values.get("train/loss")) is not None:
             texts.append(f"loss {loss:.3f}")
+        if (pilot_loss := values.get("train/pilot_loss")) is not None:
+            texts.append(f"pilot loss {pilot_loss:.3f}")
         if speed := values.get("speed/images_per_second"):
             texts.append(f"{speed:.1f} images/s")
             if (wait := values.get("time/data_wait")) is not None:

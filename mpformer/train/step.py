@@ -34,8 +34,14 @@ class StepResult:
     """What one step computed on this worker."""
 
     losses: dict[str, Tensor]
-    """Weighted losses by name ('loss', 'loss_mask', 'pilot_loss_mask', 'head_3/loss_mask', ...), detached
-    scalars: this worker's share, so that the sum over all workers is the loss of the global batch."""
+    """Weighted losses by name, detached scalars: this worker's share, so that the sum over all workers is
+    the loss of the global batch.
+
+    'loss' is the sum of the matching part's terms ('loss_mask', 'head_3/loss_mask', ...) and 'pilot_loss',
+    with pilots, that of the mask-piloted part's ('pilot_loss_mask', ...).
+    """
+    total: Tensor
+    """The loss that is optimised: the sum of all terms."""
     grad_norm: Tensor
     """Norm of the gradient before clipping, the same on all workers."""
 
@@ -53,15 +59,15 @@ def train_step(
     """Update the model on this worker's share of one global batch.
 
     `model` is a `Segmenter`, bare or in DistributedDataParallel; `batch` lies on its device. The share is
-    cut into micro-batches of `train.micro_batch` images, whose gradients add up to that of the global batch
-    exactly. Raises `NonFiniteError` on every worker, before the weights change, if a loss or the gradient
-    is not finite anywhere.
+    split into micro-batches of `train.micro_batch` images, whose gradients add up exactly to that of the
+    global batch. Raises `NonFiniteError` on every worker, before the weights change, if a loss or the
+    gradient is not finite on any of them.
     """
     seed, device = config.train.seed, batch.images.device
     micro_batches = batch.split(config.train.micro_batch or len(batch))
     normalizers = _global_normalizers(micro_batches, config, classes)
     checks: list[_Check] = []
-    losses: dict[str, Tensor] = {}
+    terms: dict[str, Tensor] = {}
     for micro in micro_batches:
         draws = SampleRandom(seed, "matching", micro.positions, device)
         pilot_draws = SampleRandom(seed, "pilots", micro.positions, device)
@@ -76,22 +82,31 @@ def train_step(
             with timers("match"):
                 matching = match_heads(output, pilots, micro, config.model, draws, pilot_draws)
             with timers("losses"):
-                parts = _losses(output, pilots, matching, micro, normalizers, config.model, draws)
-                total = torch.stack(list(parts.values())).sum()
+                losses = _losses(output, pilots, matching, micro, normalizers, config.model, draws)
+                loss = torch.stack(list(losses.values())).sum()
             with timers("backward"):
                 # DistributedDataParallel averages over workers; the losses are shares of one sum
-                (total * _world_size()).backward()
-        parts = {name: part.detach() for name, part in {"loss": total, **parts}.items()}
-        checks.append(_Check(micro.image_ids, parts, matching.failure if matching else None))
-        for name, part in parts.items():
-            losses[name] = losses.get(name, 0) + part
+                (loss * _world_size()).backward()
+        detached = {name: value.detach() for name, value in losses.items()}
+        failure = matching.failure if matching else None
+        checks.append(_Check(micro.image_ids, loss.detach(), detached, failure))
+        terms = {name: terms[name] + value for name, value in detached.items()} if terms else detached
     with timers("optimizer"):
         limit = config.train.clip_norm or float("inf")
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
         _stop_unless_finite(checks, grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return StepResult(losses, grad_norm)
+    total = torch.stack([check.loss for check in checks]).sum()
+    return StepResult({**_sums(terms), **terms}, total, grad_norm)
+
+
+def _sums(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The loss of the matching part and, with pilots, of the mask-piloted part."""
+    pilots = [value for name, value in terms.items() if "pilot_loss_" in name]
+    matching = [value for name, value in terms.items() if "pilot_loss_" not in name]
+    sums = {"loss": torch.stack(matching).sum()}
+    return sums | {"pilot_loss": torch.stack(pilots).sum()} if pilots else sums
 
 
 def _losses(
@@ -113,16 +128,16 @@ def _losses(
     losses: dict[str, Tensor] = {}
     if matching is None:
         for name, head in zip(names, output.heads):
-            parts = per_pixel_losses(head, targets, normalizers, settings)
-            losses.update({f"{name}loss_{kind}": value for kind, value in parts.items()})
+            terms = per_pixel_losses(head, targets, normalizers, settings)
+            losses.update({f"{name}loss_{kind}": value for kind, value in terms.items()})
         return losses
     for name, head, matches, drawn in zip(names, output.heads, matching.heads, matching.points):
-        parts = matching_losses(head, targets, matches, normalizers, settings, drawn.losses, valid_sizes)
-        losses.update({f"{name}loss_{kind}": value for kind, value in parts.items()})
+        terms = matching_losses(head, targets, matches, normalizers, settings, drawn.losses, valid_sizes)
+        losses.update({f"{name}loss_{kind}": value for kind, value in terms.items()})
     piloted = zip(names, output.pilots or (), matching.pilots, matching.pilot_points)
     for name, head, objects, drawn in piloted:
-        parts = pilot_losses(head, pilots, objects, targets, normalizers, settings, drawn.losses, valid_sizes)
-        losses.update({f"{name}pilot_loss_{kind}": value for kind, value in parts.items()})
+        terms = pilot_losses(head, pilots, objects, targets, normalizers, settings, drawn.losses, valid_sizes)
+        losses.update({f"{name}pilot_loss_{kind}": value for kind, value in terms.items()})
     if settings.consistency_weight:
         size = (batch.images.shape[2], batch.images.shape[3])
         values = consistency_losses(output.heads, normalizers, settings, draws, valid_sizes, size)
@@ -141,27 +156,28 @@ def _global_normalizers(micro_batches: Sequence[Batch], config: Config, classes:
 
 @dataclass(frozen=True)
 class _Check:
-    """What has to be finite of a micro-batch."""
+    """What must be finite of a micro-batch."""
 
     image_ids: tuple[str, ...]
-    losses: dict[str, Tensor]
+    loss: Tensor
+    terms: dict[str, Tensor]
     matching_failure: str | None
 
     def failure(self) -> str | None:
-        """What is not."""
-        if self.matching_failure or torch.isfinite(self.losses["loss"]):
+        """What is not finite, if anything."""
+        if self.matching_failure or torch.isfinite(self.loss):
             return self.matching_failure
-        worst = [name for name, value in self.losses.items() if name != "loss" and not torch.isfinite(value)]
+        worst = [name for name, value in self.terms.items() if not torch.isfinite(value)]
         return f"losses of images {', '.join(self.image_ids)} not finite: {', '.join(worst)}"
 
 
 def _stop_unless_finite(checks: Sequence[_Check], grad_norm: Tensor) -> None:
-    """Stop all workers together if a cost, a loss or the gradient is not finite anywhere.
+    """Stop all workers together if a cost, a loss or the gradient is not finite on any of them.
 
-    The host waits here, and once per micro-batch in `match_heads`; nowhere else. Nobody stops earlier: the
-    others would wait in their backward pass for the gradients of who left.
+    The host waits for the device here and once per micro-batch in `match_heads`, nowhere else. A worker that
+    stopped earlier would leave the others waiting for its gradients in their backward pass.
     """
-    losses = torch.stack([check.losses["loss"] for check in checks]).isfinite().all()
+    losses = torch.stack([check.loss for check in checks]).isfinite().all()
     here = losses & all(check.matching_failure is None for check in checks)
     everywhere = here.float()
     if dist.is_initialized():

@@ -223,7 +223,8 @@ def test_a_pilot_beside_its_ground_truth(tmp_path):
     data = coco_folder(tmp_path, [annotation(1, 1)], images=1)
     data = data.model_copy(update={"augment": LargeScaleJitter(size=(64, 96), scale=(1.0, 1.0), flip=0.0)})
     catalog = open_split(data, "train")
-    (batch,) = train_batches(data, catalog, seed=0, batch_size=1, start_step=0, stop_step=1, rank=0, world=1)
+    (packed,) = train_batches(data, catalog, seed=0, batch_size=1, start_step=0, stop_step=1, rank=0, world=1)
+    batch = packed.to("cpu")
     layers = {1: np.zeros((1, 1, 2 * 3), bool), 2: np.ones((1, 1, 4 * 6), bool)}
     objects, labels = np.zeros((1, 1), int), np.ones((1, 1), int)
     sheet = pilot_sheet(batch, catalog.classes, {0: 0}, objects, labels, layers).astype(int)
@@ -256,4 +257,4 @@ def test_pictures_show_every_sample(tmp_path):
         rank=0,
         world=1,
     )
-    assert len(batch_pictures(batch, catalog.classes)) == 2
+    assert len(batch_pictures(batch.to("cpu"), catalog.classes)) == 2

@@ -179,7 +179,7 @@ def test_every_parameter_gets_a_finite_gradient(switch, counts):
     if config.data.task == "semantic":
         batch = one_object_per_class(batch)
     result, gradients = gradients_of_step(config, batch)
-    assert torch.isfinite(result.losses["loss"])
+    assert torch.isfinite(result.total)
     assert [n for n, g in gradients.items() if g is None] == []
     assert [n for n, g in gradients.items() if not torch.isfinite(g).all()] == []
     if counts == [3, 0] and switch == "mp-former":
@@ -199,10 +199,14 @@ def test_frozen_stages_get_no_gradient():
 def test_losses_of_all_heads_and_parts_add_up():
     config = settings()
     result, _ = gradients_of_step(config, make_batch([3, 1]))
-    parts = {n: float(v) for n, v in result.losses.items() if n != "loss"}
-    assert len(parts) == 5 * 2 * 3
-    assert {"loss_mask", "head_0/loss_class", "pilot_loss_dice", "head_3/pilot_loss_mask"} <= set(parts)
-    assert sum(parts.values()) == pytest.approx(float(result.losses["loss"]), rel=1e-5)
+    sums = {"loss", "pilot_loss"}
+    terms = {n: float(v) for n, v in result.losses.items() if n not in sums}
+    assert len(terms) == 5 * 2 * 3
+    assert {"loss_mask", "head_0/loss_class", "pilot_loss_dice", "head_3/pilot_loss_mask"} <= set(terms)
+    assert sum(terms.values()) == pytest.approx(float(result.total), rel=1e-5)
+    matching = sum(v for n, v in terms.items() if n.rpartition("/")[2].startswith("loss_"))
+    assert float(result.losses["loss"]) == pytest.approx(matching, rel=1e-5)
+    assert float(result.losses["pilot_loss"]) == pytest.approx(sum(terms.values()) - matching, rel=1e-5)
 
 
 def test_pilots_leave_the_matching_losses_alone():
@@ -216,9 +220,9 @@ def test_pilots_leave_the_matching_losses_alone():
     plain = build_model(plain_config.model, CLASSES)
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if "pilot_embed" not in k})
     without, _ = gradients_of_step(plain_config, batch, model=plain)
+    assert "pilot_loss" not in without.losses
     for name, value in without.losses.items():
-        if name != "loss":
-            assert float(piloted.losses[name]) == pytest.approx(float(value), rel=1e-5)
+        assert float(piloted.losses[name]) == pytest.approx(float(value), rel=1e-5)
 
 
 @pytest.mark.parametrize("switch", ["mp-former", "matched pilots", "layer consistency", "fixed matching"])
@@ -228,7 +232,7 @@ def test_micro_batches_add_up_to_the_whole_batch(switch):
     whole, expected = gradients_of_step(config, batch)
     for micro_batch in (1, 2, 3):
         parts, gradients = gradients_of_step(config, batch, micro_batch)
-        assert float(parts.losses["loss"]) == pytest.approx(float(whole.losses["loss"]), rel=1e-5)
+        assert float(parts.total) == pytest.approx(float(whole.total), rel=1e-5)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[name], atol=2e-5, rtol=1e-3)
         assert float(parts.grad_norm) == pytest.approx(float(whole.grad_norm), rel=1e-4)
@@ -290,7 +294,7 @@ def _step_in_double(rank, world, config, counts):
     wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     result = train_step(wrapped, Keep(), share, config, Timers(), classes=CLASSES)
     gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
-    return float(result.losses["loss"]), float(result.grad_norm), gradients
+    return float(result.total), float(result.grad_norm), gradients
 
 
 def _with_micro_batch(micro_batch):
