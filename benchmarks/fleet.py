@@ -49,6 +49,7 @@ def time_checkpoint(recipe: Path) -> None:
     import torch
 
     from mpformer.model.segmenter import build_model
+    from mpformer.model.weights import checkpoints
     from mpformer.train import checkpoint
     from mpformer.train.optim import build_optimizer
 
@@ -73,7 +74,7 @@ def time_checkpoint(recipe: Path) -> None:
             with timed("write"):
                 saved = checkpoint.save(Path(folder), 1, model, optimizer, config, state)
             with timed("check"):
-                found, _ = checkpoint.latest(Path(folder))
+                found, _ = checkpoints.latest(Path(folder))
             with timed("restore"):
                 checkpoint.restore(found, model, optimizer)
             size = sum(file.stat().st_size for file in saved.path.iterdir())

@@ -147,6 +147,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of images and masks."""
+        return self.images.nbytes + sum(target.masks.nbytes for target in self.targets)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return Batch(
             self.images.to(device, non_blocking=non_blocking),
@@ -217,6 +222,11 @@ class PackedBatch:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of images and masks."""
+        return self.images.nbytes + sum(target.bits.nbytes for target in self.targets)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on a device, its masks unpacked there."""

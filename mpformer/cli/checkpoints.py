@@ -25,7 +25,8 @@ def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
     """The figures of a checkpoint on the validation split of its own data, or of `data`; their page."""
     from mpformer.evaluate import evaluation
 
-    model, split, config, device = open_checkpoint(checkpoint, data, settings)
+    origin = _origin(checkpoint)
+    model, split, config, device = open_checkpoint(origin.file, data, settings)
     if config.cluster.workers > 1:
         from mpformer.train.launch import start_ray
 
@@ -36,7 +37,6 @@ def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
     for key, text in found.facts().items():
         say(f"{key:24} {text:>8}")
     if config.evaluate.pictures:
-        origin = _origin(checkpoint)
         folder = origin.pictures("evaluate", split.name)
         page = found.write(folder, f"{checkpoint}: {split.name}", split, config.evaluate.pictures)[0]
         say(str(page))
@@ -48,12 +48,12 @@ def diagnose(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
     from mpformer.draw import write_png
     from mpformer.evaluate import diagnostics
 
-    model, split, config, device = open_checkpoint(checkpoint, data, settings)
+    origin = _origin(checkpoint)
+    model, split, config, device = open_checkpoint(origin.file, data, settings)
     chosen = range(len(split.records))[: config.evaluate.limit]
     report = _progress()
     found = diagnostics.diagnose(model, split, config, chosen, device, report=report)
     say(found.table())
-    origin = _origin(checkpoint)
     folder = origin.pictures("diagnose", split.name)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "layers.json").write_text(json.dumps({"images": found.images, **found.metrics()}, indent=1))
@@ -80,19 +80,19 @@ def predict(checkpoint: str, images: Sequence[str], out: str, settings: Sequence
 
 
 def open_checkpoint(
-    checkpoint: str, data: str | None, settings: Sequence[str]
+    file: Path, data: str | None, settings: Sequence[str]
 ) -> tuple[Segmenter, Catalog, Config, torch.device]:
     """Model, validation split, settings and device for looking at a checkpoint."""
     from mpformer.data.catalog import check_same_classes, open_split
     from mpformer.model.weights.loading import load_checkpoint
 
     device = _inference_device()
-    model, trained = load_checkpoint(checkpoint, device)
-    config = _for_evaluation(trained, checkpoint, data, settings)
+    model, trained = load_checkpoint(file, device)
+    config = _for_evaluation(trained, str(file), data, settings)
     split = open_split(config.data, "val")
     check_same_classes(model.classes, split.classes, split.name)
     images = min(len(split.records), config.evaluate.limit or len(split.records))
-    say(f"{checkpoint}: {images} images of {split.name} on {device}")
+    say(f"{file}: {images} images of {split.name} on {device}")
     return model, split, config, device
 
 
@@ -143,6 +143,8 @@ def _progress() -> Callable[..., None]:
 class _Origin:
     """Where a checkpoint comes from."""
 
+    file: Path
+    """Its model file."""
     run: Path | None
     """The folder of its run, if it lies in one."""
     folder: Path
@@ -156,13 +158,14 @@ class _Origin:
 
 
 def _origin(checkpoint: str) -> _Origin:
-    from mpformer.model.weights.loading import model_file
+    from mpformer.model.weights.checkpoints import model_file
 
-    file = model_file(Path(checkpoint)).resolve()
-    run, step = RunDir.containing(file), step_of(file.parent)
+    file = model_file(Path(checkpoint))
+    folder = file.resolve().parent
+    run, step = RunDir.containing(file.resolve()), step_of(folder)
     if run is None or step is None:
-        return _Origin(None, file.parent, file.stem, 0)
-    return _Origin(run.path, run.path, file.parent.name, step)
+        return _Origin(file, None, folder, file.stem, 0)
+    return _Origin(file, run.path, run.path, folder.name, step)
 
 
 def _attach(origin: _Origin, values: dict[str, float], folder: Path) -> None:

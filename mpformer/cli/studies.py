@@ -74,14 +74,14 @@ def _diagnose_pilots(study: Study, trials: Sequence[Trial]) -> None:
         return
     from mpformer.cli.checkpoints import open_checkpoint
     from mpformer.evaluate import diagnostics
-    from mpformer.train import checkpoint
+    from mpformer.model.weights.checkpoints import MODEL_FILE, latest
 
     for trial in trials:
         path = RunDir(trial.run_dir).diagnose
-        last = checkpoint.latest(trial.run_dir)[0] if trial.finished and not path.exists() else None
+        last = latest(trial.run_dir)[0] if trial.finished and not path.exists() else None
         if last is None or trial.config.model.pilot.queries == 0:
             continue
-        model, split, config, device = open_checkpoint(str(last.path), None, [])
+        model, split, config, device = open_checkpoint(last.path / MODEL_FILE, None, [])
         chosen = range(len(split.records))[: config.evaluate.limit]
         found = diagnostics.diagnose(model, split, config, chosen, device, quality=False)
         figures = {f"diag/{key}": value for key, value in found.metrics().items() if "pilot" in key}

@@ -17,7 +17,6 @@ from mpformer.data.packing import from_table, to_table
 from mpformer.data.pipeline import train_batches
 from mpformer.data.records import Catalog
 from mpformer.data.samples import batch_canvas, make_sample, sample_order
-from mpformer.types import PackedBatch
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,8 @@ def stages(data: Data, catalog: Catalog, images: int, seed: int = 0) -> list[Sta
         ("masks", masks, drawn),
         ("whole sample", whole, _sample_megabytes(samples)),
         ("to Arrow", arrow, table.nbytes / 1e6),
-        ("collate", collated, _batch_bytes(batch) / 1e6),
-        ("unpack masks", unpacked, _batch_bytes(moved) / 1e6),
+        ("collate", collated, batch.nbytes / 1e6),
+        ("unpack masks", unpacked, moved.nbytes / 1e6),
     ]
     return [Stage(name, 1000 * seconds / images, size / images) for name, seconds, size in rows]
 
@@ -96,7 +95,7 @@ def throughput(data: Data, catalog: Catalog, batch_size: int, steps: int, seed: 
     count = size = 0
     for batch in batches:
         count += len(batch)
-        size += _batch_bytes(batch)
+        size += batch.nbytes
     seconds = time.monotonic() - first
     return Throughput(count / seconds, size / seconds / 1e6, first - began)
 
@@ -128,7 +127,3 @@ def _megabytes(arrays: Any) -> float:
 
 def _sample_megabytes(samples: list[Any]) -> float:
     return sum(s.image.nbytes + len(s.bits) for s in samples) / 1e6
-
-
-def _batch_bytes(batch: PackedBatch) -> int:
-    return batch.images.nbytes + sum(target.bits.nbytes for target in batch.targets)

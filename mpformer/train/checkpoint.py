@@ -1,17 +1,15 @@
-"""Checkpoints of a run: safetensors and JSON, written aside and renamed into place, no pickle.
+"""Write and restore the checkpoints of a run: safetensors and JSON, no pickle, renamed into place.
 
 `RUN/checkpoints/step-00000400/` holds `model.safetensors` (with the resolved settings and the class table in
 its header, so that the file alone can be evaluated), `optimizer.safetensors` and `state.json`. The data
-position, the schedule and all random streams are functions of (seed, step); the step is therefore all the
-state there is beside the tensors.
+position, the schedule and all random streams are functions of (seed, step); the step is therefore the only
+state besides the tensors. Which checkpoint is read: `mpformer.model.weights.checkpoints`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +21,17 @@ from torch import nn
 from mpformer import atomic
 from mpformer.config import Config
 from mpformer.model.segmenter import Segmenter
-from mpformer.model.weights.loading import MODEL_FILE, checkpoint_metadata
-from mpformer.tracking.run_dir import RunDir, partial_checkpoint, partial_checkpoints, step_of
+from mpformer.model.weights.checkpoints import (
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    Checkpoint,
+    complete,
+    digest,
+)
+from mpformer.model.weights.loading import checkpoint_metadata
+from mpformer.tracking.run_dir import RunDir, partial_checkpoint, partial_checkpoints
 from mpformer.types import InputError, RunError
-
-_OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "state.json"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk."""
-
-    path: Path
-    step: int
-    state: dict[str, Any]
-    """What `save` was given as `state`, plus 'step' and 'batch_size'."""
 
 
 def save(
@@ -49,10 +42,10 @@ def save(
     config: Config,
     state: dict[str, Any],
 ) -> Checkpoint:
-    """Write the checkpoint of `step`, then drop all but the newest `train.keep_checkpoints`.
+    """Write the checkpoint of `step`, then delete all but the newest `train.keep_checkpoints`.
 
-    The checkpoint appears under its name only when every byte of it is on disk. Raises `RunError` where the
-    disk refuses; older checkpoints are then still there.
+    The checkpoint appears under its name only when every byte of it is on disk. Raises `RunError` where it
+    cannot be written; older checkpoints are then still there.
     """
     folder = RunDir(run_dir).checkpoints
     final = RunDir(run_dir).checkpoint(step)
@@ -63,12 +56,12 @@ def save(
             shutil.rmtree(leftover)
         partial.mkdir()
         _write_model(partial / MODEL_FILE, model, config)
-        save_file(_optimizer_tensors(model, optimizer), partial / _OPTIMIZER_FILE)
+        save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER_FILE)
         content = {
             **state,
             "step": step,
             "batch_size": config.train.batch_size,
-            "sha256": {f.name: _digest(f) for f in sorted(partial.iterdir())},
+            "sha256": {f.name: digest(f) for f in sorted(partial.iterdir())},
         }
         (partial / STATE_FILE).write_text(json.dumps(content, indent=1))
         for file in partial.iterdir():
@@ -80,14 +73,14 @@ def save(
         for old in complete(run_dir)[: -config.train.keep_checkpoints]:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:  # the latter is what a full disk is to safetensors
-        shutil.rmtree(partial, ignore_errors=True)  # so that there is room to say what has happened
+        shutil.rmtree(partial, ignore_errors=True)  # makes room for the note of the failure
         reason = getattr(error, "strerror", None) or error
         raise RunError(f"{final}: the checkpoint cannot be written: {reason}") from error
     return Checkpoint(final, step, content)
 
 
 def save_weights(path: Path, model: Segmenter, config: Config) -> None:
-    """Write the weights alone; the file appears when complete. Raises `RunError` where the disk refuses."""
+    """Write the weights alone; the file appears when complete. Raises `RunError` where that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(path, durable=True) as partial:
@@ -97,43 +90,15 @@ def save_weights(path: Path, model: Segmenter, config: Config) -> None:
         raise RunError(f"{path}: the weights cannot be written: {reason}") from error
 
 
-def complete(run_dir: Path) -> list[Path]:
-    """Folders of complete checkpoints, oldest first."""
-    folder = RunDir(run_dir).checkpoints
-    return sorted(p for p in folder.iterdir() if step_of(p) is not None) if folder.is_dir() else []
-
-
-def latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest intact checkpoint, and one line per newer one that is damaged."""
-    damaged = []
-    for path in reversed(complete(run_dir)):
-        try:
-            return _read(path), damaged
-        except RunError as error:
-            damaged.append(str(error))
-    return None, damaged
-
-
-def _read(path: Path) -> Checkpoint:
-    try:
-        content = json.loads((path / STATE_FILE).read_text())
-        for name, digest in content["sha256"].items():
-            if _digest(path / name) != digest:
-                raise RunError(f"{path / name}: damaged: its content is not what was written")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: damaged: {error}") from None
-    return Checkpoint(path, content["step"], content)
-
-
 def restore(checkpoint: Checkpoint, model: Segmenter, optimizer: torch.optim.Optimizer) -> None:
-    """Load weights and optimiser state in place. Raises `InputError` where they are of another model."""
+    """Load weights and optimiser state in place. Raises `InputError` for those of another model."""
     device = str(next(model.parameters()).device)
     try:
         model.load_state_dict(load_file(checkpoint.path / MODEL_FILE, device=device))
     except RuntimeError as error:
         line = str(error).splitlines()[1].strip()
         raise InputError(f"{checkpoint.path}: the weights are of another model: {line}") from None
-    stored = load_file(checkpoint.path / _OPTIMIZER_FILE, device=device)
+    stored = load_file(checkpoint.path / OPTIMIZER_FILE, device=device)
     names = _names(model)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -149,7 +114,7 @@ def _write_model(path: Path, model: Segmenter, config: Config) -> None:
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    # by parameter name, so that the order of groups may change without breaking old checkpoints
+    # by parameter name, so that old checkpoints do not depend on the order of groups
     names = _names(model)
     return {
         f"{names[parameter]}/{key}": value.detach().contiguous()
@@ -160,8 +125,3 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def _names(model: nn.Module) -> dict[nn.Parameter, str]:
     return {parameter: name for name, parameter in model.named_parameters()}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,12 +19,11 @@ from mpformer.config import Config, dump_yaml, run_name
 from mpformer.cores import usable_cores
 from mpformer.data.catalog import check_same_classes, open_split
 from mpformer.data.version import data_version
-from mpformer.model.weights.loading import model_file
+from mpformer.model.weights.checkpoints import latest, model_file
 from mpformer.tracking.mlflow_store import prepare_store
 from mpformer.tracking.record import read_summary
 from mpformer.tracking.run_dir import RunDir
 from mpformer.tracking.tracker import Entry, close_run
-from mpformer.train import checkpoint
 from mpformer.train.capacity import Capacity, Node, uses_gpus
 from mpformer.train.mirror import Mirror
 from mpformer.types import InputError, RunError
@@ -118,7 +117,7 @@ def fit(
     run_dir.mkdir(parents=True, exist_ok=True)
     with only_driver(run_dir):
         RunDir(run_dir).config.write_text(dump_yaml(config))
-        begun, damaged = checkpoint.latest(run_dir)
+        begun, damaged = latest(run_dir)
         for line in damaged:
             log.warning("%s. The run goes on from the checkpoint before", line)
         # a run that has begun does without the file, which may be gone

@@ -17,8 +17,8 @@ from typing import TypeVar
 from pyarrow import fs
 
 from mpformer import atomic
+from mpformer.model.weights import checkpoints
 from mpformer.tracking.run_dir import CHECKPOINTS, EVALUATIONS, SUMMARY_FILE, RunDir, partial_checkpoint
-from mpformer.train import checkpoint
 from mpformer.types import InputError, RunError
 
 _T = TypeVar("_T")
@@ -86,8 +86,8 @@ class Mirror:
 
     def _pull(self) -> None:
         there = self._there()
-        mine = max((path.name for path in checkpoint.complete(self.run_dir)), default="")
-        complete = [Path(name).parent.name for name in there if Path(name).name == checkpoint.STATE_FILE]
+        mine = max((path.name for path in checkpoints.complete(self.run_dir)), default="")
+        complete = [Path(name).parent.name for name in there if Path(name).name == checkpoints.STATE_FILE]
         theirs = max(complete, default="")
         finished = SUMMARY_FILE in there and not self._run.finished
         if theirs <= mine and not finished:
@@ -126,12 +126,12 @@ class Mirror:
                 file.write(block)
 
     def _push(self) -> None:
-        kept = checkpoint.complete(self.run_dir)
+        kept = checkpoints.complete(self.run_dir)
         files = [*self._rewritten, *sorted(self._run.metrics.glob("*.jsonl"))]
         files += sorted(path for path in self._run.pictures.rglob("*") if path.is_file())
         files += (waiting := list(self._run.waiting_evaluations().values()))
         for folder in kept:
-            files += sorted(folder.iterdir(), key=lambda path: path.name == checkpoint.STATE_FILE)
+            files += sorted(folder.iterdir(), key=lambda path: path.name == checkpoints.STATE_FILE)
         for path in [*files, self._run.summary]:
             if path.is_file():
                 self._send(path)

@@ -31,6 +31,7 @@ from mpformer.evaluate.inference import predict_records
 from mpformer.evaluate.metrics import score
 from mpformer.evaluate.pages import write_page
 from mpformer.model.segmenter import Segmenter, build_model
+from mpformer.model.weights.checkpoints import Checkpoint, latest
 from mpformer.model.weights.loading import load_weights
 from mpformer.ops.allocator import keep_freed_memory
 from mpformer.tracking.progress import kept_warnings
@@ -248,16 +249,16 @@ class _Run:
                 batch = batch.to(self.device, non_blocking=True)
             yield step, batch
 
-    def _latest_checkpoint(self) -> checkpoint.Checkpoint | None:
+    def _latest_checkpoint(self) -> Checkpoint | None:
         if self.mirror:
             self._fetch()
-        found, damaged = checkpoint.latest(self.run_dir)
+        found, damaged = latest(self.run_dir)
         for line in damaged:
             print(line, flush=True)
         return found
 
     def _restore(
-        self, found: checkpoint.Checkpoint | None, model: Segmenter, optimizer: torch.optim.Optimizer
+        self, found: Checkpoint | None, model: Segmenter, optimizer: torch.optim.Optimizer
     ) -> tuple[int, float]:
         """The step to go on from, and the seconds of training that led there."""
         if found is None:

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from mpformer.config import load_config, run_name
+from mpformer.model.weights import checkpoints
 from mpformer.tracking.mlflow_store import client
 from mpformer.tracking.record import read_points
-from mpformer.train import checkpoint
 
 
 def run_dir_of(recipe: Path, *settings: str) -> Path:
@@ -49,7 +49,7 @@ def at_step(run_dir: Path, step: int) -> Callable[[], bool]:
     """A condition: the newest checkpoint is of that step or a later one."""
 
     def holds() -> bool:
-        found = checkpoint.complete(run_dir)
+        found = checkpoints.complete(run_dir)
         return bool(found) and found[-1].name >= f"step-{step:08d}"
 
     return holds
@@ -104,7 +104,7 @@ def values(run_dir: Path) -> dict[tuple[int, str], float]:
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint.complete(run_dir)[-1] / "model.safetensors")
+    return load_file(checkpoints.complete(run_dir)[-1] / "model.safetensors")
 
 
 def difference(run_dir: Path, unbroken: Path) -> float:

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from mpformer.ablation.spec import Study, load_study
+from mpformer.model.weights import checkpoints
 from mpformer.tracking.mlflow_store import client
 from mpformer.tracking.record import read_points
-from mpformer.train import checkpoint
 from tests.e2e.conftest import run, start
 from tests.e2e.faults import title
 
@@ -113,7 +113,7 @@ def test_a_trial_whose_driver_dies_goes_on(recipe: Path) -> None:
     trials = load_study(path).trials()
     process = start("ablate", path)
     deadline = time.monotonic() + 300
-    while not (begun := [t for t in trials if checkpoint.complete(t.run_dir)]):
+    while not (begun := [t for t in trials if checkpoints.complete(t.run_dir)]):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)

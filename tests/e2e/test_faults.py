@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mpformer.train import checkpoint
+from mpformer.model.weights import checkpoints
 from tests.e2e.conftest import run, start
 from tests.e2e.faults import (
     assert_as_unbroken,
@@ -54,8 +54,8 @@ def test_a_second_driver_refuses_and_a_damaged_checkpoint_is_passed_over(
     process.kill()
     worker.kill()
     process.communicate()
-    assert len(checkpoint.complete(run_dir)) == 2
-    newest = checkpoint.complete(run_dir)[-1] / "model.safetensors"
+    assert len(checkpoints.complete(run_dir)) == 2
+    newest = checkpoints.complete(run_dir)[-1] / "model.safetensors"
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes(content)

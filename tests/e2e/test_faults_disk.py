@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mpformer.train import checkpoint
+from mpformer.model.weights import checkpoints
 from tests.e2e.conftest import run, start
 from tests.e2e.faults import (
     assert_as_unbroken,
@@ -62,7 +62,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_room_lets_the_run_go_on(
     assert told.startswith(f"mpformer: {final}: the checkpoint cannot be written: ")
     assert "No space left on device" in told
     assert "Traceback" not in failed.stderr
-    kept, damaged = checkpoint.latest(run_dir)
+    kept, damaged = checkpoints.latest(run_dir)
     assert (kept.step, damaged) == (3, [])
 
     subprocess.run(["mount", "-o", f"remount,size={FITS_ALL}", "tmpfs", str(small_disk)], check=True)

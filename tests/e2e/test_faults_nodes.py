@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from mpformer.model.weights import checkpoints
 from mpformer.tracking.record import read_points
-from mpformer.train import checkpoint
 from tests.e2e.conftest import run, start
 from tests.e2e.faults import (
     at_step,
@@ -86,9 +86,9 @@ def test_a_spot_warning_makes_a_checkpoint_at_once(recipe: Path, cluster: Any) -
     warned = time.time()
     accepted, message = GcsClient(address=cluster.address).drain_node(first.node_id, reason, "spot", deadline)
     assert accepted, message
-    wait_for(lambda: checkpoint.complete(run_dir), process, 60)
+    wait_for(lambda: checkpoints.complete(run_dir), process, 60)
     warning = time.time() - warned
-    saved = int(checkpoint.complete(run_dir)[0].name[-8:])
+    saved = int(checkpoints.complete(run_dir)[0].name[-8:])
     assert 0 < saved < 150
 
     cluster.remove_node(first, allow_graceful=False)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mpformer.model.weights import checkpoints
 from mpformer.tracking.tracker import Link, client
-from mpformer.train import checkpoint
 from tests.e2e.conftest import run, start
 from tests.e2e.faults import (
     assert_as_unbroken,
@@ -148,7 +148,7 @@ def assert_mirror_equals(bucket: S3Server, run_dir: Path) -> None:
         for path in run_dir.rglob("*")
         if path.is_file() and path.relative_to(run_dir).parts[0] not in local
     }
-    assert len(checkpoint.complete(run_dir)) == 2
+    assert len(checkpoints.complete(run_dir)) == 2
     assert bucket.content(run_dir.name) == mine
 
 

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from mpformer.config import load_config, run_name
+from mpformer.model.weights import checkpoints
 from mpformer.tracking.mlflow_store import client
 from mpformer.tracking.record import read_points
-from mpformer.train import checkpoint
 from tests.e2e.conftest import run, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -33,7 +33,7 @@ def test_kill_the_driver_and_the_same_command_goes_on(recipe: Path, tmp_path: Pa
     run_dir = _run_dir(recipe)
     process = start("train", recipe)
     deadline = time.monotonic() + 300
-    while not checkpoint.complete(run_dir):
+    while not checkpoints.complete(run_dir):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -94,7 +94,7 @@ def test_a_run_starts_from_the_weights_of_another(recipe: Path, tmp_path: Path) 
     second = [*first, f"train.init={origin}", "evaluate.at_start=true"]
     finished = run("train", recipe, *second, timeout=300)
     assert finished.returncode == 0, finished.stderr
-    assert f"starts from {checkpoint.latest(origin)[0].path / 'model.safetensors'}" in finished.stdout
+    assert f"starts from {checkpoints.latest(origin)[0].path / 'model.safetensors'}" in finished.stdout
     assert "re-initialised" not in finished.stdout
     before, after = (
         {k: v for p in read_points(_run_dir(recipe, *s)) if p.step == step for k, v in p.values.items()}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mpformer.model.segmenter import build_model
+from mpformer.model.weights import checkpoints
 from mpformer.model.weights.loading import load_checkpoint, load_weights
 from mpformer.train import checkpoint
 from mpformer.train.optim import build_optimizer
@@ -39,7 +40,7 @@ def test_going_on_from_a_checkpoint_is_bit_equal(tmp_path, tiny_config):
         _step(model, optimizer, tiny_config, number)
 
     other, other_optimizer = _start(tiny_config, seed=99)
-    found, damaged = checkpoint.latest(tmp_path)
+    found, damaged = checkpoints.latest(tmp_path)
     assert (found.step, damaged, found.state["skipped"]) == (2, [], ["a line"])
     checkpoint.restore(found, other, other_optimizer)
     for number in range(2, 4):
@@ -52,7 +53,7 @@ def test_the_newest_are_kept_and_the_file_alone_is_a_model(tmp_path, tiny_config
     model, optimizer = _start(tiny_config)
     for step in (1, 2, 3, 4):
         checkpoint.save(tmp_path, step, model, optimizer, tiny_config, STATE)
-    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-00000003", "step-00000004"]
+    assert [p.name for p in checkpoints.complete(tmp_path)] == ["step-00000003", "step-00000004"]
     loaded, config = load_checkpoint(tmp_path)
     assert config == tiny_config
     assert loaded.classes == model.classes
@@ -69,10 +70,29 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, tiny_config, fi
         checkpoint.save(tmp_path, step, model, optimizer, tiny_config, STATE)
     broken = tmp_path / "checkpoints" / "step-00000002" / file
     broken.write_bytes(broken.read_bytes()[:-7])
-    found, damaged = checkpoint.latest(tmp_path)
+    found, damaged = checkpoints.latest(tmp_path)
     assert found.step == 1
     assert len(damaged) == 1
     assert "step-00000002" in damaged[0]
+
+
+def test_evaluation_reads_the_checkpoint_that_training_would_go_on_from(tmp_path, tiny_config, caplog):
+    model, optimizer = _start(tiny_config)
+    saved = []
+    for step in (1, 2):
+        torch.nn.init.constant_(model.decoder.class_embed.bias, step)
+        saved.append(checkpoint.save(tmp_path, step, model, optimizer, tiny_config, STATE).path)
+    optimizer_file = saved[1] / "optimizer.safetensors"
+    optimizer_file.write_bytes(optimizer_file.read_bytes()[:-1])  # the weights themselves are intact
+    loaded, _ = load_checkpoint(tmp_path)
+    assert (loaded.decoder.class_embed.bias == checkpoints.latest(tmp_path)[0].step).all()
+    assert "step-00000002" in caplog.text
+
+    with pytest.raises(InputError, match=r"step-00000002.*damaged"):
+        load_checkpoint(saved[1])  # asked for by name: no other is taken instead
+    (saved[0] / "state.json").unlink()
+    with pytest.raises(InputError, match="no undamaged checkpoint"):
+        load_checkpoint(tmp_path)
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, tiny_config, monkeypatch):
@@ -86,9 +106,9 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, tiny_config, monkeypa
     with pytest.raises(RunError, match=r"step-00000002.*No space left"):
         checkpoint.save(tmp_path, 2, model, optimizer, tiny_config, STATE)
     monkeypatch.undo()
-    assert checkpoint.latest(tmp_path)[0].step == 1
+    assert checkpoints.latest(tmp_path)[0].step == 1
     checkpoint.save(tmp_path, 2, model, optimizer, tiny_config, STATE)
-    assert checkpoint.latest(tmp_path)[0].step == 2
+    assert checkpoints.latest(tmp_path)[0].step == 2
     assert not list((tmp_path / "checkpoints").glob(".partial*"))
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from mpformer.train import checkpoint, mirror
+from mpformer.model.weights import checkpoints
+from mpformer.train import mirror
 from mpformer.train.mirror import Mirror
 from mpformer.types import InputError, RunError
 from tests.servers import S3Server
@@ -36,8 +37,8 @@ def write(run_dir: Path, step: int) -> None:
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(bytes([step]) * 1000)
-    (folder / checkpoint.STATE_FILE).write_text(json.dumps({"step": step}))
-    for old in checkpoint.complete(run_dir)[:-2]:
+    (folder / checkpoints.STATE_FILE).write_text(json.dumps({"step": step}))
+    for old in checkpoints.complete(run_dir)[:-2]:
         for file in old.iterdir():
             file.unlink()
         old.rmdir()
@@ -60,7 +61,7 @@ def test_another_machine_fetches_what_was_copied(uri, tmp_path, request):
         write(here, step)
         assert first.push()
     other.pull()
-    assert checkpoint.complete(there) == [there / "checkpoints" / "step-00000003"]
+    assert checkpoints.complete(there) == [there / "checkpoints" / "step-00000003"]
     assert all(content(here)[name] == data for name, data in content(there).items())
 
     (here / "summary.json").write_text("{}")
@@ -110,17 +111,17 @@ def test_a_checkpoint_that_was_torn_on_its_way_is_not_fetched(uri, tmp_path, req
     send = Mirror._send
 
     def torn(self, path):
-        if path.name == checkpoint.STATE_FILE and next(sends) == 1:
+        if path.name == checkpoints.STATE_FILE and next(sends) == 1:
             raise OSError("Connection refused")
         send(self, path)
 
     monkeypatch.setattr(Mirror, "_send", torn)
     assert not copy.push()
     Mirror(uri, there).pull()
-    assert [path.name for path in checkpoint.complete(there)] == ["step-00000001"]
+    assert [path.name for path in checkpoints.complete(there)] == ["step-00000001"]
     assert copy.push()
     Mirror(uri, there).pull()
-    assert [path.name for path in checkpoint.complete(there)][-1] == "step-00000002"
+    assert [path.name for path in checkpoints.complete(there)][-1] == "step-00000002"
 
 
 def test_a_store_that_refuses_is_waited_for_and_then_an_error(tmp_path, monkeypatch):

@@ -16,12 +16,12 @@ from torch import nn
 
 from mpformer.config import Config
 from mpformer.model.segmenter import Segmenter, build_model
+from mpformer.model.weights.checkpoints import model_file
 from mpformer.model.weights.huggingface import read_huggingface, write_huggingface
 from mpformer.model.weights.official import read_official
 from mpformer.model.weights.tensorfile import read_tensors
 from mpformer.types import ClassInfo, ClassTable, InputError, distinct_color
 
-MODEL_FILE = "model.safetensors"
 _FORMAT = "mpformer-1"
 
 
@@ -61,18 +61,6 @@ def checkpoint_metadata(config: Config, classes: ClassTable) -> dict[str, str]:
         "config": config.model_dump_json(),
         "classes": json.dumps(classes.to_dict()),
     }
-
-
-def model_file(path: Path) -> Path:
-    """The model file meant by a path: the file itself, a checkpoint folder, or a run's newest checkpoint."""
-    if path.is_file():
-        return path
-    if (path / MODEL_FILE).is_file():
-        return path / MODEL_FILE
-    found = sorted(path.glob(f"checkpoints/step-*/{MODEL_FILE}"))
-    if found:
-        return found[-1]
-    raise InputError(f"{path}: no checkpoint: expected {MODEL_FILE}, its folder, or a run with checkpoints/")
 
 
 def read_metadata(file: Path) -> tuple[Config, ClassTable]:
