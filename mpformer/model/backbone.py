@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.machinery
+import importlib.util
 import itertools
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +21,32 @@ from mpformer.model.swin import PadThenShift
 from mpformer.model.weights.tensorfile import read_tensors
 from mpformer.types import InputError
 
-# torchvision from PyPI is built for CUDA. Beside a CPU build of torch its library does not load, and its
-# Python part then fails on two operators that nobody defined, which takes `import timm` down with it.
-# Declaring their schemas is enough for the import; neither operator is ever called here.
-_declared_operators = None
-if torch.version.cuda is None:
-    _declared_operators = torch.library.Library("torchvision", "FRAGMENT")
-    for _name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, _name):
-            _declared_operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+def _declare_missing_operators() -> torch.library.Library:
+    """Declares `nms` and `qnms` of torchvision where its compiled library does not load.
+
+    torchvision from PyPI is built for CUDA: beside a CPU build of torch its library does not load, and its
+    Python part, which timm imports, fails on these two operators. A declaration is enough, neither is called
+    here. Where the library loads it has to come first: defining an operator a second time aborts the process.
+    """
+    package = importlib.util.find_spec("torchvision")
+    folders = package.submodule_search_locations if package else None
+    library = importlib.machinery.PathFinder.find_spec("_C", folders or [])
+    if library is not None and library.origin is not None:
+        with contextlib.suppress(OSError):
+            torch.ops.load_library(library.origin)
+    declared = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return declared
+
+
+_declared_operators = _declare_missing_operators()  # they last as long as this object
 
 import timm  # noqa: E402
 from timm.layers import BatchNormAct2d, Format, GroupNormAct, freeze_batch_norm_2d  # noqa: E402
+from timm.models import FeatureInfo  # noqa: E402
 from timm.models.resnet import BasicBlock, Bottleneck  # noqa: E402
 from timm.models.swin_transformer import SwinTransformerBlock  # noqa: E402
 from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
@@ -50,7 +67,7 @@ class Backbone(nn.Module):
         for module in self.body.modules():
             if type(module) is SwinTransformerBlock:
                 module.__class__ = _SwinBlock  # the same parameters, another order of padding and shifting
-        info = self.body.feature_info
+        info = _feature_info(self.body)
         reductions = info.reduction()
         self.pyramid: SimpleFeaturePyramid | None = None
         if set(reductions) == {16}:
@@ -95,6 +112,11 @@ class Backbone(nn.Module):
 
 class _SwinBlock(PadThenShift, SwinTransformerBlock):
     """timm's block with the official models' window attention."""
+
+
+def _feature_info(body: nn.Module) -> FeatureInfo:
+    """What a timm feature extractor says of its maps."""
+    return cast(FeatureInfo, body.feature_info)
 
 
 def _is_swin(name: str) -> bool:
@@ -161,7 +183,7 @@ def _options(config: BackboneConfig) -> dict[str, Any]:
 
 def _freeze(body: nn.Module, stages: int) -> None:
     """Stop the gradient of the first stages: everything up to the stages-th feature map of the timm model."""
-    ends = [name.replace(".", "_") for name in body.feature_info.module_name()]
+    ends = [name.replace(".", "_") for name in _feature_info(body).module_name()]
     done = 0
     for name, child in body.named_children():
         if done < stages:
@@ -170,7 +192,9 @@ def _freeze(body: nn.Module, stages: int) -> None:
 
 
 class _ConvWithNorm(nn.Conv2d):
-    """A convolution that does the work of the frozen normalisation after it: one pass over the map less."""
+    """A convolution that includes the frozen normalisation after it, which saves one pass over the map."""
+
+    norm: tuple[FrozenBatchNorm2d]
 
     def forward(self, x: Tensor) -> Tensor:
         (norm,) = self.norm
@@ -180,7 +204,7 @@ class _ConvWithNorm(nn.Conv2d):
 
 
 class _FoldedFrozenBatchNorm2d(FrozenBatchNorm2d):
-    """Keeps its place and its numbers; its work is done by the convolution before it."""
+    """Keeps its place and its buffers in the model; the convolution before it applies them."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -194,7 +218,8 @@ def _fold_frozen_norms(body: nn.Module) -> None:
         for conv, norm in itertools.pairwise(module.children()):
             if type(conv) is nn.Conv2d and conv.bias is None and type(norm) is FrozenBatchNorm2d:
                 conv.__class__, norm.__class__ = _ConvWithNorm, _FoldedFrozenBatchNorm2d
-                conv.norm = (norm,)  # a tuple, so that the norm is no part of the convolution as well
+                # in a tuple, so that it is not registered as a submodule of the convolution, too
+                cast(_ConvWithNorm, conv).norm = (norm,)
 
 
 def _to_group_norm(module: nn.Module) -> nn.Module:
