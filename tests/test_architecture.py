@@ -19,7 +19,7 @@ ALLOWED = {
     "plugin": {"types"},
     "config": {"types", "plugin"},
     "draw": {"types"},
-    "tracking": {"types", "atomic", "cores", "plugin", "config"},
+    "tracking": {"types", "atomic", "plugin", "config"},
     "ops": BASE,
     "model": BASE | {"ops"},
     "data": BASE,
