@@ -1,23 +1,22 @@
-"""Cost of an evaluation beside its forward pass, and of post-processing beside the usual order of steps.
+"""Cost of an evaluation relative to its forward pass, and of post-processing in the usual order of steps.
 
     python benchmarks/evaluation.py results [--queries 100] [--classes 80] [--repeat 5]
     python benchmarks/evaluation.py stages RECIPE [--images 10] [--first 0] [key=value ...]
     python benchmarks/evaluation.py memory [--images 5000]
 
-`results`: the last head of one image of 640x480 (network input 800x1088) to instances and their run lengths.
-"The usual way" upsamples every mask to the input and to the original size, scores and encodes whole masks;
-both ways run in turn on the same heads; their scores and masks are compared. Masks are blobs of all sizes.
+`results`: from the last head of one image of 640x480 (network input 800x1088) to encoded instances. "Usual
+way" upsamples every mask to the input and to the original size, and scores and encodes whole masks; both run
+alternately on the same heads, and their scores and masks are compared. Masks are blobs of all sizes.
 `stages`: a model with random weights on the images of a recipe's validation split: seconds of each stage,
-share of the forward pass, peak memory. Times are CPU time of the process, which other programs disturb less.
-`memory`: a whole evaluation with a stand-in for the model that finds 100 objects in each image of 320x240:
-what the process holds on the way.
+fraction of the forward pass, peak memory. Times are CPU times of the process, which other load affects less.
+`memory`: resident memory during an evaluation of images of 320x240, with a stand-in for the model that finds
+100 objects in each.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -38,14 +37,13 @@ from mpformer.data.catalog import open_split
 from mpformer.data.images import load_image
 from mpformer.data.records import Catalog, Record, Records, Rle, Segment, build_table
 from mpformer.draw import encode_png
-from mpformer.evaluate import inference
-from mpformer.evaluate.evaluation import evaluate
-from mpformer.evaluate.inference import find_instances
-from mpformer.evaluate.layers import layer_figures
+from mpformer.evaluate.evaluation import evaluate, peak_memory
+from mpformer.evaluate.inference import find_instances, postprocess_views
+from mpformer.evaluate.layers import layer_metrics
 from mpformer.evaluate.metrics import score
 from mpformer.evaluate.postprocess import Sizes, View
 from mpformer.evaluate.truth import target_of
-from mpformer.evaluate.views import look
+from mpformer.evaluate.views import predict_views
 from mpformer.model.segmenter import build_model
 from mpformer.types import ClassTable, Head, Output
 
@@ -59,7 +57,7 @@ def blobs(
     size: tuple[int, int] = (SIZES.padded[0] // 4, SIZES.padded[1] // 4),
     smallest: float = 2.5,
 ) -> View:
-    """Elliptic masks between 20 and 600 pixels wide in the network input; classes of moderate certainty."""
+    """Elliptic masks between 20 and 600 pixels wide in the network input; moderately confident classes."""
     g = torch.Generator().manual_seed(seed)
     h, w = size
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
@@ -71,7 +69,7 @@ def blobs(
 
 
 def usual_way(view: View, top_k: int = 100) -> list[tuple[int, float, bytes]]:
-    """Every mask upsampled twice, then the best (query, class) pairs scored and encoded."""
+    """Upsample every mask twice, then score and encode the best (query, class) pairs."""
     masks = F.interpolate(view.mask_logits[None], SIZES.padded, mode="bilinear", align_corners=False)
     masks = masks[..., : SIZES.valid[0], : SIZES.valid[1]]
     masks = F.interpolate(masks, SIZES.original, mode="bilinear", align_corners=False)[0]
@@ -86,7 +84,7 @@ def usual_way(view: View, top_k: int = 100) -> list[tuple[int, float, bytes]]:
 
 
 def results(queries: int, classes: int, repeat: int) -> None:
-    """Ours against the usual way."""
+    """Compare `find_instances` with the usual way."""
     view, options = blobs(queries, classes), Evaluate()
     ours, theirs = find_instances(view, options), usual_way(view)
     scores = sorted(score for _, score, counts in theirs if score > 0)
@@ -94,8 +92,8 @@ def results(queries: int, classes: int, repeat: int) -> None:
     masks = {bytes(one.counts) for one in ours}
     same = sum(counts in masks for _, score, counts in theirs if score > 0)
     print(
-        f"{len(ours)} instances (usual way {len(scores)}), largest difference of scores {gap:.1e}, "
-        f"{same} masks equal to the last pixel"
+        f"{len(ours)} instances (usual way {len(scores)}), largest score difference {gap:.1e}, "
+        f"{same} masks identical"
     )
     times = {"ours": [], "usual way": []}
     for _ in range(repeat):
@@ -115,7 +113,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 class _Finder(nn.Module):
-    """100 blobs of all sizes in every image, others in each."""
+    """A model that predicts 100 blobs of all sizes, others in each image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +128,7 @@ class _Finder(nn.Module):
 
 
 def memory(images: int) -> None:
-    """What a process holds while it evaluates that many images of 7 objects and 100 predictions each."""
+    """Resident memory during an evaluation of images with 7 objects and 100 predictions each."""
     random = np.random.default_rng(0)
     pixels = encode_png(random.integers(0, 255, (240, 320, 3)).astype(np.uint8))
     records = []
@@ -161,17 +159,17 @@ def memory(images: int) -> None:
         if done in (1, total) or done % 1000 == 0:
             print(f"{done:6} images: {psutil.Process().memory_info().rss / 2**20:7.0f} MiB", flush=True)
 
-    found = evaluate(model, catalog, config, report=report)
-    count = sum(len(p.instances) for p in found.predictions)
+    found, usage = evaluate(model, catalog, config, report=report)
+    count = sum(len(p.instances or ()) for p in found.predictions)
     print(f"{count} predictions, {count / images:.1f} per image; AP {found.scores.summary['AP']:.2f}")
-    for stage, seconds in found.seconds.items():
+    for stage, seconds in usage.seconds.items():
         print(f"{stage:10} {seconds:8.1f} s")
-    print(f"peak, metrics included: {found.peak_memory / 2**20:.0f} MiB")
+    print(f"peak, metrics included: {usage.peak_memory / 2**20:.0f} MiB")
 
 
 @dataclass(frozen=True)
 class _WithImage(Records):
-    """Records that all show one picture, kept once."""
+    """Records that share one image."""
 
     records: Sequence[Record]
     pixels: bytes
@@ -184,7 +182,7 @@ class _WithImage(Records):
 
 
 def stages(recipe: str, settings: list[str], images: int, first: int) -> None:
-    """CPU seconds of each stage of a whole evaluation."""
+    """CPU seconds of each stage of an evaluation."""
     config = load_config(recipe, ["model.backbone.pretrained=null", *settings])
     split = open_split(config.data, "val")
     torch.manual_seed(0)
@@ -204,12 +202,13 @@ def stages(recipe: str, settings: list[str], images: int, first: int) -> None:
     for record in split.records[first : first + count]:
         image = timed("read", lambda r=record: load_image(r))
         [(views, heads)] = timed(
-            "forward", lambda i=image: look(model, [i], resize, options, torch.device("cpu"), all_heads=True)
+            "forward",
+            lambda i=image: predict_views(model, [i], resize, options, torch.device("cpu"), all_heads=True),
         )
         predictions.append(
             timed(
                 "results",
-                lambda v=views, r=record: inference.results(v, task, options, model.classes).compact(
+                lambda v=views, r=record: postprocess_views(v, task, options, model.classes).compact(
                     r.image_id
                 ),
             )
@@ -217,16 +216,16 @@ def stages(recipe: str, settings: list[str], images: int, first: int) -> None:
         sizes = views[0].sizes
         timed(
             "layers",
-            lambda r=record, h=heads, s=sizes: layer_figures(h, target_of(r, s, task), s, model.config),
+            lambda r=record, h=heads, s=sizes: layer_metrics(h, target_of(r, s, task), s, model.config),
         )
     timed("metrics", lambda: score(predictions, split, task))
-    print(f"{config.name}: {count} images from {first} on, {torch.get_num_threads()} threads")
+    print(f"{config.name}: {count} images from index {first}, {torch.get_num_threads()} threads")
     for stage, seconds in spent.items():
         share = seconds / spent["forward"]
         print(f"{stage:10} {seconds / count:8.3f} s per image {share:7.1%} of the forward pass")
     share = (spent["results"] + spent["metrics"]) / spent["forward"]
     print(f"results and metrics together: {share:.1%} of the forward pass")
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    print(f"peak memory {peak_memory() / 2**30:.2f} GiB")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Pictures: masks with labels on images, images side by side, curves; and PNG in memory.
+"""Drawing: labelled masks on images, images side by side, curves; PNG and JPEG encoding.
 
-A leaf: numpy, cv2 and matplotlib only, no torch. Images are [h,w,3] uint8, RGB; masks [h,w] bool.
-Text is rasterised with the font that matplotlib brings along, so it looks alike on every machine.
+Imports numpy, cv2 and matplotlib, but no torch. Images are [h,w,3] uint8 RGB, masks [h,w] bool. Text is
+rasterised with the font that ships with matplotlib, so it looks the same on every machine.
 """
 
 from __future__ import annotations
@@ -21,20 +21,24 @@ from mpformer.types import ClassTable, distinct_color
 if TYPE_CHECKING:
     from matplotlib.ft2font import FT2Font
 
-_READABLE = 480  # smaller images are enlarged by a whole factor, else no label could be read
+Color = tuple[int, int, int]
+"""RGB, 0..255."""
+
+_MIN_SIDE = 480
+"""Images with a smaller short side are enlarged by an integer factor, so that labels are readable."""
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """PNG of an RGB image [h,w,3] uint8, or of a map [h,w] uint8 or uint16."""
+    """PNG of an RGB image [h,w,3] uint8, or of a map [h,w] uint8 or uint16. `ValueError` for other arrays."""
     swapped = image[..., ::-1] if image.ndim == 3 else image
     done, data = cv2.imencode(".png", np.ascontiguousarray(swapped), [cv2.IMWRITE_PNG_COMPRESSION, 1])
     if not done:
-        raise ValueError(f"no PNG can hold an array of {image.shape} {image.dtype}")
+        raise ValueError(f"an array of {image.shape} {image.dtype} cannot be encoded as PNG")
     return data.tobytes()
 
 
 def decode_png(data: bytes) -> np.ndarray:
-    """The array of `encode_png`, bit for bit."""
+    """The array that `encode_png` encoded, exactly. `ValueError` for other data."""
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None:
         raise ValueError("not a PNG image")
@@ -48,13 +52,13 @@ def encode_jpeg(image: np.ndarray, quality: int = 88) -> bytes:
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
-    """Write an image or a map as PNG, making its folder."""
+    """Write an image or a map as PNG; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encode_png(image))
 
 
-def class_color(classes: ClassTable, label: int) -> tuple[int, int, int]:
-    """The class's colour (RGB); a distinct one if the table leaves it black."""
+def class_color(classes: ClassTable, label: int) -> Color:
+    """The colour of a class; a generated one if the table has none (black)."""
     return color if any(color := classes.classes[label].color) else distinct_color(label)
 
 
@@ -68,14 +72,14 @@ def overlay(
     opacity: float = 0.5,
     captions: bool = True,
 ) -> np.ndarray:
-    """The image with tinted, outlined masks and a caption "name 0.87" on each, larger masks below.
+    """The image with coloured, outlined masks and a caption "name 0.87" on each; smaller masks on top.
 
-    Several objects of one class get shades of its colour. A caption finds a place beside those before it
-    (best score first) or is left out. An image whose short side is below 480 comes back enlarged by a
-    whole factor: only so can its captions be read.
+    Objects of one class get different shades of its colour. Captions are placed best score first; one that
+    would overlap those before it is left out. An image whose short side is below 480 is enlarged by an
+    integer factor.
     """
     height, width = image.shape[:2]
-    factor = max(1, -(-_READABLE // min(height, width)))
+    factor = max(1, -(-_MIN_SIDE // min(height, width)))
     size = (width * factor, height * factor)
     canvas = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC if factor > 1 else cv2.INTER_AREA)
     if canvas.ndim == 2:
@@ -91,7 +95,7 @@ def overlay(
         inside = large[i] > 0
         canvas[inside] = canvas[inside] * (1 - opacity) + np.array(colors[i]) * opacity
         outlines, _ = cv2.findContours(large[i], cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(canvas, outlines, -1, _mixed(colors[i], 255, 0.35), line, cv2.LINE_AA)
+        cv2.drawContours(canvas, outlines, -1, _blend(colors[i], 255, 0.35), line, cv2.LINE_AA)
     if captions:
         score_of = list(scores) if scores is not None else [None] * len(large)
         taken: list[tuple[int, int, int, int]] = []
@@ -106,9 +110,9 @@ def overlay(
 def side_by_side(
     images: Sequence[np.ndarray], titles: Sequence[str] = (), *, columns: int | None = None, gap: int = 8
 ) -> np.ndarray:
-    """Images on one white sheet, each under its title, in rows of `columns` (default: one row).
+    """Images on a white background, each below its title, in rows of `columns` (default: one row).
 
-    All are brought to the height of the largest. Titles that are too wide for their image are shortened.
+    All are resized to the height of the largest. Titles wider than their image are shortened.
     """
     height = max(i.shape[0] for i in images)
     tiles = []
@@ -123,7 +127,7 @@ def side_by_side(
     rows = []
     for start in range(0, len(tiles), per_row):
         row = tiles[start : start + per_row]
-        if len(tiles) > per_row:  # a grid: cells of one width
+        if len(tiles) > per_row:  # a grid has cells of one width
             row = [
                 np.pad(t, ((0, 0), (0, cell_width - t.shape[1]), (0, 0)), constant_values=255) for t in row
             ]
@@ -143,12 +147,12 @@ def curves(
     *,
     bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
 ) -> None:
-    """Curves of (x, y) points as one PNG at `path`; colour, dash and marker tell them apart, in grey too.
+    """Plot curves of (x, y) points to a PNG at `path`; they differ in colour, dash and marker.
 
-    `bands` shades (x, low, high) around the curve of the same name. A series without points keeps its entry
-    in the legend.
+    `bands` shades (x, low, high) around the curve of the same name. A series without points still has an
+    entry in the legend.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second that only pictures need
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes half a second to import
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
@@ -160,8 +164,8 @@ def curves(
         color = colors[i % len(colors)]
         x, y = zip(*points) if points else ((), ())
         every = max(1, len(x) // 12)
-        style = {"color": color, "linestyle": dashes[i % len(dashes)], "linewidth": 1.8}
-        axes.plot(x, y, label=name, marker="osD^vP*X"[i % 8], markersize=5, markevery=every, **style)
+        [line] = axes.plot(x, y, label=name, color=color, linestyle=dashes[i % len(dashes)], linewidth=1.8)
+        line.set(marker="osD^vP*X"[i % 8], markersize=5, markevery=every)
         if bands and bands.get(name):
             bx, low, high = zip(*bands[name])
             axes.fill_between(bx, low, high, color=color, alpha=0.16, linewidth=0)
@@ -180,32 +184,41 @@ def curves(
 # --- parts ----------------------------------------------------------------------------------------
 
 
-def _shades(labels: Sequence[int], classes: ClassTable) -> list[tuple[int, int, int]]:
-    """The class's colour for its first object, turned and dimmed a little more for each further one."""
+def _shades(labels: Sequence[int], classes: ClassTable) -> list[Color]:
+    """A colour per object: the class's own for its first, with other hue and brightness for the others."""
     seen: Counter[int] = Counter()
-    shades = []
+    shades: list[Color] = []
     for label in labels:
         n = seen[label]
         seen[label] += 1
-        h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in class_color(classes, label)))
-        turn = 0.06 * ((n + 1) // 2) * (1 if n % 2 else -1)
-        rgb = colorsys.hsv_to_rgb((h + turn) % 1, max(0.35, s - 0.1 * (n % 3)), max(0.5, v - 0.12 * (n % 4)))
-        shades.append(tuple(round(c * 255) for c in (rgb if n else colorsys.hsv_to_rgb(h, s, v))))
+        color = class_color(classes, label)
+        if n:
+            h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in color))
+            turn = 0.06 * ((n + 1) // 2) * (1 if n % 2 else -1)
+            s, v = max(0.35, s - 0.1 * (n % 3)), max(0.5, v - 0.12 * (n % 4))
+            red, green, blue = colorsys.hsv_to_rgb((h + turn) % 1, s, v)
+            color = (round(red * 255), round(green * 255), round(blue * 255))
+        shades.append(color)
     return shades
 
 
-def _mixed(color: tuple[int, int, int], other: int, share: float) -> tuple[int, int, int]:
-    return tuple(round(c * (1 - share) + other * share) for c in color)
+def _blend(color: Color, grey: int, share: float) -> Color:
+    """The colour mixed with a grey value."""
+    red, green, blue = (round(c * (1 - share) + grey * share) for c in color)
+    return red, green, blue
 
 
 def _caption(
     canvas: np.ndarray,
     text: str,
     mask: np.ndarray,
-    color: tuple[int, int, int],
+    color: Color,
     taken: list[tuple[int, int, int, int]],
 ) -> None:
-    """White text on a dark box with an edge in the mask's colour, at the mask's innermost free place."""
+    """White text on a dark box edged in `color`, near the mask's innermost point; `taken` gains its box.
+
+    Drawn only where it overlaps none of the boxes in `taken`.
+    """
     glyphs = _text(text, max(11, round(min(canvas.shape[:2]) / 38)))
     pad = max(2, glyphs.shape[0] // 5)
     height, width = glyphs.shape[0] + 2 * pad, glyphs.shape[1] + 2 * pad
@@ -218,26 +231,26 @@ def _caption(
         left = round(min(max(cx - width / 2 + dx * width, 0), canvas.shape[1] - width))
         box = (top, left, top + height, left + width)
         if top < 0 or left < 0:
-            return  # wider than the image
-        if not any(_meet(box, other) for other in taken):
+            return  # larger than the image
+        if not any(_overlap(box, other) for other in taken):
             break
     else:
         return
     taken.append(box)
     region = canvas[top : top + height, left : left + width]
-    region[:] = region * 0.25 + np.array(_mixed(color, 0, 0.8)) * 0.75
+    region[:] = region * 0.25 + np.array(_blend(color, 0, 0.8)) * 0.75
     cv2.rectangle(canvas, (left, top), (left + width - 1, top + height - 1), color, 1)
     inner = region[pad : pad + glyphs.shape[0], pad : pad + glyphs.shape[1]]
     alpha = glyphs[..., None] / 255
     inner[:] = inner * (1 - alpha) + 255 * alpha
 
 
-def _meet(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _title(text: str, width: int, image_height: int) -> np.ndarray:
-    """A white strip [.,width,3] with black text."""
+    """A white strip [h,width,3] with black text."""
     size = max(12, round(image_height / 30))
     strip = np.full((round(size * 2), width, 3), 255, np.uint8)
     glyphs = _text(text, size)
@@ -260,7 +273,7 @@ def _font() -> FT2Font:
 
 
 def _text(text: str, pixels: int) -> np.ndarray:
-    """[h,w] uint8 coverage of a line of text whose capitals and descenders fit into about `pixels`."""
+    """Coverage [h,w] uint8 of a line of text with a font size of `pixels`."""
     font = _font()
     font.set_size(pixels, 72)
     font.set_text(text or " ", 0.0)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None:
     """The figures of a checkpoint on the validation split of its own data, or of `data`; their page."""
     from mpformer.evaluate import evaluation
+    from mpformer.evaluate.pages import write_page
 
     origin = _origin(checkpoint)
     model, split, config, device = open_checkpoint(origin.file, data, settings)
@@ -31,15 +32,16 @@ def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
         from mpformer.train.launch import start_ray
 
         start_ray()
-    found = evaluation.evaluate(model, split, config, device=device, report=_progress())
+    found, usage = evaluation.evaluate(model, split, config, device=device, report=_progress())
     for key, value in {**found.scores.summary, **found.layers}.items():
         say(f"{key:24} {value:8.2f}")
-    for key, text in found.facts().items():
+    for key, text in usage.facts().items():
         say(f"{key:24} {text:>8}")
     if config.evaluate.pictures:
         folder = origin.pictures("evaluate", split.name)
-        page = found.write(folder, f"{checkpoint}: {split.name}", split, config.evaluate.pictures)[0]
-        say(str(page))
+        title, count = f"{checkpoint}: {split.name}", config.evaluate.pictures
+        facts = usage.facts() | {name: f"{value:.1f}" for name, value in found.layers.items()}
+        say(str(write_page(folder, title, found, count=count, facts=facts)[0]))
         _attach(origin, {}, folder)
 
 

@@ -1,10 +1,10 @@
-"""`mpformer diagnose`: all figures of the decoder's layers on a data set, and the paper's Table 1 of them."""
+"""`mpformer diagnose`: all metrics of the decoder layers on a data set, and the paper's Table 1 of them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,27 +16,27 @@ from mpformer.config import Config, Evaluate
 from mpformer.data.images import load_image
 from mpformer.data.records import Catalog, Record
 from mpformer.draw import overlay, side_by_side
-from mpformer.evaluate.inference import find_instances, results
+from mpformer.evaluate.inference import find_instances, postprocess_views
 from mpformer.evaluate.instance import ImageInstances, average_precision
 from mpformer.evaluate.layers import (
     attention_inside,
-    flat,
-    layer_figures,
+    flatten,
     layer_iou,
+    layer_metrics,
     layer_numbers,
-    means,
+    mean_over_images,
     query_utilization,
     without_padding,
 )
 from mpformer.evaluate.metrics import score
 from mpformer.evaluate.postprocess import Sizes, View
-from mpformer.evaluate.prediction import Figures, Prediction
+from mpformer.evaluate.prediction import LayerMetrics, Prediction
 from mpformer.evaluate.truth import target_of, true_instances
 from mpformer.evaluate.views import forward, prepare, view_of
 from mpformer.model.matcher import Match
 from mpformer.model.piloting import make_pilots
 from mpformer.model.streams import SampleRandom
-from mpformer.types import ClassInfo, ClassTable, InputError, Target
+from mpformer.types import ClassInfo, ClassTable, Head, InputError, Target
 
 if TYPE_CHECKING:
     from mpformer.model.segmenter import Segmenter
@@ -53,30 +53,30 @@ _TITLES = {
 }
 
 _STRIDES = (32, 16, 8)
-"""Of the memories 0, 1, 2."""
+"""Strides of the memories 0, 1, 2."""
 
 _HIGHLIGHT = ClassTable((ClassInfo("mask", 0, True, (235, 40, 90)),))
 
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Figures of a data set by name and layer, in percent."""
+    """Layer metrics of a data set, in percent."""
 
-    figures: Figures
+    layers: LayerMetrics
     images: int
 
     def metrics(self) -> dict[str, float]:
         """{"layer_iou_3": 59.5, ...}"""
-        return flat(self.figures)
+        return flatten(self.layers)
 
     def table(self) -> str:
-        """Table 1 of MP-Former: a column per layer, percent; a dash where a figure does not exist."""
-        layers = sorted({layer for values in self.figures.values() for layer in values})
+        """Table 1 of MP-Former: one column per layer, in percent; a dash where a metric is undefined."""
+        layers = sorted({layer for values in self.layers.values() for layer in values})
         width = max(map(len, _TITLES.values()))
         lines = [f"{'layer':{width}}" + "".join(f"{layer:>7}" for layer in layers)]
         for name, title in _TITLES.items():
-            if name in self.figures:
-                cells = (self.figures[name].get(layer) for layer in layers)
+            if name in self.layers:
+                cells = (self.layers[name].get(layer) for layer in layers)
                 text = "".join(f"{'-' if c is None else format(c, '.1f'):>7}" for c in cells)
                 lines.append(f"{title:{width}}{text}")
         return "\n".join(lines)
@@ -92,59 +92,71 @@ def diagnose(
     quality: bool = True,
     report: Callable[[int, int], None] | None = None,
 ) -> Diagnostics:
-    """All figures of the layers on the images `indices` (default: all) of a catalog.
+    """All layer metrics on the images `indices` (default: all) of a catalog.
 
-    mIoU-L and Util of the matching part; of the mask-piloted part, too, when the model has one (fed the
-    ground truth without noise: a second forward); attention inside the object; with `quality` also PQ
-    (panoptic tasks) and class-agnostic AR@100 of every head, which upsamples every head's masks. `report` is
-    told (done, of all). The model is left in evaluation mode.
+    mIoU-L and Util of the matching part, and of the mask-piloted part if the model has one (a second forward,
+    with the ground truth without noise as pilots); attention inside the object; with `quality` also PQ
+    (panoptic tasks) and class-agnostic AR@100 of every head, which upsamples the masks of every head.
+    `report` is called with (images done, of all). Switches the model to evaluation mode. Raises `InputError`
+    for a per-pixel model.
     """
     if model.config.output == "per_pixel":
-        raise InputError("diagnose: a per-pixel model has no objects whose layers could be compared")
+        raise InputError("diagnose: a per-pixel model has no object queries to compare between layers")
     device = torch.device(device) if device is not None else next(model.parameters()).device
     chosen = list(range(len(catalog.records)) if indices is None else indices)
-    figures: list[Figures] = []
-    per_head: dict[int, list[Prediction]] = {}
-    proposals: dict[int, list[ImageInstances]] = {}
+    layers: list[LayerMetrics] = []
+    heads = _HeadResults()
     for done, index in enumerate(chosen, 1):
         record = catalog.records[index]
-        figures.append(_image_figures(model, record, config, device, quality, per_head, proposals))
+        layers.append(_image_metrics(model, record, config, device, heads if quality else None))
         if report:
             report(done, len(chosen))
-    found = means(figures)
-    if per_head:
-        found["PQ"] = _per_layer(
-            {layer: score(p, catalog, "panoptic").summary.get("PQ") for layer, p in per_head.items()}
-        )
-    if proposals:
-        recall = {
-            layer: average_precision(images, ClassTable.numbered(1), {0}).summary.get("AR100")
-            for layer, images in proposals.items()
-        }
-        found["AR100"] = _per_layer(recall)
+    found = mean_over_images(layers) | heads.metrics(catalog)
     return Diagnostics({name: values for name, values in found.items() if values}, len(chosen))
 
 
-def _per_layer(values: dict[int, float | None]) -> dict[int, float]:
-    return {layer: value for layer, value in sorted(values.items()) if value is not None}
+@dataclass(frozen=True)
+class _HeadResults:
+    """The results of every head on all images, by layer, for the metrics of a whole data set."""
+
+    panoptic: dict[int, list[Prediction]] = field(default_factory=dict)
+    proposals: dict[int, list[ImageInstances]] = field(default_factory=dict)
+    """Class-agnostic instances."""
+
+    def add(
+        self, model: Segmenter, heads: Sequence[Head], sizes: Sizes, record: Record, config: Config
+    ) -> None:
+        truth = [replace(t, label=0) for t in true_instances(record)]
+        for layer, head in zip(layer_numbers(heads, model.config), heads):
+            view = view_of(head, sizes)
+            if config.data.task == "panoptic":
+                results = postprocess_views([view], "panoptic", config.evaluate, model.classes)
+                self.panoptic.setdefault(layer, []).append(results.compact(record.image_id))
+            found = find_instances(_class_agnostic(view), Evaluate())
+            self.proposals.setdefault(layer, []).append(ImageInstances(sizes.original, truth, found))
+
+    def metrics(self, catalog: Catalog) -> LayerMetrics:
+        """PQ and AR100 by layer, in percent."""
+        one_class = ClassTable.numbered(1)
+        quality = {i: score(p, catalog, "panoptic") for i, p in sorted(self.panoptic.items())}
+        recall = {i: average_precision(p, one_class, {0}) for i, p in sorted(self.proposals.items())}
+        return {
+            name: {layer: s.summary[name] for layer, s in scores.items() if name in s.summary}
+            for name, scores in (("PQ", quality), ("AR100", recall))
+        }
 
 
 @torch.inference_mode()
-def _image_figures(
-    model: Segmenter,
-    record: Record,
-    config: Config,
-    device: torch.device,
-    quality: bool,
-    per_head: dict[int, list[Prediction]],
-    proposals: dict[int, list[ImageInstances]],
-) -> Figures:
+def _image_metrics(
+    model: Segmenter, record: Record, config: Config, device: torch.device, results: _HeadResults | None
+) -> LayerMetrics:
+    """The layer metrics of one image; its results are added to `results`."""
     image = load_image(record)
     tensor, sizes = prepare(image, config.data.test_resize)
     images, target = tensor.to(device), target_of(record, sizes, config.data.task).to(device)
-    with _watched(model) as attention:
+    with _recorded_attention(model) as attention:
         heads = forward(model, images, all_heads=True)
-    figures, matched = layer_figures(heads, target, sizes, model.config)
+    metrics, matched = layer_metrics(heads, target, sizes, model.config)
     inside = {}
     for layer, (weights, levels) in enumerate(zip(attention, model.config.decoder.levels()), 1):
         strides = [_STRIDES[level] for level in levels]
@@ -152,55 +164,53 @@ def _image_figures(
         if share is not None:
             inside[layer] = share
     if inside:
-        figures["attention_inside"] = inside
+        metrics["attention_inside"] = inside
     if model.decoder.pilot_embed is not None and len(target.labels):
-        figures |= _pilot_figures(model, images, target, sizes)
-    if quality:
-        truth = [replace(t, label=0) for t in true_instances(record)]
-        for layer, head in zip(layer_numbers(heads, model.config), heads):
-            if config.data.task == "panoptic":
-                inferred = results([view_of(head, sizes)], "panoptic", config.evaluate, model.classes)
-                per_head.setdefault(layer, []).append(inferred.compact(record.image_id))
-            found = find_instances(_any_class(view_of(head, sizes)), Evaluate())
-            proposals.setdefault(layer, []).append(ImageInstances(sizes.original, truth, found))
-    return figures
+        metrics |= _pilot_metrics(model, images, target, sizes)
+    if results is not None:
+        results.add(model, heads, sizes, record, config)
+    return metrics
 
 
-def _any_class(view: View) -> View:
-    """The view with two classes: an object of whatever class, or none."""
+def _class_agnostic(view: View) -> View:
+    """The view with two classes: object of any class, and no-object."""
     logits = view.class_logits
+    if logits is None:
+        raise ValueError("a per-pixel model has no object queries")
     return replace(view, class_logits=torch.stack((logits[:, :-1].logsumexp(1), logits[:, -1]), 1))
 
 
-def _pilot_figures(model: Segmenter, images: Tensor, target: Target, sizes: Sizes) -> Figures:
-    """The same of one group of pilots without noise: matched in each layer, and by what they stand for."""
+def _pilot_metrics(model: Segmenter, images: Tensor, target: Target, sizes: Sizes) -> LayerMetrics:
+    """Layer metrics of one group of pilots without noise; "hard" Util ties each pilot to its own object."""
     count = len(target.labels)
     pilot = model.config.pilot.model_copy(update={"queries": count, "noise": (), "label_noise": 0.0})
     settings = model.config.model_copy(update={"pilot": pilot})
     draws = SampleRandom(0, "diagnostics", [0], images.device)
     pilots = make_pilots([target], settings, len(model.classes), draws)
+    if pilots is None:
+        return {}
     heads = model(images, pilots).pilots
-    figures, _ = layer_figures(heads, target, sizes, model.config, "pilot_")
+    metrics, _ = layer_metrics(heads, target, sizes, model.config, "pilot_")
     own = Match(torch.arange(count), pilots.objects[0].cpu())
     fixed = query_utilization([own] * len(heads))
-    figures["pilot_query_utilization_hard"] = {
+    metrics["pilot_query_utilization_hard"] = {
         i: u for i, u in zip(layer_numbers(heads, model.config), fixed) if i > 0
     }
-    return figures
+    return metrics
 
 
 @contextlib.contextmanager
-def _watched(model: Segmenter) -> Iterator[list[Tensor]]:
-    """The cross-attention weights [Q,h*w] of each decoder layer that runs meanwhile."""
-    seen: list[Tensor] = []
+def _recorded_attention(model: Segmenter) -> Iterator[list[Tensor]]:
+    """A list of the cross-attention weights [Q,h*w] of each decoder layer that runs inside the context."""
+    weights: list[Tensor] = []
 
-    def note(attention: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def record(attention: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         query, key, _, *where = inputs
-        seen.append(attention.weights(query, key, *where)[0])
+        weights.append(attention.weights(query, key, *where)[0])
 
-    hooks = [layer.cross_attn.register_forward_pre_hook(note) for layer in model.decoder.layers]
+    hooks = [layer.cross_attn.register_forward_pre_hook(record) for layer in model.decoder.layers]
     try:
-        yield seen
+        yield weights
     finally:
         for hook in hooks:
             hook.remove()
@@ -213,39 +223,40 @@ def _watched(model: Segmenter) -> Iterator[list[Tensor]]:
 def draw_layers(
     model: Segmenter, record: Record, config: Config, device: torch.device | str, columns: int = 6
 ) -> np.ndarray | None:
-    """One query's mask over the layers, as in MP-Former's Figure 1; [h,w,3] uint8.
+    """One query's mask after each layer, as in MP-Former's Figure 1; [h,w,3] uint8 RGB.
 
-    The query is the one that wavers most (its mean IoU from layer to layer is the smallest) among those that
-    end up on an object of at least 1 % of the image: IoU of the last mask at least 0.5. None where there is
-    no such query.
+    The query is the least consistent one (smallest mean IoU between layers) among those whose last mask has
+    an IoU of at least 0.5 with its object, of at least 1 % of the image. None if there is no such query.
     """
     image = load_image(record)
     tensor, sizes = prepare(image, config.data.test_resize)
     target = target_of(record, sizes, config.data.task).to(device)
     heads = forward(model, tensor.to(device), all_heads=True)
-    _, matched = layer_figures(heads, target, sizes, model.config)
-    cut, whole = without_padding(heads, target, sizes)
-    things = F.avg_pool2d(whole.masks[:, None].float(), 4)[:, 0] - 0.5  # logits of a kind
-    least = 0.01 * things[0].numel() if len(things) else 0
+    _, matched = layer_metrics(heads, target, sizes, model.config)
+    cropped, unpadded = without_padding(heads, target, sizes)
+    objects = F.avg_pool2d(unpadded.masks[:, None].float(), 4)[:, 0] - 0.5  # positive inside, like logits
+    min_cells = 0.01 * objects[0].numel() if len(objects) else 0
     pairs = [
-        (query, thing)
-        for query, thing in zip(matched.queries.tolist(), matched.objects.tolist())
-        if (things[thing] >= 0).sum() >= least
-        and layer_iou([cut[-1].mask_logits[0, query, None], things[thing, None]])[0] >= 0.5
+        (query, index)
+        for query, index in zip(matched.queries.tolist(), matched.objects.tolist())
+        if (objects[index] >= 0).sum() >= min_cells
+        and layer_iou([cropped[-1].mask_logits[0, query, None], objects[index, None]])[0] >= 0.5
     ]
     if not pairs:
         return None
-    ious = {pair: layer_iou([h.mask_logits[0, pair[0], None] for h in cut]) for pair in pairs}
-    query, thing = min(pairs, key=lambda pair: sum(ious[pair]))
-    name = model.classes.names[int(target.labels[thing])]
-    full_size = View(None, target.masks[thing][None].float() - 0.5, sizes)
-    grey = np.repeat(image.mean(2, keepdims=True).astype(np.uint8), 3, axis=2)  # only the mask has colour
+    ious = {pair: layer_iou([h.mask_logits[0, pair[0], None] for h in cropped]) for pair in pairs}
+    query, index = min(pairs, key=lambda pair: sum(ious[pair]))
+    name = model.classes.names[int(target.labels[index])]
+    full_size = View(None, target.masks[index][None].float() - 0.5, sizes)
+    grey = np.repeat(
+        image.mean(2, keepdims=True).astype(np.uint8), 3, axis=2
+    )  # so that only the mask is coloured
     tiles, titles = [], []
     for number, head in zip(layer_numbers(heads, model.config), heads):
         logits = view_of(head, sizes).upsampler(torch.tensor([query], device=device))
         mask = (logits(slice(0, sizes.original[0]))[0] >= 0).cpu().numpy()
         tiles.append(overlay(grey, [mask], [0], _HIGHLIGHT, captions=False))
-        iou = f", IoU {ious[query, thing][len(tiles) - 2]:.2f}" if len(tiles) > 1 else ""
+        iou = f", IoU {ious[query, index][len(tiles) - 2]:.2f}" if len(tiles) > 1 else ""
         titles.append(f"layer {number}{iou}" if number else "before layer 1")
     truth = (full_size.upsampler()(slice(0, sizes.original[0]))[0] >= 0).cpu().numpy()
     tiles.append(overlay(grey, [truth], [0], _HIGHLIGHT, captions=False))

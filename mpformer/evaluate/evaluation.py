@@ -1,13 +1,12 @@
-"""One whole evaluation: predictions, figures, diagnostics, times and memory, and its page."""
+"""One evaluation: predictions, metrics and layer diagnostics; with its times and memory."""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,9 +16,7 @@ from mpformer.data.records import Catalog
 from mpformer.evaluate.inference import predict_on_workers, predict_records
 from mpformer.evaluate.layers import summarize
 from mpformer.evaluate.metrics import score
-from mpformer.evaluate.pages import write_page
 from mpformer.evaluate.prediction import Prediction, Scores
-from mpformer.types import Task
 
 if TYPE_CHECKING:
     from mpformer.model.segmenter import Segmenter
@@ -27,41 +24,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found, and what it took."""
+    """The predictions of a catalog's images with their metrics."""
 
-    task: Task
+    catalog: Catalog
     predictions: tuple[Prediction, ...]
     scores: Scores
     layers: dict[str, float]
-    """Diagnostics of the decoder's layers, {"layer_iou_3": 59.5, ...}."""
+    """Diagnostics of the decoder layers in percent, {"layer_iou_3": 59.5, ...}."""
+
+    def values(self) -> dict[str, float]:
+        """The metrics under the names that they have in a run's record: {"val/AP": ..., "diag/...": ...}."""
+        return {f"val/{name}": value for name, value in self.scores.summary.items()} | {
+            f"diag/{name}": value for name, value in self.layers.items()
+        }
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Time and memory of an evaluation."""
+
+    images: int
     seconds: dict[str, float]
-    """predict (all stages), metrics, and within predict forward, results, layers if one process predicted."""
+    """predict and metrics; in a single process also the stages of predict: forward, results, layers."""
     peak_memory: int
-    """Most bytes of main memory that this process has held."""
+    """Largest resident memory of this process so far, in bytes."""
     peak_gpu_memory: int | None
 
     def facts(self) -> dict[str, str]:
-        """Images per second, times and memory in words."""
-        images = len(self.predictions)
-        facts = {"images per second": f"{images / max(self.seconds['predict'], 1e-9):.2f}"}
+        """Images per second, times and memory as text."""
+        facts = {"images per second": f"{self.images / max(self.seconds['predict'], 1e-9):.2f}"}
         facts |= {f"seconds: {stage}": f"{seconds:.2f}" for stage, seconds in self.seconds.items()}
         facts["peak memory"] = f"{self.peak_memory / 2**30:.2f} GiB"
         if self.peak_gpu_memory is not None:
             facts["peak GPU memory"] = f"{self.peak_gpu_memory / 2**30:.2f} GiB"
         return facts
 
-    def write(self, folder: Path, title: str, catalog: Catalog, count: int) -> list[Path]:
-        """The page and its pictures; see `pages.write_page`."""
-        return write_page(
-            folder,
-            title,
-            self.predictions,
-            catalog,
-            self.task,
-            self.scores,
-            count=count,
-            facts=self.facts() | {name: f"{value:.1f}" for name, value in self.layers.items()},
-        )
+
+def measure(predictions: Iterable[Prediction], catalog: Catalog, config: Config) -> Evaluation:
+    """The evaluation of `predictions` as the settings ask for it; see `metrics.score` for its errors."""
+    found = tuple(predictions)
+    scores = score(found, catalog, config.data.task, boundary=config.evaluate.boundary)
+    return Evaluation(catalog, found, scores, summarize(found))
 
 
 def evaluate(
@@ -72,11 +75,11 @@ def evaluate(
     indices: Sequence[int] | None = None,
     device: torch.device | str | None = None,
     report: Callable[[int, int, float], None] | None = None,
-) -> Evaluation:
-    """Predict the images `indices` (default: the first `evaluate.limit`) of a catalog and measure.
+) -> tuple[Evaluation, Usage]:
+    """Predict the images `indices` (default: the first `evaluate.limit`) of a catalog, compute the metrics.
 
-    With `cluster.workers` above 1, Ray tasks share the images (`ray.init` first); the figures are the same.
-    `report` is told (images done, of all, seconds left) after each image.
+    With `cluster.workers` above 1, Ray tasks share the images (call `ray.init` first) and the metrics are the
+    same. `report` is called with (images done, of all, seconds left) after each image.
     """
     chosen = list(indices if indices is not None else range(len(catalog.records))[: config.evaluate.limit])
     seconds: dict[str, float] = {"predict": 0.0}
@@ -93,13 +96,13 @@ def evaluate(
             left = seconds["predict"] / len(predictions) * (len(chosen) - len(predictions))
             report(len(predictions), len(chosen), left)
     start = time.perf_counter()
-    scores = score(predictions, catalog, config.data.task, boundary=config.evaluate.boundary)
-    layers = summarize(predictions)
+    found = measure(predictions, catalog, config)
     seconds["metrics"] = time.perf_counter() - start
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return Evaluation(config.data.task, tuple(predictions), scores, layers, seconds, _peak_memory(), gpu)
+    return found, Usage(len(predictions), seconds, peak_memory(), gpu)
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

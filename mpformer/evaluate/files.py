@@ -1,4 +1,4 @@
-"""Image files in, pictures and COCO files out: what `mpformer predict` does."""
+"""`mpformer predict`: image files in, overlays and COCO files out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpformer.draw import decode_png, write_png
 from mpformer.evaluate import instance as rle
 from mpformer.evaluate.inference import infer, to_result
 from mpformer.evaluate.prediction import FoundInstance, FoundSegments, Prediction
-from mpformer.types import ClassTable, InputError, Task
+from mpformer.types import ClassTable, InputError
 
 if TYPE_CHECKING:
     from mpformer.model.segmenter import Segmenter
@@ -24,10 +24,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def find_images(paths: Sequence[str | Path]) -> list[tuple[Path, str]]:
-    """Image files with the names that their results get: files as given, folders searched in depth.
+    """Image files with the names of their results; folders are searched recursively.
 
-    A name is the path below the given folder, without its ending unless two images differ only there. Raises
-    `InputError` for a path that does not exist, a folder without images, and two images of one name.
+    A name is the path relative to the given folder, without the suffix unless two images differ only in it.
+    Raises `InputError` for a path that does not exist, a folder without images, and two images of one name.
     """
     found: list[tuple[Path, Path]] = []
     for path in map(Path, paths):
@@ -46,7 +46,7 @@ def find_images(paths: Sequence[str | Path]) -> list[tuple[Path, str]]:
         name = str(stem if stems.count(stem) == 1 else relative)
         if name in names:
             raise InputError(
-                f"{path}: its results would overwrite those of {names[name]}; predict them apart"
+                f"{path}: its results would overwrite those of {names[name]}; predict them separately"
             )
         names[name] = path
     return [(path, name) for name, path in names.items()]
@@ -58,20 +58,20 @@ def predict_files(
     out: str | Path,
     config: Config,
     *,
-    draw_at_least: float = 0.5,
+    min_score: float = 0.5,
     report: Callable[[str], None] | None = None,
 ) -> list[Path]:
-    """Segment images of any size as `config` says; write pictures and JSON into `out`; return the pictures.
+    """Segment images of any size; write overlays and JSON into `out`; return the paths of the overlays.
 
-    Written are NAME.png, an overlay (of instances those that score `draw_at_least`); predictions.json, a COCO
-    file with one run-length-encoded annotation per segment, its score and the source's category id; for
-    panoptic results panoptic.json and panoptic/NAME.png (COCO's panoptic format); for semantic ones
-    labels/NAME.png (source ids; 0 where general inference leaves void). Up to `evaluate.batch` neighbours of
-    one size go through the model together. `report` is told of each image.
-    Raises `InputError` for a path that does not exist before anything is predicted, and for a file that is no
-    image after the earlier ones are written.
+    Writes NAME.png, an overlay (of instances those from `min_score`); predictions.json, a COCO file with one
+    run-length-encoded annotation per segment, its score and the source's category id; for panoptic results
+    panoptic.json and panoptic/NAME.png (COCO's panoptic format); for semantic ones labels/NAME.png (source
+    ids; 0 where general inference gives void). Up to `evaluate.batch` consecutive images of one size form a
+    batch. `report` is called with a line for each image.
+    Raises `InputError` for a path that does not exist, before anything is predicted, and for a file that is
+    not an image, after the results of the earlier ones are written.
     """
-    out, task = Path(out), config.data.task
+    out = Path(out)
     images = find_images(paths)
     device = next(model.parameters()).device
     writer = _CocoWriter(model.classes)
@@ -79,26 +79,26 @@ def predict_files(
     try:
         for group in _of_one_size(images, config.evaluate.batch):
             pixels = [image for _, _, image in group]
-            results = infer(model, pixels, task, config.data.test_resize, config.evaluate, device)
+            results = infer(model, pixels, config.data.task, config.data.test_resize, config.evaluate, device)
             for (path, name, image), found in zip(group, results):
                 prediction = found.compact(name)
-                result = to_result(prediction, model.classes, task)
+                result = to_result(prediction, model.classes)
                 pictures.append(out / f"{name}.png")
-                write_png(pictures[-1], result.overlay(image, draw_at_least))
-                writer.add(prediction, str(path), out, task)
+                write_png(pictures[-1], result.overlay(image, min_score))
+                writer.add(prediction, str(path), out)
                 if report:
                     report(f"{len(pictures)}/{len(images)} {path}: {len(result.segments)} segments")
     finally:
         if pictures:
-            writer.write(out, task)
+            writer.write(out)
     return pictures
 
 
 _Read = tuple[Path, str, np.ndarray]
 
 
-def _of_one_size(images: Sequence[tuple[Path, str]], most: int) -> Iterator[list[_Read]]:
-    """Neighbours of one size, at most that many together; a bad file is an error after those before it."""
+def _of_one_size(images: Sequence[tuple[Path, str]], batch: int) -> Iterator[list[_Read]]:
+    """Groups of at most `batch` consecutive images of one size; a bad file raises after those before it."""
     group: list[_Read] = []
     for path, name in images:
         try:
@@ -107,7 +107,7 @@ def _of_one_size(images: Sequence[tuple[Path, str]], most: int) -> Iterator[list
             if group:
                 yield group
             raise
-        if group and (len(group) == most or group[0][2].shape != image.shape):
+        if group and (len(group) == batch or group[0][2].shape != image.shape):
             yield group
             group = []
         group.append((path, name, image))
@@ -116,7 +116,7 @@ def _of_one_size(images: Sequence[tuple[Path, str]], most: int) -> Iterator[list
 
 
 class _CocoWriter:
-    """Collects results in COCO's forms."""
+    """Collects results in COCO's formats."""
 
     def __init__(self, classes: ClassTable) -> None:
         self._classes = classes
@@ -124,16 +124,18 @@ class _CocoWriter:
         self._annotations: list[dict[str, Any]] = []
         self._panoptic: list[dict[str, Any]] = []
 
-    def add(self, prediction: Prediction, file_name: str, out: Path, task: Task) -> None:
+    def add(self, prediction: Prediction, file_name: str, out: Path) -> None:
+        """Add one image and write its PNG files."""
         image_id = len(self._images) + 1
         height, width = prediction.size
         self._images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
-        if task == "instance":
+        found: Sequence[FoundInstance] = ()
+        if prediction.panoptic is not None:
+            found = self._add_panoptic(prediction, prediction.panoptic, out)
+        elif prediction.instances is not None:
             found = prediction.instances
-        elif task == "panoptic":
-            found = self._add_panoptic(prediction, image_id, out)
-        else:
-            found = self._add_semantic(prediction, out)
+        elif prediction.semantic is not None:
+            found = self._add_semantic(prediction, decode_png(prediction.semantic), out)
         for one in found:
             self._annotations.append(
                 {
@@ -148,9 +150,10 @@ class _CocoWriter:
                 }
             )
 
-    def _add_panoptic(self, prediction: Prediction, image_id: int, out: Path) -> list[FoundInstance]:
-        segments: FoundSegments = prediction.panoptic
-        ids = decode_png(segments.png)
+    def _add_panoptic(
+        self, prediction: Prediction, segments: FoundSegments, out: Path
+    ) -> list[FoundInstance]:
+        ids = segments.ids()
         coded = np.zeros((*ids.shape, 3), np.uint8)
         coded[..., 0], coded[..., 1] = ids & 255, ids >> 8
         name = f"panoptic/{prediction.image_id}.png"
@@ -170,11 +173,10 @@ class _CocoWriter:
                     "score": round(score, 6),
                 }
             )
-        self._panoptic.append({"image_id": image_id, "file_name": name, "segments_info": infos})
+        self._panoptic.append({"image_id": len(self._images), "file_name": name, "segments_info": infos})
         return found
 
-    def _add_semantic(self, prediction: Prediction, out: Path) -> list[FoundInstance]:
-        labels = decode_png(prediction.semantic)
+    def _add_semantic(self, prediction: Prediction, labels: np.ndarray, out: Path) -> list[FoundInstance]:
         source_ids = np.array([c.source_id for c in self._classes.classes])
         coded = np.zeros(labels.shape, np.uint8 if source_ids.max() <= 255 else np.uint16)
         seen = [int(k) for k in np.unique(labels) if k < len(source_ids)]
@@ -183,13 +185,14 @@ class _CocoWriter:
         write_png(out / "labels" / f"{prediction.image_id}.png", coded)
         return [FoundInstance(k, 1.0, rle.encode_mask(labels == k)) for k in seen]
 
-    def write(self, out: Path, task: Task) -> None:
+    def write(self, out: Path) -> None:
+        """Write the JSON files of all images added."""
         categories = [
             {"id": c.source_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)}
             for c in self._classes.classes
         ]
         files = {"predictions.json": self._annotations}
-        if task == "panoptic":
+        if self._panoptic:
             files["panoptic.json"] = self._panoptic
         for name, entries in files.items():
             content = {"images": self._images, "categories": categories, "annotations": entries}

@@ -1,4 +1,7 @@
-"""From a model and images to predictions: one image at a time, so that nothing depends on who predicts it."""
+"""Inference: predictions of a data set's images, of arrays and of files.
+
+Images of a data set are predicted one at a time, so results do not depend on the number of workers.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,12 +26,12 @@ from mpformer.data.images import load_image, read_image
 from mpformer.data.records import Catalog, Record
 from mpformer.evaluate import instance as rle
 from mpformer.evaluate import postprocess
-from mpformer.evaluate.layers import layer_figures
+from mpformer.evaluate.layers import layer_metrics
 from mpformer.evaluate.postprocess import View
 from mpformer.evaluate.postprocess_detr import detr_panoptic
 from mpformer.evaluate.prediction import FoundInstance, FoundSegments, Prediction
 from mpformer.evaluate.truth import target_of
-from mpformer.evaluate.views import aligned, look
+from mpformer.evaluate.views import align_queries, predict_views
 from mpformer.ops.allocator import keep_freed_memory
 from mpformer.types import ClassTable, InputError, Task
 
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from mpformer.model.segmenter import Segmenter
 
 _Loaded = tuple[Record, np.ndarray | None, str]
+"""A record with its image, or the reason why there is none."""
 
 
 def predict_records(
@@ -46,12 +50,12 @@ def predict_records(
     device: torch.device | str | None = None,
     seconds: dict[str, float] | None = None,
 ) -> Iterator[Prediction]:
-    """Predictions of the records `indices` (default: all), in their order, each by itself.
+    """Predictions of the records `indices` (default: all), in their order, one image at a time.
 
-    `config` gives task, test resize and thresholds; `device` is the model's unless said. The next image is
-    read while one is predicted. `seconds`, if given, gains the time of each stage: forward, results, layers
-    (a GPU is waited for at their ends). Under `data.on_bad_sample: skip` an image that cannot be used gives a
-    prediction that holds the `problem` only; else it raises `InputError`.
+    `config` gives task, test resize and thresholds; `device` defaults to the model's. The next image is read
+    while one is predicted. The time of each stage (forward, results, layers) is added to `seconds`, if
+    given, which synchronises a GPU. With `data.on_bad_sample: skip` an unusable image gives a prediction
+    with its `problem` only; else it raises `InputError`.
     """
     records = data.records if isinstance(data, Catalog) else data
     device = torch.device(device) if device is not None else next(model.parameters()).device
@@ -68,7 +72,7 @@ def predict_records(
                 raise
             return record, None, str(error)
 
-    for record, image, problem in _ahead(load, chosen):
+    for record, image, problem in _prefetched(load, chosen):
         if image is None:
             yield Prediction(record.image_id, (record.height, record.width), problem=problem)
         else:
@@ -86,14 +90,14 @@ def _predict(
 ) -> Prediction:
     resize, options = config.data.test_resize, config.evaluate
     with _timed(seconds, "forward", device):
-        [(views, heads)] = look(model, [image], resize, options, device, all_heads=options.layers)
+        [(views, heads)] = predict_views(model, [image], resize, options, device, all_heads=options.layers)
     with _timed(seconds, "results", device):
-        found = results(views, config.data.task, options, model.classes).compact(record.image_id)
+        found = postprocess_views(views, config.data.task, options, model.classes).compact(record.image_id)
     if len(heads) == 1 or heads[-1].class_logits is None:
         return found
     with _timed(seconds, "layers", device):
         target = target_of(record, views[0].sizes, config.data.task).to(device)
-        layers, _ = layer_figures(heads, target, views[0].sizes, model.config)
+        layers, _ = layer_metrics(heads, target, views[0].sizes, model.config)
     return replace(found, layers=layers)
 
 
@@ -112,10 +116,10 @@ def _timed(seconds: dict[str, float] | None, stage: str, device: torch.device) -
 def predict_on_workers(
     model: Segmenter, catalog: Catalog, config: Config, indices: Sequence[int], workers: int
 ) -> Iterator[Prediction]:
-    """`predict_records` by Ray tasks, each an equal share of `indices`; the order is theirs taken in turn.
+    """`predict_records` by Ray tasks with equal shares of `indices`; their predictions are interleaved.
 
-    A task takes `cluster.cpus_per_worker` CPUs, and a GPU where the cluster has one for each, unless
-    `cluster.gpu` is no. Needs `ray.init`. Raises what a task raised.
+    A task claims `cluster.cpus_per_worker` CPUs, and a GPU if the cluster has one for each, unless
+    `cluster.gpu` is no. Needs `ray.init`. Re-raises the error of a task.
     """
     import ray
     from ray.exceptions import RayTaskError
@@ -124,7 +128,7 @@ def predict_on_workers(
     share = ray.remote(num_cpus=config.cluster.cpus_per_worker, num_gpus=int(use_gpu))(_predict_share)
     placed = ray.put((copy.deepcopy(model).cpu(), catalog))
     threads = config.cluster.threads or max(1, usable_cores() // workers)
-    streams = [
+    streams: list[Any] = [  # ray's types do not cover streaming tasks
         share.options(num_returns="streaming").remote(placed, config, list(indices[rank::workers]), threads)
         for rank in range(workers)
     ]
@@ -147,19 +151,19 @@ def _predict_share(
 
 
 @dataclass(frozen=True)
-class Inferred:
-    """The results of one image as the task asks for them, on the model's device."""
+class ImageResults:
+    """The results for one image, those of its task, on the model's device."""
 
     size: tuple[int, int]
     classes: ClassTable
     instances: tuple[FoundInstance, ...] | None = None
-    """Best first."""
+    """Sorted by score, best first."""
     panoptic: postprocess.Panoptic | None = None
     semantic: Tensor | None = None
     """[h,w] int64 labels, -1 void."""
 
     def compact(self, image_id: str) -> Prediction:
-        """What is kept of it."""
+        """The results as run lengths and PNG."""
         segments = None
         if self.panoptic is not None:
             ids = self.panoptic.ids.cpu().numpy().astype(np.uint16)
@@ -179,50 +183,52 @@ def infer(
     resize: TestResize,
     options: Evaluate,
     device: torch.device,
-) -> list[Inferred]:
-    """Images [h,w,3] uint8 RGB of one size to results, together; the model is left in evaluation mode."""
-    looks = look(model, images, resize, options, device)
-    return [results(views, task, options, model.classes) for views, _ in looks]
+) -> list[ImageResults]:
+    """Results for a batch of images [h,w,3] uint8 RGB of one size. Switches the model to evaluation mode."""
+    predicted = predict_views(model, images, resize, options, device)
+    return [postprocess_views(views, task, options, model.classes) for views, _ in predicted]
 
 
-def results(views: Sequence[View], task: Task, options: Evaluate, classes: ClassTable) -> Inferred:
-    """The results that a task asks for, from one image's views, the reference first.
+def postprocess_views(
+    views: Sequence[View], task: Task, options: Evaluate, classes: ClassTable
+) -> ImageResults:
+    """The results of a task from the views of one image, the reference first.
 
-    A panoptic task gives panoptic segments, instances of the things and semantic labels. Raises `InputError`
-    for a per-pixel model whose task is not semantic.
+    The panoptic task gives panoptic segments, instances of the thing classes and semantic labels. Raises
+    `InputError` for a per-pixel model with another task than semantic.
     """
     if views[0].class_logits is None and task != "semantic":
-        raise InputError(f"task {task}: a per-pixel model has no objects; its task is semantic")
+        raise InputError(f"task {task}: a per-pixel model predicts no objects; data.task must be semantic")
     instances = panoptic = semantic = None
     if task in ("instance", "panoptic"):
         instances = find_instances(views[0], options, classes.thing_labels)
-    one_order = views
+    ordered = views
     if task == "panoptic" or options.semantic == "general":
-        one_order = aligned(views)
+        ordered = align_queries(views)
     if task == "panoptic" and options.panoptic == "detr":
         panoptic = detr_panoptic(
-            one_order, class_confidence=options.class_confidence, thing_labels=classes.thing_labels
+            ordered, class_confidence=options.class_confidence, thing_labels=classes.thing_labels
         )
     elif task == "panoptic":
         panoptic = postprocess.panoptic(
-            one_order,
+            ordered,
             class_confidence=options.class_confidence,
             overlap=options.overlap,
             thing_labels=classes.thing_labels,
         )
     if task in ("semantic", "panoptic"):
         if options.semantic == "general" and views[0].class_logits is not None:
-            semantic = postprocess.general(one_order, class_confidence=options.general_confidence)
+            semantic = postprocess.general(ordered, class_confidence=options.general_confidence)
         else:
             semantic = postprocess.semantic(views, at_original=task == "panoptic")
-    return Inferred(views[0].sizes.original, classes, instances, panoptic, semantic)
+    return ImageResults(views[0].sizes.original, classes, instances, panoptic, semantic)
 
 
 def find_instances(
     view: View, options: Evaluate, thing_labels: Set[int] | None = None
 ) -> tuple[FoundInstance, ...]:
-    """`postprocess.instance` with its masks encoded, best first."""
-    encoded: dict[int, bytes] = {}  # a query may be several instances of different classes
+    """`postprocess.instance` with encoded masks, best score first."""
+    encoded: dict[int, bytes] = {}  # by query, which may give instances of several classes
     found = []
     for one in postprocess.instance(
         view,
@@ -236,8 +242,8 @@ def find_instances(
     return tuple(sorted(found, key=lambda one: -one.score))
 
 
-def _ahead(load: Callable[[int], _Loaded], items: Iterable[int]) -> Iterator[_Loaded]:
-    """load(item) of each item, the next one already at work in a thread."""
+def _prefetched(load: Callable[[int], _Loaded], items: Iterable[int]) -> Iterator[_Loaded]:
+    """load(item) of each item; a thread loads the next one meanwhile."""
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
         pending = None
         for item in items:
@@ -249,45 +255,45 @@ def _ahead(load: Callable[[int], _Loaded], items: Iterable[int]) -> Iterator[_Lo
             yield pending.result()
 
 
-# --- for people -----------------------------------------------------------------------------------
+# --- one image ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Segmented:
+class ResultSegment:
     """One segment of a `Result`."""
 
     label: int
     name: str
     score: float | None
-    """0..1; None in a semantic result."""
+    """0..1; None in semantic results."""
     mask: np.ndarray
     """[h,w] bool."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What `segment` found in one image."""
+    """The result of `segment` for one image."""
 
     task: Task
     size: tuple[int, int]
     """(height, width) of the image."""
     classes: ClassTable
-    segments: tuple[Segmented, ...]
-    """Best first; in a semantic result one per class that is seen, in the order of the class table."""
+    segments: tuple[ResultSegment, ...]
+    """Sorted by score, best first; in semantic results one per class present, in the order of the table."""
 
     def label_map(self) -> np.ndarray:
-        """The label of each pixel, [h,w] int32, the best-scored segment on top; -1 where there is none."""
+        """The label of each pixel, [h,w] int32, that of its best-scored segment; -1 where there is none."""
         labels = np.full(self.size, -1, np.int32)
         for one in reversed(self.segments):
             labels[one.mask] = one.label
         return labels
 
-    def overlay(self, image: np.ndarray, at_least: float = 0.5) -> np.ndarray:
-        """A picture of the image [h,w,3] uint8 RGB with its segments; of instances those from `at_least` up.
+    def overlay(self, image: np.ndarray, min_score: float = 0.5) -> np.ndarray:
+        """The image [h,w,3] uint8 RGB with its segments drawn on it, see `draw.overlay`.
 
-        (Panoptic segments have passed `evaluate.class_confidence` already.)
+        Instances below `min_score` are left out. (`evaluate.class_confidence` applies to panoptic segments.)
         """
-        shown = [s for s in self.segments if self.task != "instance" or s.score >= at_least]
+        shown = [s for s in self.segments if self.task != "instance" or (s.score or 0.0) >= min_score]
         masks, labels = [s.mask for s in shown], [s.label for s in shown]
         return draw.overlay(image, masks, labels, self.classes, [s.score for s in shown])
 
@@ -300,32 +306,36 @@ def segment(
     resize: TestResize | None = None,
     options: Evaluate | None = None,
 ) -> Result:
-    """Segment one image of any size: [h,w,3] or [h,w] uint8 RGB or grey, or the path of an image file.
+    """Segment one image of any size: [h,w,3] uint8 RGB, [h,w] uint8 grey, or the path of an image file.
 
     `resize` (default: COCO's, short side 800) should be that of the model's recipe; `options` holds the
-    thresholds. Raises `InputError` for a file or an array that is no image.
+    thresholds. Raises `InputError` for a file or an array that is not an image.
     """
     pixels = _pixels(image)
     device = next(model.parameters()).device
     [found] = infer(model, [pixels], task, resize or TestResize(), options or Evaluate(), device)
-    return to_result(found.compact(""), model.classes, task)
+    return to_result(found.compact(""), model.classes)
 
 
-def to_result(prediction: Prediction, classes: ClassTable, task: Task) -> Result:
-    """A kept prediction with its masks unpacked and its classes named."""
-    parts: list[tuple[int, float | None, np.ndarray]] = []
-    if task == "instance":
-        parts = [(f.label, f.score, rle.decode(f.counts, prediction.size)) for f in prediction.instances]
-    elif task == "panoptic":
-        ids = draw.decode_png(prediction.panoptic.png)
-        described = zip(prediction.panoptic.labels, prediction.panoptic.scores)
-        parts = [(label, score, ids == i) for i, (label, score) in enumerate(described, 1)]
-        parts.sort(key=lambda part: -part[1])
-    else:
+def to_result(prediction: Prediction, classes: ClassTable) -> Result:
+    """The prediction with decoded masks and class names. `ValueError` for one of an unusable image."""
+    found: list[tuple[int, float | None, np.ndarray]]
+    task: Task
+    if prediction.panoptic is not None:
+        ids, segments = prediction.panoptic.ids(), prediction.panoptic
+        order = sorted(range(len(segments.scores)), key=lambda i: -segments.scores[i])
+        task, found = "panoptic", [(segments.labels[i], segments.scores[i], ids == i + 1) for i in order]
+    elif prediction.instances is not None:
+        masks = (rle.decode(one.counts, prediction.size) for one in prediction.instances)
+        task, found = "instance", [(one.label, one.score, m) for one, m in zip(prediction.instances, masks)]
+    elif prediction.semantic is not None:
         labels = draw.decode_png(prediction.semantic)
-        parts = [(k, None, labels == k) for k in range(len(classes)) if (labels == k).any()]
-    segments = tuple(Segmented(k, classes.names[k], s, m) for k, s, m in parts)
-    return Result(task, prediction.size, classes, segments)
+        seen = [k for k in range(len(classes)) if (labels == k).any()]
+        task, found = "semantic", [(k, None, labels == k) for k in seen]
+    else:
+        raise ValueError(f"image {prediction.image_id} has no result: {prediction.problem}")
+    named = tuple(ResultSegment(k, classes.names[k], score, mask) for k, score, mask in found)
+    return Result(task, prediction.size, classes, named)
 
 
 def _pixels(image: np.ndarray | str | Path) -> np.ndarray:

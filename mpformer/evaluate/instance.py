@@ -1,6 +1,6 @@
-"""Mask AP as COCO defines it, and boundary AP, by pycocotools' own evaluation, in memory and without prints.
+"""COCO's mask AP and boundary AP, computed by pycocotools in memory; run-length encoding of masks.
 
-The only part of `evaluate` that knows pycocotools: run-length encoding lives here, too.
+The only module of `evaluate` that imports pycocotools.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from mpformer.evaluate.prediction import FoundInstance, Scores
 from mpformer.types import ClassTable
 
 BOUNDARY_WIDTH = 0.02
-"""Width of a mask's boundary in diagonals of the image (Boundary IoU, section 4)."""
+"""Width of a mask's boundary as a fraction of the image diagonal (Boundary IoU, section 4)."""
 DETECTIONS = (1, 10, 100)
-"""Most detections of an image and class that COCO's recalls count."""
-AREAS = ("all", "small", "medium", "large")  # COCO: below 32^2, up to 96^2, above, in pixels of the image
+"""COCO's limits on the detections per image and class."""
+AREAS = ("all", "small", "medium", "large")
+"""COCO's area ranges: small below 32^2 pixels of the image, medium up to 96^2, large above."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,13 @@ class TrueInstance:
     counts: bytes
     """The mask as COCO's compressed run lengths."""
     area: float
-    """Pixels, as annotated: decides between small, medium and large."""
+    """Annotated area in pixels: decides between small, medium and large."""
 
 
 def encode(crop: np.ndarray, top: int, left: int, size: tuple[int, int]) -> bytes:
-    """COCO's compressed run lengths of a mask of `size` [h,w] that is False outside `crop` [h',w'] bool.
+    """COCO's compressed run lengths of a mask of `size` (h, w) that is False outside `crop` [h',w'] bool.
 
-    Equal to pycocotools' encoding of the whole mask, at the cost of the crop.
+    Equal to pycocotools' encoding of the whole mask, but takes time in proportion to the crop.
     """
     height, width = size
     columns = np.zeros((crop.shape[1], crop.shape[0] + 2), dtype=np.int8)
@@ -51,7 +52,7 @@ def encode(crop: np.ndarray, top: int, left: int, size: tuple[int, int]) -> byte
     x, y = np.nonzero(np.diff(columns, axis=1))  # one start and one end for each run, column by column
     ends = (x + left) * height + y + top
     if len(ends):
-        joint = np.flatnonzero(ends[1:-1:2] == ends[2::2])  # a run that goes on in the next column
+        joint = np.flatnonzero(ends[1:-1:2] == ends[2::2])  # runs that continue in the next column
         ends = np.delete(ends, np.concatenate([2 * joint + 1, 2 * joint + 2]))
     counts = np.diff(ends, prepend=0)
     last = height * width - (int(ends[-1]) if len(ends) else 0)
@@ -65,24 +66,24 @@ def encode_mask(mask: np.ndarray) -> bytes:
 
 
 def decode(counts: bytes, size: tuple[int, int]) -> np.ndarray:
-    """The mask [h,w] bool of `encode`."""
+    """The mask [h,w] bool that `encode` encoded."""
     return coco_mask.decode({"size": list(size), "counts": counts}).astype(bool)
 
 
 def area(counts: bytes, size: tuple[int, int]) -> int:
-    """Pixels of the mask."""
+    """Number of pixels of the mask."""
     return int(coco_mask.area({"size": list(size), "counts": counts}))
 
 
 def bounding_box(counts: bytes, size: tuple[int, int]) -> list[float]:
-    """[x, y, width, height] in pixels, as COCO has it."""
+    """[x, y, width, height] in pixels (COCO's `bbox`)."""
     return [float(v) for v in coco_mask.toBbox({"size": list(size), "counts": counts})]
 
 
 def boundary(counts: bytes, size: tuple[int, int]) -> bytes:
-    """The part of a mask within 2 % of the image's diagonal of its outline, the image's border included.
+    """The pixels of a mask that are within 2 % of the image diagonal of its contour or the image border.
 
-    Cheng et al., Boundary IoU (CVPR 2021): the mask without its erosion by a square.
+    Cheng et al., Boundary IoU (CVPR 2021): the mask minus its erosion by a square.
     """
     left, top, width, height = (int(v) for v in bounding_box(counts, size))
     if not width:
@@ -96,22 +97,22 @@ def boundary(counts: bytes, size: tuple[int, int]) -> bytes:
 
 @dataclass(frozen=True)
 class ImageInstances:
-    """Truth and prediction of one image."""
+    """Ground truth and predicted instances of one image."""
 
     size: tuple[int, int]
     truth: Sequence[TrueInstance]
     found: Sequence[FoundInstance]
 
 
-def count_instances(image: ImageInstances, classes: int, *, at_least: float = 0.5) -> Counts:
-    """Matches of one image at IoU above 0.5, best score first, each to its best free object.
+def count_instances(image: ImageInstances, classes: int, *, min_score: float = 0.5) -> Counts:
+    """Greedy matches of one image at IoU above 0.5, best score first, each to its best unmatched object.
 
-    For ranking images. Only instances that score `at_least` count. One that lies by more than half in a crowd
-    region of its class is no error.
+    Used to rank images. Instances below `min_score` are ignored, and so is one with more than half of its
+    area in a crowd region of its class.
     """
     truth = [t for t in image.truth if not t.crowd]
     crowd = [t for t in image.truth if t.crowd]
-    found = sorted((f for f in image.found if f.score >= at_least), key=lambda f: -f.score)
+    found = sorted((f for f in image.found if f.score >= min_score), key=lambda f: -f.score)
     counts = Counts.zero(classes)
     free = set(range(len(truth)))
     ious = _ious(found, truth, image.size, crowd=False)
@@ -120,19 +121,19 @@ def count_instances(image: ImageInstances, classes: int, *, at_least: float = 0.
         best = max((j for j in free if truth[j].label == one.label), key=lambda j: ious[i, j], default=None)
         if best is not None and ious[i, best] > 0.5:
             free.remove(best)
-            counts.matched[one.label] += 1
+            counts.true_positives[one.label] += 1
             counts.iou[one.label] += ious[i, best]
         elif not any(in_crowd[i, j] > 0.5 for j, c in enumerate(crowd) if c.label == one.label):
-            counts.spurious[one.label] += 1
+            counts.false_positives[one.label] += 1
     for j in free:
-        counts.missed[truth[j].label] += 1
+        counts.false_negatives[truth[j].label] += 1
     return counts
 
 
 def _ious(
     found: Sequence[FoundInstance], truth: Sequence[TrueInstance], size: tuple[int, int], crowd: bool
 ) -> np.ndarray:
-    """[found,truth]; with `crowd` the shares of the found masks that lie in the regions."""
+    """IoU [found,truth]; with `crowd` the fraction of each found mask inside each crowd region."""
     if not found or not truth:
         return np.zeros((len(found), len(truth)))
     masks = [[{"size": list(size), "counts": one.counts} for one in side] for side in (found, truth)]
@@ -140,9 +141,9 @@ def _ious(
 
 
 class _Evaluation(COCOeval):
-    """pycocotools' evaluation of one class, fed from memory, on the images where that class occurs.
+    """pycocotools' evaluation of one class, from memory, on the images where that class occurs.
 
-    One class at a time: pycocotools keeps a table for every image, class and range of areas.
+    One class at a time, because pycocotools keeps a table for every image, class and area range.
     """
 
     def __init__(
@@ -156,9 +157,10 @@ class _Evaluation(COCOeval):
 
     def _prepare(self) -> None:
         self._gts, self._dts = defaultdict(list), defaultdict(list)
-        self.evalImgs, self.eval = defaultdict(list), {}
+        self.evalImgs: dict[Any, list[Any]] = defaultdict(list)
+        self.eval: dict[str, np.ndarray] = {}
         [label] = self.params.catIds
-        number = 0  # pycocotools takes id 0 for "unmatched", so ids start at 1
+        number = 0  # ids start at 1: pycocotools reads 0 as "unmatched"
         for image_id, image in self._occurrences:
             for true in image.truth:
                 if true.label == label:
@@ -175,23 +177,23 @@ class _Evaluation(COCOeval):
                     self._dts[image_id, label].append(entry)
 
     def computeIoU(self, imgId: int, catId: int) -> Any:
-        """[detections,truth], detections best first: with boundaries the smaller of both IoUs."""
+        """IoU [detections,truth], best detection first; with `by_boundary` the minimum of both IoUs."""
         ious = super().computeIoU(imgId, catId)
         if not self._by_boundary or len(ious) == 0:
             return ious
         truth = self._gts[imgId, catId]
         found = sorted(self._dts[imgId, catId], key=lambda d: -d["score"])[: self.params.maxDets[-1]]
-        outlines = [[self._outline(entry) for entry in entries] for entries in (found, truth)]
-        return np.minimum(ious, coco_mask.iou(*outlines, [t["iscrowd"] for t in truth]))
+        boundaries = [[self._boundary(entry) for entry in entries] for entries in (found, truth)]
+        return np.minimum(ious, coco_mask.iou(*boundaries, [t["iscrowd"] for t in truth]))
 
     @staticmethod
-    def _outline(entry: dict[str, Any]) -> dict[str, Any]:
+    def _boundary(entry: dict[str, Any]) -> dict[str, Any]:
         size, counts = entry["segmentation"]["size"], entry["segmentation"]["counts"]
         return {"size": size, "counts": boundary(counts, tuple(size))}
 
 
 def _tables(evaluation: _Evaluation) -> tuple[np.ndarray, np.ndarray]:
-    """Precision [IoU,recall level,area,detections] and recall [IoU,area,detections] of the one class."""
+    """Precision [IoU,recall level,area,detections] and recall [IoU,area,detections] of the class."""
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
@@ -215,30 +217,30 @@ def average_precision(
 ) -> Scores:
     """COCO's mask AP and AR of the classes `labels`, in percent.
 
-    AP, AP50, AP75, AP_small, AP_medium, AP_large (means over IoU 0.5..0.95 unless said, classes with truth,
-    at most 100 detections per image and class), AR1, AR10, AR100 and AR_small, AR_medium, AR_large (at 100
-    detections). Per class: AP, AP50, AR100. Crowd regions absorb detections and are no truth themselves.
-    `by_boundary` takes the smaller of mask IoU and boundary IoU throughout.
+    AP, AP50, AP75, AP_small, AP_medium, AP_large: means over IoU 0.5..0.95 unless named and over the classes
+    with truth, with at most 100 detections per image and class; AR1, AR10, AR100; AR_small, AR_medium,
+    AR_large (at 100 detections). Per class: AP, AP50, AR100. Detections in crowd regions are ignored.
+    `by_boundary` uses the minimum of mask IoU and boundary IoU.
     """
     occurrences: dict[int, list[tuple[int, ImageInstances]]] = {label: [] for label in sorted(labels)}
     for image_id, image in enumerate(images):
-        for label in {one.label for one in (*image.truth, *image.found)} & occurrences.keys():
+        present = {one.label for one in image.truth} | {one.label for one in image.found}
+        for label in present & occurrences.keys():
             occurrences[label].append((image_id, image))
     tables = [_tables(_Evaluation(label, where, by_boundary)) for label, where in occurrences.items()]
     if not tables:
         return Scores()
-    precision = np.stack(
-        [p for p, _ in tables], axis=2
-    )  # IoU, recall, class, area, detections; -1: undefined
-    recall = np.stack([r for _, r in tables], axis=1)  # IoU, class, area, detections
-    figures = {
+    # [IoU,recall level,class,area,detections] and [IoU,class,area,detections]; -1: undefined
+    precision = np.stack([p for p, _ in tables], axis=2)
+    recall = np.stack([r for _, r in tables], axis=1)
+    metrics = {
         "AP": precision[..., 0, -1],
         "AP50": precision[0, ..., 0, -1],
         "AP75": precision[5, ..., 0, -1],
     }
-    figures |= {f"AP_{name}": precision[..., a, -1] for a, name in enumerate(AREAS) if a}
-    figures |= {f"AR{most}": recall[..., 0, m] for m, most in enumerate(DETECTIONS)}
-    figures |= {f"AR_{name}": recall[..., a, -1] for a, name in enumerate(AREAS) if a}
+    metrics |= {f"AP_{name}": precision[..., a, -1] for a, name in enumerate(AREAS) if a}
+    metrics |= {f"AR{most}": recall[..., 0, m] for m, most in enumerate(DETECTIONS)}
+    metrics |= {f"AR_{name}": recall[..., a, -1] for a, name in enumerate(AREAS) if a}
     per_class = {
         classes.names[label]: _defined(
             {
@@ -249,10 +251,10 @@ def average_precision(
         )
         for k, label in enumerate(sorted(labels))
     }
-    return Scores(_defined(figures), {name: row for name, row in per_class.items() if row})
+    return Scores(_defined(metrics), {name: row for name, row in per_class.items() if row})
 
 
-def _defined(figures: dict[str, np.ndarray]) -> dict[str, float]:
-    """Means in percent over the entries that exist; a figure without any is left out."""
-    means = {name: values[values > -1] for name, values in figures.items()}
-    return {name: float(values.mean() * 100) for name, values in means.items() if values.size}
+def _defined(tables: dict[str, np.ndarray]) -> dict[str, float]:
+    """Means in percent over the defined entries; a metric without any is left out."""
+    defined = {name: values[values > -1] for name, values in tables.items()}
+    return {name: float(values.mean() * 100) for name, values in defined.items() if values.size}

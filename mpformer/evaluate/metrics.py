@@ -1,8 +1,10 @@
-"""The figures of an evaluation from its predictions, whoever made them and in whatever order they come."""
+"""The metrics of an evaluation from its predictions, in any order; and the contract of a metric plug-in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import numpy as np
 
@@ -12,60 +14,76 @@ from mpformer.evaluate.instance import ImageInstances, average_precision
 from mpformer.evaluate.panoptic import Counts, count_classes, count_segments, panoptic_quality
 from mpformer.evaluate.prediction import Prediction, Scores
 from mpformer.evaluate.semantic import confusion, mean_iou
-from mpformer.evaluate.truth import true_instances, true_segments
+from mpformer.evaluate.truth import Truth
 from mpformer.types import RunError, Task
+
+
+class Metric(Protocol):
+    """A metric of your own, named in `evaluate.metrics`; one object is made for each evaluation."""
+
+    def update(self, prediction: Prediction, truth: Truth) -> None:
+        """Add one image. Images come in the order of the data set; unusable ones are left out."""
+
+    def compute(self) -> dict[str, float]:
+        """The values of all images, by name: `val/NAME` in the record of a run. NaN: undefined, left out."""
 
 
 def evaluate_predictions(
     predictions: Iterable[Prediction], catalog: Catalog, task: Task, *, boundary: bool = False
 ) -> dict[str, float]:
-    """The figures of `score` without those per class: {"AP": ..., "PQ": ..., "mIoU": ...}, in percent."""
+    """The summary of `score`: {"AP": ..., "PQ": ..., "mIoU": ...}, in percent."""
     return score(predictions, catalog, task, boundary=boundary).summary
 
 
 def score(
-    predictions: Iterable[Prediction], catalog: Catalog, task: Task, *, boundary: bool = False
+    predictions: Iterable[Prediction],
+    catalog: Catalog,
+    task: Task,
+    *,
+    boundary: bool = False,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> Scores:
-    """All figures of a task, in percent, over the images that were predicted.
+    """All metrics of a task, in percent, over the predicted images.
 
-    instance: AP, AP50, AP75, AP_small|medium|large, AR... (`average_precision`); with `boundary` the APs by
-    boundary IoU, too: AP_boundary... semantic: mIoU, pixel_accuracy, class_accuracy, and PQ_stuff, SQ_stuff,
-    RQ_stuff, for which each class of an image is one segment (MaskFormer's PQ^St). panoptic: PQ, SQ, RQ, each
+    instance: AP, AP50, AP75, AP_small|medium|large, AR... (`average_precision`); with `boundary` also
+    AP_boundary..., by boundary IoU. semantic: mIoU, pixel_accuracy, class_accuracy, and PQ_stuff, SQ_stuff,
+    RQ_stuff, where each class of an image is one segment (MaskFormer's PQ^St). panoptic: PQ, SQ, RQ, each
     with _things and _stuff, and from the same model mIoU and AP... of the things (AP^Th_pan), against the
-    instance annotations where the catalog has them. A figure that is not defined is absent. Images left out
-    as unusable are counted as skipped_images. The order of the predictions does not matter; an image that
-    comes twice, or that the catalog does not know, raises `RunError`.
+    instance annotations where the catalog has them. `metrics` adds the values of plug-ins, keyed by what
+    error messages call them. An undefined metric is absent. Unusable images are counted as skipped_images.
+    The order of the predictions does not matter. Raises `RunError` for an image that is predicted twice or
+    missing from the catalog, and for a plug-in that returns a name twice or a value that is no number.
     """
     classes, things = catalog.classes, catalog.classes.thing_labels
+    plugins = metrics or {}
     ordered, skipped = _in_catalog_order(predictions, catalog)
     instances: list[ImageInstances] = []
     counts = Counts.zero(len(classes))
     matrix = np.zeros((len(classes), len(classes) + 1), dtype=np.int64)
     for index, prediction in ordered:
-        record = catalog.records[index]
+        own = None if catalog.instances is None else catalog.instances[index]
+        truth = Truth(catalog.records[index], own)
+        for plugin in plugins.values():
+            plugin.update(prediction, truth)
         if prediction.instances is not None:
-            own = record if catalog.instances is None else catalog.instances[index]
-            instances.append(ImageInstances(prediction.size, true_instances(own), prediction.instances))
-        if prediction.panoptic is None and prediction.semantic is None:
-            continue
-        truth = true_segments(record)
+            instances.append(ImageInstances(prediction.size, truth.instances, prediction.instances))
         if prediction.panoptic is not None:
-            found = prediction.panoptic
+            true, found = truth.segments, prediction.panoptic
             counts += count_segments(
-                truth.ids, truth.labels, truth.crowd, decode_png(found.png), found.labels, len(classes)
+                true.ids, true.labels, true.crowd, found.ids(), found.labels, len(classes)
             )
         if prediction.semantic is not None:
-            labels, true_labels = decode_png(prediction.semantic), truth.semantic()
-            matrix += confusion(true_labels, labels, len(classes))
+            labels = decode_png(prediction.semantic)
+            matrix += confusion(truth.labels, labels, len(classes))
             if prediction.panoptic is None:
-                counts += count_classes(true_labels, labels, len(classes))
+                counts += count_classes(truth.labels, labels, len(classes))
 
     scores = Scores({"skipped_images": float(skipped)} if skipped else {})
     if task in ("instance", "panoptic"):
         scores = scores.merged(average_precision(instances, classes, things))
         if boundary:
-            outlines = average_precision(instances, classes, things, by_boundary=True).summary
-            precision = {k.replace("AP", "AP_boundary"): v for k, v in outlines.items() if k.startswith("AP")}
+            by_boundary = average_precision(instances, classes, things, by_boundary=True).summary
+            precision = {k.replace("AP", "AP_boundary"): v for k, v in by_boundary.items() if k[:2] == "AP"}
             scores = scores.merged(Scores(precision))
     if task == "panoptic":
         scores = scores.merged(panoptic_quality(counts, classes, things))
@@ -74,12 +92,27 @@ def score(
     if task == "semantic":
         quality = panoptic_quality(counts, classes, frozenset()).summary
         scores = scores.merged(Scores({k: v for k, v in quality.items() if k.endswith("_stuff")}))
+    for place, plugin in plugins.items():
+        scores = scores.merged(Scores(_plugin_values(place, plugin, scores.summary)))
     return scores
+
+
+def _plugin_values(place: str, metric: Metric, known: Mapping[str, float]) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for name, value in metric.compute().items():
+        if name in known:
+            raise RunError(f"{place}: there is a metric '{name}' already; return another name")
+        try:
+            values[name] = float(value)
+        except (TypeError, ValueError):
+            raise RunError(f"{place}: the value of '{name}' must be a number, not {value!r}") from None
+    return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def _in_catalog_order(
     predictions: Iterable[Prediction], catalog: Catalog
 ) -> tuple[list[tuple[int, Prediction]], int]:
+    """Usable predictions with their index in the catalog, and the number of unusable ones."""
     index_of = {record.image_id: i for i, record in enumerate(catalog.records)}
     found: dict[int, Prediction] = {}
     for prediction in predictions:

@@ -1,10 +1,10 @@
-"""Pictures of an evaluation: each prediction beside its ground truth, the worst images first, on one page."""
+"""An HTML page for an evaluation: metrics, and predictions beside the ground truth, worst images first."""
 
 from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,118 +12,119 @@ import numpy as np
 
 from mpformer.data.images import load_image
 from mpformer.data.masks import record_masks
-from mpformer.data.records import Catalog, Record
+from mpformer.data.records import Record
 from mpformer.draw import decode_png, encode_jpeg, overlay, side_by_side
+from mpformer.evaluate.evaluation import Evaluation
 from mpformer.evaluate.inference import to_result
 from mpformer.evaluate.instance import ImageInstances, count_instances
 from mpformer.evaluate.panoptic import Counts, count_segments
 from mpformer.evaluate.prediction import Prediction, Scores
-from mpformer.evaluate.semantic import confusion
+from mpformer.evaluate.semantic import class_iou, confusion
 from mpformer.evaluate.truth import true_instances, true_segments
-from mpformer.types import ClassTable, Task
+from mpformer.types import ClassTable
 
 
 @dataclass(frozen=True)
-class Judged:
-    """How well one image was predicted."""
+class Rating:
+    """The quality of the prediction of one image."""
 
     prediction: Prediction
     record: Record
     quality: float | None
-    """0..1; None where there is nothing to find and nothing was found."""
-    verdict: str
-    """The reason in words."""
+    """0..1; None if there are neither true nor predicted objects."""
+    reason: str
+    """The counts behind the quality, in words."""
 
 
-def judge(prediction: Prediction, record: Record, classes: ClassTable, task: Task) -> Judged:
-    """The quality of one image: PQ over all its segments or confident instances, or its mIoU (semantic)."""
-    if task == "semantic":
-        labels = decode_png(prediction.semantic)
-        matrix = confusion(true_segments(record).semantic(), labels, len(classes))
-        right, true = np.diagonal(matrix), matrix.sum(1)
-        union = true + matrix[:, :-1].sum(0) - right
-        seen = true > 0
-        if not seen.any():
-            return Judged(prediction, record, None, "nothing annotated")
-        quality = float((right[seen] / union[seen]).mean())
-        share = right.sum() / true.sum()
-        return Judged(prediction, record, quality, f"mIoU {quality:.0%}, {share:.0%} of the pixels right")
-    counts = _counts(prediction, record, classes, task)
-    matched, spurious, missed = (int(n.sum()) for n in (counts.matched, counts.spurious, counts.missed))
-    total = matched + 0.5 * (spurious + missed)
-    verdict = f"{matched} of {matched + missed} found, {spurious} not there"
-    if not total:
-        return Judged(prediction, record, None, "nothing to find")
-    return Judged(prediction, record, float(counts.iou.sum() / total), verdict)
+def rate(prediction: Prediction, record: Record, classes: ClassTable) -> Rating:
+    """The quality of one image: PQ of its segments or of its confident instances, or its mIoU (semantic).
 
-
-def _counts(prediction: Prediction, record: Record, classes: ClassTable, task: Task) -> Counts:
-    if task == "instance":
+    `ValueError` for the prediction of an unusable image.
+    """
+    if prediction.panoptic is not None:
+        true, found = true_segments(record), prediction.panoptic
+        counts = count_segments(true.ids, true.labels, true.crowd, found.ids(), found.labels, len(classes))
+        return _rating(prediction, record, counts)
+    if prediction.instances is not None:
         things = [t for t in true_instances(record) if t.label in classes.thing_labels]
         image = ImageInstances(prediction.size, things, prediction.instances)
-        return count_instances(image, len(classes))
-    truth, found = true_segments(record), prediction.panoptic
-    ids = decode_png(found.png)
-    return count_segments(truth.ids, truth.labels, truth.crowd, ids, found.labels, len(classes))
+        return _rating(prediction, record, count_instances(image, len(classes)))
+    if prediction.semantic is None:
+        raise ValueError(f"image {prediction.image_id} has no result: {prediction.problem}")
+    labels = decode_png(prediction.semantic)
+    matrix = confusion(true_segments(record).semantic(), labels, len(classes))
+    if not matrix.any():
+        return Rating(prediction, record, None, "no annotated pixels")
+    quality = float(np.nanmean(class_iou(matrix)))
+    correct = np.trace(matrix) / matrix.sum()
+    return Rating(prediction, record, quality, f"mIoU {quality:.0%}, pixel accuracy {correct:.0%}")
 
 
-def worst_first(predictions: Iterable[Prediction], catalog: Catalog, task: Task) -> list[Judged]:
-    """All predicted images, the worst ones first; those without a quality last."""
+def _rating(prediction: Prediction, record: Record, counts: Counts) -> Rating:
+    numbers = (counts.true_positives, counts.false_positives, counts.false_negatives)
+    matched, wrong, missed = (int(n.sum()) for n in numbers)
+    total = matched + 0.5 * (wrong + missed)
+    if not total:
+        return Rating(prediction, record, None, "no objects")
+    reason = f"{matched} of {matched + missed} found, {wrong} false positives"
+    return Rating(prediction, record, float(counts.iou.sum() / total), reason)
+
+
+def worst_first(evaluation: Evaluation) -> list[Rating]:
+    """All predicted images, lowest quality first; those without a quality last."""
+    catalog = evaluation.catalog
     records = {record.image_id: record for record in catalog.records}
-    judged = [judge(p, records[p.image_id], catalog.classes, task) for p in predictions if not p.problem]
-    return sorted(judged, key=lambda j: (j.quality is None, j.quality or 0.0, j.record.image_id))
+    usable = [p for p in evaluation.predictions if not p.problem]
+    rated = [rate(p, records[p.image_id], catalog.classes) for p in usable]
+    return sorted(rated, key=lambda r: (r.quality is None, r.quality or 0.0, r.record.image_id))
 
 
-def picture(judged: Judged, classes: ClassTable, task: Task) -> np.ndarray:
-    """Prediction and ground truth side by side, [h,w,3] uint8."""
-    image = load_image(judged.record)
-    found = to_result(judged.prediction, classes, task).overlay(image)
-    if task == "semantic":
-        labels = true_segments(judged.record).semantic()
+def picture(prediction: Prediction, record: Record, classes: ClassTable) -> np.ndarray:
+    """Prediction and ground truth side by side, [h,w,3] uint8 RGB."""
+    image, result = load_image(record), to_result(prediction, classes)
+    if result.task == "semantic":
+        labels = true_segments(record).semantic()
         seen = [k for k in range(len(classes)) if (labels == k).any()]
         masks = [labels == k for k in seen]
     else:
-        shown = classes.thing_labels if task == "instance" else range(len(classes))
-        pairs = zip(record_masks(judged.record), judged.record.segments)
+        shown = classes.thing_labels if result.task == "instance" else range(len(classes))
+        pairs = zip(record_masks(record), record.segments)
         kept = [(mask, segment.label) for mask, segment in pairs if segment.label in shown]
         masks, seen = [mask for mask, _ in kept], [label for _, label in kept]
     truth = overlay(image, masks, seen, classes)
-    return side_by_side([found, truth], ["prediction", "ground truth"])
+    return side_by_side([result.overlay(image), truth], ["prediction", "ground truth"])
 
 
 def write_page(
     folder: Path,
     title: str,
-    predictions: Sequence[Prediction],
-    catalog: Catalog,
-    task: Task,
-    scores: Scores,
+    evaluation: Evaluation,
     *,
     count: int = 24,
     facts: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Write FOLDER/evaluation.html and the pictures that it shows as FOLDER/NN-IMAGE.jpg; return all files.
+    """Write FOLDER/evaluation.html and its pictures FOLDER/NN-IMAGE.jpg; return the paths of all files.
 
-    The page holds everything (style, pictures) and loads nothing. It shows the `count` worst images, then the
-    figures, those of each class, and `facts` (images per second, ...).
+    The page is self-contained. It shows the metrics and `facts` (images per second, ...), the `count` worst
+    images, and the metrics of each class.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    judged = worst_first(predictions, catalog, task)
+    rated, classes = worst_first(evaluation), evaluation.catalog.classes
     files, figures = [], []
-    for rank, one in enumerate(judged[:count], 1):
-        jpeg = encode_jpeg(picture(one, catalog.classes, task))
+    for rank, one in enumerate(rated[:count], 1):
+        jpeg = encode_jpeg(picture(one.prediction, one.record, classes))
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in one.record.image_id)
-        files.append(folder / f"{rank:02d}-{name[-80:]}.jpg")  # a file system allows 255 bytes
+        files.append(folder / f"{rank:02d}-{name[-80:]}.jpg")  # file names are limited to 255 bytes
         files[-1].write_bytes(jpeg)
         quality = "no quality" if one.quality is None else f"quality {one.quality:.0%}"
-        caption = f"<b>{html.escape(one.record.image_id)}</b> {quality}: {html.escape(one.verdict)}"
+        caption = f"<b>{html.escape(one.record.image_id)}</b> {quality}: {html.escape(one.reason)}"
         data = base64.b64encode(jpeg).decode()
         figures.append(
             f'<figure><figcaption>{caption}</figcaption><img src="data:image/jpeg;base64,{data}" '
             f'alt="prediction beside ground truth"></figure>'
         )
     page = folder / "evaluation.html"
-    page.write_text(_page(title, len(judged), figures, scores, facts or {}), encoding="utf-8")
+    page.write_text(_page(title, len(rated), figures, evaluation.scores, facts or {}), encoding="utf-8")
     return [page, *files]
 
 
@@ -145,10 +146,10 @@ figcaption { margin-bottom: .3rem; overflow-wrap: anywhere; }
 
 
 def _page(title: str, images: int, figures: Sequence[str], scores: Scores, facts: Mapping[str, str]) -> str:
-    tiles = {name: f"{value:.1f}" for name, value in scores.summary.items()} | dict(facts)
+    values = {name: f"{value:.1f}" for name, value in scores.summary.items()} | dict(facts)
     cells = "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
-        for name, value in tiles.items()
+        for name, value in values.items()
     )
     columns = list(dict.fromkeys(name for row in scores.per_class.values() for name in row))
     head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
@@ -162,7 +163,7 @@ def _page(title: str, images: int, figures: Sequence[str], scores: Scores, facts
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
-<p>{images} images; figures in percent.</p>
+<p>{images} images; metrics in percent.</p>
 <dl>{cells}</dl>
 <h2>Worst images first</h2>
 {"".join(figures) or "<p>No images.</p>"}

@@ -1,4 +1,4 @@
-"""Panoptic quality (Kirillov et al., Panoptic Segmentation, CVPR 2019, section 4) with void and crowd."""
+"""Panoptic quality (Kirillov et al., Panoptic Segmentation, CVPR 2019) with void and crowd regions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ class Counts:
     """Sums over images, one entry per class [K]."""
 
     iou: np.ndarray
-    """Sum of IoU over the matched pairs."""
-    matched: np.ndarray
-    spurious: np.ndarray
-    """Predicted segments without a match: false positives."""
-    missed: np.ndarray
-    """True segments without a match: false negatives."""
+    """Sum of IoU over the true positives."""
+    true_positives: np.ndarray
+    """Matched pairs of a predicted and a true segment."""
+    false_positives: np.ndarray
+    false_negatives: np.ndarray
 
     @classmethod
     def zero(cls, classes: int) -> Counts:
@@ -30,9 +29,9 @@ class Counts:
     def __add__(self, other: Counts) -> Counts:
         return Counts(
             self.iou + other.iou,
-            self.matched + other.matched,
-            self.spurious + other.spurious,
-            self.missed + other.missed,
+            self.true_positives + other.true_positives,
+            self.false_positives + other.false_positives,
+            self.false_negatives + other.false_negatives,
         )
 
 
@@ -44,39 +43,39 @@ def count_segments(
     labels: Sequence[int],
     classes: int,
 ) -> Counts:
-    """Matches of one image. Both maps [h,w]: 0 void, i the i-th entry of the labels that follow it.
+    """Matches of one image. Both maps [h,w]: 0 void, i the i-th entry of `true_labels` or `labels`.
 
-    A pair matches if it has one class and IoU above 0.5, void pixels of the truth not counted. A predicted
-    segment that lies by more than half in void, or in crowd regions of its own class, is no error; a crowd
-    region is never missed.
+    A pair matches if both have the same class and their IoU, without void pixels of the truth, is above 0.5.
+    A predicted segment with more than half of its area in void, or in crowd regions of its class, is
+    ignored; a crowd region is never a false negative.
     """
-    true_labels, labels = np.asarray(true_labels, dtype=np.int64), np.asarray(labels, dtype=np.int64)
-    crowd = np.asarray(crowd, dtype=bool)
-    rows, columns = len(true_labels) + 1, len(labels) + 1
+    true_classes, found_classes = (np.asarray(side, dtype=np.int64) for side in (true_labels, labels))
+    is_crowd = np.asarray(crowd, dtype=bool)
+    rows, columns = len(true_classes) + 1, len(found_classes) + 1
     pairs = true_ids.astype(np.int64).ravel() * columns + ids.ravel()
     overlap = np.bincount(pairs, minlength=rows * columns).reshape(rows, columns)
     true_area, area = overlap.sum(1)[1:], overlap.sum(0)[1:]
     in_void, overlap = overlap[0, 1:], overlap[1:, 1:]
 
-    same = true_labels[:, None] == labels[None]
+    same = true_classes[:, None] == found_classes[None]
     union = true_area[:, None] + area[None] - overlap - in_void[None]
-    iou = np.where(same & ~crowd[:, None], overlap / np.maximum(union, 1), 0.0)
+    iou = np.where(same & ~is_crowd[:, None], overlap / np.maximum(union, 1), 0.0)
     t, p = np.nonzero(iou > 0.5)
-    pardoned = in_void + (overlap * (same & crowd[:, None])).sum(0)
-    spurious = (area > 0) & (pardoned <= 0.5 * area)
-    spurious[p] = False
-    missed = (true_area > 0) & ~crowd
-    missed[t] = False
+    ignored = in_void + (overlap * (same & is_crowd[:, None])).sum(0)
+    false_positive = (area > 0) & (ignored <= 0.5 * area)
+    false_positive[p] = False
+    false_negative = (true_area > 0) & ~is_crowd
+    false_negative[t] = False
     return Counts(
-        np.bincount(true_labels[t], weights=iou[t, p], minlength=classes),
-        np.bincount(true_labels[t], minlength=classes),
-        np.bincount(labels[spurious], minlength=classes),
-        np.bincount(true_labels[missed], minlength=classes),
+        np.bincount(true_classes[t], weights=iou[t, p], minlength=classes),
+        np.bincount(true_classes[t], minlength=classes),
+        np.bincount(found_classes[false_positive], minlength=classes),
+        np.bincount(true_classes[false_negative], minlength=classes),
     )
 
 
 def count_classes(truth: np.ndarray, labels: np.ndarray, classes: int) -> Counts:
-    """Matches of one semantic image, every class of it one segment. Both maps [h,w]: 0..K-1, else void."""
+    """Matches of one semantic image, each class being one segment. Both maps [h,w]: 0..K-1, else void."""
     segments = range(classes)
     true_ids, ids = (np.where((m >= 0) & (m < classes), m.astype(np.int64) + 1, 0) for m in (truth, labels))
     return count_segments(true_ids, segments, [False] * classes, ids, segments, classes)
@@ -85,22 +84,23 @@ def count_classes(truth: np.ndarray, labels: np.ndarray, classes: int) -> Counts
 def panoptic_quality(counts: Counts, classes: ClassTable, things: Set[int]) -> Scores:
     """PQ, SQ and RQ in percent: means over the classes that occur in truth or prediction.
 
-    Keys PQ, SQ, RQ, and the same with _things and _stuff. `things` are the labels counted as things.
+    Keys PQ, SQ, RQ, and the same with _things and _stuff. `things`: labels counted as things.
     """
-    total = counts.matched + 0.5 * counts.spurious + 0.5 * counts.missed
+    matched = counts.true_positives
+    total = matched + 0.5 * counts.false_positives + 0.5 * counts.false_negatives
     occurs = total > 0
-    figures = {
+    metrics = {
         "PQ": counts.iou / np.where(occurs, total, 1),
-        "SQ": counts.iou / np.maximum(counts.matched, 1),
-        "RQ": counts.matched / np.where(occurs, total, 1),
+        "SQ": counts.iou / np.maximum(matched, 1),
+        "RQ": matched / np.where(occurs, total, 1),
     }
     is_thing = np.array([label in things for label in range(len(classes))])
-    summary = {}
+    summary: dict[str, float] = {}
     for suffix, group in (("", occurs), ("_things", occurs & is_thing), ("_stuff", occurs & ~is_thing)):
         if group.any():
-            summary |= {name + suffix: float(v[group].mean() * 100) for name, v in figures.items()}
+            summary |= {name + suffix: float(v[group].mean() * 100) for name, v in metrics.items()}
     per_class = {
-        classes.names[k]: {name: float(v[k] * 100) for name, v in figures.items()}
+        classes.names[k]: {name: float(v[k] * 100) for name, v in metrics.items()}
         for k in np.flatnonzero(occurs).tolist()
     }
     return Scores(summary, per_class)

@@ -1,40 +1,41 @@
-"""From one image's predictions to results: instance, panoptic, semantic and general inference.
+"""Post-processing of one image's predictions: instance, panoptic, semantic and general inference.
 
-Mask logits [Q,H/4,W/4] pass through two bilinear resizings with a crop between them: to the padded network
-input (H, W), cut to its valid part, to the original image. Both are linear and separable, so together they
-are one matrix for the rows and one for the columns (`Sizes.matrices`), with the very weights of
-`torch.nn.functional.interpolate(align_corners=False)`. That lets every function here upsample only what it
-needs: the kept queries, and of an instance only the rows and columns that its mask touches.
+Mask logits [Q,H/4,W/4] are resized bilinearly twice: to the padded network input (H, W), which is then
+cropped to its valid part, and to the original image. Both steps are linear and separable, so together they
+are one matrix for the rows and one for the columns (`Sizes.matrices`), with the weights of
+`torch.nn.functional.interpolate(align_corners=False)`. Every function here can therefore upsample only what
+it needs: the kept queries, and of an instance only the rows and columns that its mask touches.
 
-An image may come as several views (sizes, mirrored or not): probabilities are then averaged pixel by pixel.
-Nothing here needs gradients; everything runs on the device of its input. [h,w] is the original image.
+With several views of an image (scales, flips) the probabilities are averaged pixel by pixel. No gradients
+are needed; everything runs on the device of its input. [h,w] is the original image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_BAND_ELEMENTS = 1 << 24  # numbers held at once by the functions that walk over bands of rows: 64 MiB
+_BAND_ELEMENTS = 1 << 24
+"""Elements (64 MiB) that the functions that work on bands of rows hold at a time."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """(height, width) of one image on its way through the network."""
+    """(height, width) of one image at each stage of inference."""
 
     padded: tuple[int, int]
     """The network input: H, W."""
     valid: tuple[int, int]
     """The resized image without padding: the upper left part of the input."""
     original: tuple[int, int]
-    """The image as it came: h, w."""
+    """The original image: h, w."""
 
     def matrices(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [h,H/4] and columns [w,W/4] such that rows @ logits @ columns.T are logits of the original."""
+        """Rows [h,H/4] and columns [w,W/4] such that rows @ logits @ columns.T are the original's logits."""
         both = (
             _to_original(like.shape[-2 + axis], self.padded[axis], self.valid[axis], self.original[axis])
             for axis in (0, 1)
@@ -45,35 +46,42 @@ class Sizes:
 
 @dataclass(frozen=True)
 class View:
-    """What one forward says about one image."""
+    """The predictions of one forward pass for one image."""
 
     class_logits: Tensor | None
-    """[Q,K+1], the last entry being no-object; None of a per-pixel model."""
+    """[Q,K+1], the last entry being no-object; None for a per-pixel model."""
     mask_logits: Tensor
-    """[Q,H/4,W/4]; of a per-pixel model [K,H/4,W/4] class maps."""
+    """[Q,H/4,W/4]; for a per-pixel model [K,H/4,W/4] class maps."""
     sizes: Sizes
-    mirrored: bool = False
-    """The network saw the image's mirror image (left and right swapped)."""
+    flipped: bool = False
+    """Whether the network input was flipped horizontally."""
 
     def class_probabilities(self) -> Tensor:
-        """[Q,K+1]"""
+        """[Q,K+1] float32. `ValueError` for a per-pixel model, which has no queries."""
+        if self.class_logits is None:
+            raise ValueError("a per-pixel model has no class probabilities of queries")
         return self.class_logits.float().softmax(-1)
 
-    def upsampler(self, queries: Tensor | None = None) -> Callable[[slice], Tensor]:
-        """A function from a band of rows of the original image to its mask logits [Q,rows,w] float32.
+    def reordered(self, queries: Tensor) -> View:
+        """The view with its queries in the order of the indices `queries` [Q]."""
+        class_logits = None if self.class_logits is None else self.class_logits[queries]
+        return replace(self, class_logits=class_logits, mask_logits=self.mask_logits[queries])
 
-        `queries` (int64 or bool) chooses and orders them; None: all.
+    def upsampler(self, queries: Tensor | None = None) -> Callable[[slice], Tensor]:
+        """A function from a slice of rows of the original image to their mask logits [Q,rows,w] float32.
+
+        `queries` (int64 or bool) selects and orders the queries; None: all.
         """
         logits = (self.mask_logits if queries is None else self.mask_logits[queries]).float()
         rows, columns = self.sizes.matrices(logits)
-        if self.mirrored:
+        if self.flipped:
             columns = columns.flip(0)
         return lambda band: rows[band] @ logits @ columns.T
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One object found by one query. Its mask is False outside the crop that is held."""
+    """One object, found by one query. Its mask is False outside the stored crop."""
 
     label: int
     score: float
@@ -93,7 +101,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class Panoptic:
-    """A partition of the image: `ids` [h,w] int64, 0 void, i the segment `labels[i - 1]`, `scores[i - 1]`."""
+    """A panoptic segmentation: `ids` [h,w] int64, 0 void, i the segment `labels[i - 1]`, `scores[i - 1]`."""
 
     ids: Tensor
     labels: tuple[int, ...]
@@ -106,9 +114,9 @@ def instance(
     """The `top_k` best of all Q x K (query, class) pairs, best class probability first (Mask2Former).
 
     A pair's score is its class probability times the mean mask probability over the mask's foreground. Pairs
-    of a class that is not in `thing_labels` are dropped after the top k were chosen, as in the official code;
-    so are pairs below `score_threshold`. An empty mask is no instance. Instances come one by one, so that a
-    caller can encode one before the next one is upsampled. The view must not be mirrored.
+    whose class is not in `thing_labels` are dropped after the top-k selection, as in the official code, and
+    so are pairs below `score_threshold` and empty masks. Instances are generated one by one, so that a
+    caller can encode each before the next is upsampled. The view must not be flipped.
     """
     probabilities = view.class_probabilities()[:, :-1]
     queries, classes = probabilities.shape
@@ -119,7 +127,7 @@ def instance(
         (query, label, score)
         for query, label, score in zip(chosen, labels, order.values.tolist())
         if score >= score_threshold and (thing_labels is None or label in thing_labels)
-    ]  # the mask's factor is at most 1: a pair below the threshold stays below it
+    ]  # the mean mask probability is at most 1: a pair below the threshold stays below it
     mask_logits = view.mask_logits.float()
     rows, columns = view.sizes.matrices(mask_logits)
     row_spans, column_spans = _spans(rows), _spans(columns)
@@ -140,12 +148,12 @@ def panoptic(
     overlap: float = 0.8,
     thing_labels: Set[int],
 ) -> Panoptic:
-    """Each pixel to the query with the largest class probability x mask probability (MaskFormer section 3.4).
+    """Assign each pixel to the query with the largest class x mask probability (MaskFormer section 3.4).
 
-    Query q is the same object in all views. Queries whose best class is no-object, or below
-    `class_confidence`, take no part; a query that wins less than `overlap` of the area of its own mask
-    (probability >= 0.5) is dropped, its pixels stay void. Segments of one stuff class are one segment,
-    scored by its best query.
+    Query q is the same object in all views. Queries whose best class is no-object, or not above
+    `class_confidence`, are dropped, and so is a query that is assigned less than `overlap` of the area of
+    its own mask (probability >= 0.5): its pixels become void. Segments of one stuff class are merged and
+    scored by the best query.
     """
     scores, labels, masks_of = _confident(views, class_confidence)
     count, (height, width) = len(scores), views[0].sizes.original
@@ -186,10 +194,10 @@ def panoptic(
 
 
 def general(views: Sequence[View], *, class_confidence: float = 0.3) -> Tensor:
-    """The class of each pixel by general inference, [h,w] int64; -1 where no query is left.
+    """The class of each pixel by general inference, [h,w] int64; -1 if all queries are dropped.
 
-    Each pixel to the query with the largest class probability x mask probability among those whose best
-    class is not no-object and at least so probable (MaskFormer section 3.4 and Table VII).
+    Each pixel is assigned to the query with the largest class x mask probability among those whose best
+    class is not no-object and above `class_confidence` (MaskFormer section 3.4 and Table VII).
     """
     scores, labels, masks_of = _confident(views, class_confidence)
     count, (height, width) = len(scores), views[0].sizes.original
@@ -201,12 +209,12 @@ def general(views: Sequence[View], *, class_confidence: float = 0.3) -> Tensor:
 
 
 def semantic(views: Sequence[View], *, at_original: bool = False) -> Tensor:
-    """The class of each pixel, [h,w] int64: argmax of sum over queries of class x mask probability.
+    """The class of each pixel, [h,w] int64: argmax of the sum over queries of class x mask probability.
 
-    MaskFormer section 3.4, marginalisation; no-object takes no part. The class maps are summed at the size of
-    the network input and then resized to the original, as the official semantic models do; `at_original`
-    resizes the masks first and sums there, as the official panoptic models do for their mIoU. The maps of a
-    per-pixel model are class scores themselves.
+    MaskFormer section 3.4, marginalisation; no-object is left out. The class maps are computed at the size
+    of the network input and then resized to the original, as in the official semantic models; `at_original`
+    resizes the masks first, as the official panoptic models do for their mIoU. The maps of a per-pixel model
+    are class scores already.
     """
     height, width = views[0].sizes.original
     makers = [_class_maps(view, at_original) for view in views]
@@ -225,7 +233,7 @@ def semantic(views: Sequence[View], *, at_original: bool = False) -> Tensor:
 def _confident(
     views: Sequence[View], class_confidence: float
 ) -> tuple[Tensor, Tensor, Callable[[slice], Tensor]]:
-    """Scores [n], labels [n] and mask probabilities [n,rows,w] of the queries that are sure of an object."""
+    """Scores [n], labels [n] and mask probabilities [n,rows,w] of the queries above `class_confidence`."""
     probabilities = torch.stack([v.class_probabilities() for v in views]).mean(0)
     scores, labels = probabilities.max(-1)
     kept = (labels < probabilities.shape[-1] - 1) & (scores > class_confidence)
@@ -241,7 +249,7 @@ def _confident(
 
 
 def _class_maps(view: View, at_original: bool) -> tuple[Callable[[slice], Tensor], int]:
-    """A function from a band of the original's rows to class maps [K,rows,w], and its elements per row."""
+    """A function from a slice of the original's rows to class maps [K,rows,w], and its elements per row."""
     upsampled, width = view.upsampler(), view.sizes.original[1]
     if view.class_logits is None:
         return upsampled, len(view.mask_logits) * width
@@ -252,7 +260,7 @@ def _class_maps(view: View, at_original: bool) -> tuple[Callable[[slice], Tensor
     valid, original = view.sizes.valid, view.sizes.original
     at_input = View(None, view.mask_logits, Sizes(view.sizes.padded, valid, valid)).upsampler()
     rows, columns = (_resizing(valid[axis], original[axis]).to(view.mask_logits.device) for axis in (0, 1))
-    if view.mirrored:
+    if view.flipped:
         columns = columns.flip(0)
     spans = _spans(rows)
 
@@ -270,7 +278,7 @@ def _marginalise(probabilities: Tensor, mask_logits: Tensor) -> Tensor:
 
 
 def _resizing(source: int, target: int) -> Tensor:
-    """[target,source]: the matrix of a bilinear resize of one axis is the resize of the identity."""
+    """[target,source]: the matrix of a bilinear resize of one axis, which is the resized identity."""
     identity = torch.eye(source)
     if source == target:
         return identity
@@ -278,13 +286,13 @@ def _resizing(source: int, target: int) -> Tensor:
 
 
 def _to_original(source: int, padded: int, valid: int, original: int) -> Tensor:
-    """[original,source]: up to the padded size, cut, to the original size."""
+    """[original,source]: resize to the padded size, crop to the valid one, resize to the original."""
     up = _resizing(source, padded)[:valid]
     return up if valid == original else _resizing(valid, original) @ up
 
 
 def _spans(matrix: Tensor) -> list[tuple[int, int]]:
-    """For each row of a banded matrix the half-open range of its entries other than 0."""
+    """For each row of a banded matrix the half-open range of its nonzero entries."""
     used = matrix != 0
     first = used.int().argmax(1)
     last = matrix.shape[1] - used.flip(1).int().argmax(1)
@@ -292,7 +300,7 @@ def _spans(matrix: Tensor) -> list[tuple[int, int]]:
 
 
 def _extents(masks: Tensor) -> list[tuple[int, int, int, int] | None]:
-    """Of each mask [Q,y,x] the half-open box (top, bottom, left, right); None where it is empty."""
+    """Half-open box (top, bottom, left, right) of each mask [Q,y,x]; None for an empty one."""
     ends = []
     for axis in (2, 1):
         used = masks.any(axis)
@@ -311,14 +319,14 @@ def _crop(
 ) -> tuple[Tensor, int, int, float]:
     """Upsample the part of a mask that can be positive: crop, its top and left, mean foreground probability.
 
-    An upsampled value is a mean of cells, so it is positive only where a positive cell lies in its span.
+    An upsampled value is a weighted mean of cells: positive only if a cell in its span is positive.
     """
-    nothing = (torch.zeros((0, 0), dtype=torch.bool, device=logits.device), 0, 0, 0.0)
+    empty = (torch.zeros((0, 0), dtype=torch.bool, device=logits.device), 0, 0, 0.0)
     if extent is None:
-        return nothing
-    (top, bottom), (left, right) = _reach(row_spans, *extent[:2]), _reach(column_spans, *extent[2:])
-    if top == bottom or left == right:  # lies in the padding
-        return nothing
+        return empty
+    (top, bottom), (left, right) = _touching(row_spans, *extent[:2]), _touching(column_spans, *extent[2:])
+    if top == bottom or left == right:  # inside the padding
+        return empty
     y0, y1 = row_spans[top][0], row_spans[bottom - 1][1]
     x0, x1 = column_spans[left][0], column_spans[right - 1][1]
     upsampled = rows[top:bottom, y0:y1] @ logits[y0:y1, x0:x1] @ columns[left:right, x0:x1].T
@@ -327,13 +335,14 @@ def _crop(
     return crop, top, left, float(foreground.sum() / (crop.sum() + 1e-6))
 
 
-def _reach(spans: list[tuple[int, int]], start: int, stop: int) -> tuple[int, int]:
-    """The half-open range of outputs whose span meets start..stop; spans ascend."""
+def _touching(spans: list[tuple[int, int]], start: int, stop: int) -> tuple[int, int]:
+    """The half-open range of outputs whose span overlaps start..stop; spans ascend."""
     inside = [i for i, (lo, hi) in enumerate(spans) if lo < stop and hi > start]
     return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
 def _bands(rows: int, elements_per_row: int) -> Iterator[slice]:
+    """Slices of rows with at most `_BAND_ELEMENTS` elements each, but at least one row."""
     step = max(1, _BAND_ELEMENTS // max(elements_per_row, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

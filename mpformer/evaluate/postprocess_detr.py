@@ -1,4 +1,4 @@
-"""DETR's panoptic post-processing, with which MaskFormer's Table 3 has a row, "MaskFormer (DETR)"."""
+"""DETR's panoptic post-processing: the row "MaskFormer (DETR)" of MaskFormer's Table 3."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from mpformer.evaluate.postprocess import Panoptic, View
 
-SPECK = 4
-"""Segments of at most so many pixels are dropped."""
+MIN_PIXELS = 5
+"""Smaller segments are removed."""
 
 
 def detr_panoptic(
     views: Sequence[View], *, class_confidence: float = 0.85, thing_labels: Set[int]
 ) -> Panoptic:
-    """Each pixel to the query with the largest mask logit (mean of the views); specks are dropped.
+    """Assign each pixel to the query with the largest mask logit (mean of the views).
 
     Query q is the same object in all views. Queries whose best class is no-object, or not above
-    `class_confidence`, take no part; those of one stuff class are one segment, scored by its best query. As
-    long as a segment is a speck, it goes and its pixels are given anew. No pixel is void unless no query is
-    left. (DETR's evaluation code; the paper, section 4.4 of Carion et al., describes it in words.)
+    `class_confidence`, are dropped; those of one stuff class are one segment, scored by its best query.
+    Small segments are removed and their pixels reassigned until none is left. No pixel is void unless all
+    queries are dropped. (DETR's evaluation code; Carion et al., section 4.4, describes it.)
     """
     probabilities = torch.stack([v.class_probabilities() for v in views]).mean(0)
     scores, labels = probabilities.max(-1)
@@ -32,8 +32,8 @@ def detr_panoptic(
     while len(labels):
         owner = _first_of_stuff(labels, thing_labels)[masks.argmax(0)]  # [h,w] query
         areas = torch.bincount(owner.flatten(), minlength=len(labels))
-        # a stuff query stands or falls with the one that its pixels were given to
-        stays = areas[_first_of_stuff(labels, thing_labels)] > SPECK
+        # all queries of a stuff class are kept or removed together
+        stays = areas[_first_of_stuff(labels, thing_labels)] >= MIN_PIXELS
         if stays.all():
             return _segments(owner, labels, scores, thing_labels)
         masks, labels, scores = masks[stays], labels[stays], scores[stays]
@@ -41,7 +41,7 @@ def detr_panoptic(
 
 
 def _first_of_stuff(labels: Tensor, thing_labels: Set[int]) -> Tensor:
-    """For each query [n] itself, or for stuff the first query of its class."""
+    """Index [n] of the query that owns each query's pixels: itself, or for stuff the first of its class."""
     first: dict[int, int] = {}
     owners = [
         i if label in thing_labels else first.setdefault(label, i) for i, label in enumerate(labels.tolist())
@@ -50,6 +50,7 @@ def _first_of_stuff(labels: Tensor, thing_labels: Set[int]) -> Tensor:
 
 
 def _segments(owner: Tensor, labels: Tensor, scores: Tensor, thing_labels: Set[int]) -> Panoptic:
+    """The segmentation from the query [h,w] that owns each pixel."""
     best = scores.clone()
     best.scatter_reduce_(0, _first_of_stuff(labels, thing_labels), scores, "amax")
     present, ids = owner.unique(return_inverse=True)

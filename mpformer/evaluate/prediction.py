@@ -1,11 +1,15 @@
-"""What is kept of a prediction: a few kilobytes per image, ready to travel between workers."""
+"""Compact predictions, a few kilobytes per image, that workers send to each other; and metrics by name."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-Figures = dict[str, dict[int, float]]
-"""Figures of decoder layers by name and layer: 0..1 of one image, in percent of a data set."""
+import numpy as np
+
+from mpformer.draw import decode_png
+
+LayerMetrics = dict[str, dict[int, float]]
+"""Metrics of the decoder layers by name and layer: 0..1 for one image, in percent for a data set."""
 
 
 @dataclass(frozen=True)
@@ -16,48 +20,52 @@ class FoundInstance:
     score: float
     """0..1."""
     counts: bytes
-    """The mask as COCO's compressed run lengths, at the size of the image."""
+    """The mask as COCO's compressed run lengths, at the size of the image; see `instance.decode`."""
 
 
 @dataclass(frozen=True)
 class FoundSegments:
-    """One predicted partition into segments."""
+    """A predicted panoptic segmentation."""
 
     png: bytes
     """16-bit grey PNG: 0 void, i the segment that `labels[i - 1]` and `scores[i - 1]` describe."""
     labels: tuple[int, ...]
     scores: tuple[float, ...]
 
+    def ids(self) -> np.ndarray:
+        """The segment of each pixel, [h,w] uint16."""
+        return decode_png(self.png)
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """All that an evaluation needs of one image; a part that the task does not ask for is None."""
+    """The results for one image: one kind for an instance or semantic task, all three for a panoptic task."""
 
     image_id: str
     size: tuple[int, int]
     """(height, width) of the original image."""
     instances: tuple[FoundInstance, ...] | None = None
-    """Best first."""
+    """Sorted by score, best first."""
     panoptic: FoundSegments | None = None
     semantic: bytes | None = None
     """PNG of labels, 8 bits if they fit into 0..254, else 16; the largest value is void."""
-    layers: Figures | None = None
-    """Diagnostics of the decoder's layers, under `evaluate.layers`."""
+    layers: LayerMetrics | None = None
+    """Diagnostics of the decoder layers, with `evaluate.layers`."""
     problem: str = ""
-    """Why there is no prediction, under `on_bad_sample: skip`; empty when there is one."""
+    """Why there is no result, with `on_bad_sample: skip`; empty when there is one."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Figures in percent. A figure that is not defined (no such class or size present) is absent."""
+    """Metrics in percent. An undefined metric (no such class or size present) is absent."""
 
     summary: dict[str, float] = field(default_factory=dict)
     """{"AP": 43.7, ...}"""
     per_class: dict[str, dict[str, float]] = field(default_factory=dict)
-    """{class name: {"AP": ..., ...}}, classes in the order of the table."""
+    """{class name: {"AP": ..., ...}}, in the order of the class table."""
 
     def merged(self, other: Scores) -> Scores:
-        """Both sets of figures together."""
+        """The union of both sets of metrics."""
         names = [*self.per_class, *(n for n in other.per_class if n not in self.per_class)]
         return Scores(
             {**self.summary, **other.summary},

@@ -1,8 +1,9 @@
-"""The ground truth of one record in the forms that the metrics compare with."""
+"""The ground truth of one image in the forms that metrics compare with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,22 +19,45 @@ VOID = -1
 """Label of pixels that no segment covers."""
 
 
+class Truth:
+    """The ground truth of one image. Each form is computed at its first use."""
+
+    def __init__(self, record: Record, instances: Record | None = None) -> None:
+        self.record = record
+        self._instances = record if instances is None else instances
+
+    @cached_property
+    def instances(self) -> tuple[TrueInstance, ...]:
+        """The objects and crowd regions: `Catalog.instances` where the data set has it, else the segments."""
+        return true_instances(self._instances)
+
+    @cached_property
+    def segments(self) -> TrueSegments:
+        """The panoptic segmentation."""
+        return true_segments(self.record)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The label of each pixel, [h,w] int64; `VOID` where there is none."""
+        return self.segments.semantic()
+
+
 @dataclass(frozen=True)
 class TrueSegments:
-    """A partition of the image: `ids` [h,w] int32, 0 void, i the segment of `labels[i - 1]`."""
+    """A panoptic segmentation: `ids` [h,w] int32, 0 void, i the segment of `labels[i - 1]`."""
 
     ids: np.ndarray
     labels: tuple[int, ...]
     crowd: tuple[bool, ...]
 
     def semantic(self) -> np.ndarray:
-        """The label of each pixel, [h,w] int64; `VOID` where there is none. Crowds have their class."""
+        """The label of each pixel, [h,w] int64; `VOID` where there is none. Crowd regions count."""
         return np.array([VOID, *self.labels], dtype=np.int64)[self.ids]
 
 
 def true_instances(record: Record) -> tuple[TrueInstance, ...]:
-    """Every segment as an instance, with the area that its source states."""
-    if any(isinstance(s.mask, MapId) for s in record.segments):  # one reading of the label map for all
+    """Every segment as an instance, with its annotated area."""
+    if any(isinstance(s.mask, MapId) for s in record.segments):  # decodes the label map once for all
         counts = [encode_mask(mask) for mask in record_masks(record)]
     else:
         counts = [segment_rle(s, record)["counts"] for s in record.segments]
@@ -41,7 +65,7 @@ def true_instances(record: Record) -> tuple[TrueInstance, ...]:
 
 
 def true_segments(record: Record) -> TrueSegments:
-    """The record as a partition; where segments overlap, the later one is on top."""
+    """The record as a panoptic segmentation; where segments overlap, the later one is on top."""
     ids = np.zeros((record.height, record.width), dtype=np.int32)
     for i, mask in enumerate(record_masks(record)):
         ids[mask] = i + 1
@@ -49,9 +73,9 @@ def true_segments(record: Record) -> TrueSegments:
 
 
 def target_of(record: Record, sizes: Sizes, task: Task) -> Target:
-    """The record as a training target at the size of the network input, padding empty: what a loss would see.
+    """The record as a training target at the size of the network input; masks are False in the padding.
 
-    Crowds are left out but for the task "semantic", which has one mask per class.
+    Crowd regions are left out, except for the task "semantic", which has one mask per class.
     """
     window = Window(0, 0, record.width, record.height, sizes.valid[1], sizes.valid[0])
     found = list(place_masks(record, task, Placement(window, flip=False, canvas=sizes.padded)))

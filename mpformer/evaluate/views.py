@@ -1,15 +1,14 @@
-"""Test-time augmentation: one image seen at several sizes, mirrored or not.
+"""Inference of an image at one or several scales, with or without horizontal flip (test-time augmentation).
 
-The first view is the reference: unmirrored, at the scale nearest to 1. Instances come from it alone, as in
-the papers. Panoptic results need to know which queries of two views are one object; the official code has no
-multi-scale panoptic inference, so the rule is ours: each view's queries are assigned one to one to those of
-the reference by the overlap of their masks (dice) plus the agreement of their class probabilities.
+The first view is the reference: not flipped, at the scale nearest to 1. Instances come from it alone, as in
+the papers. Panoptic results need the queries of all views in one order; the official code has no multi-scale
+panoptic inference, so the rule is ours: each view's queries are assigned one to one to those of the
+reference by the overlap of their masks (dice) plus the agreement of their class probabilities.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def prepare(image: np.ndarray, resize: TestResize, scale: float = 1.0) -> tuple[Tensor, Sizes]:
-    """[h,w,3] uint8 -> the network input [1,3,H,W] uint8, padded with the pixel mean, and its sizes."""
+    """The network input [1,3,H,W] uint8 of an image [h,w,3] uint8 RGB, resized and padded, and its sizes."""
     h, w = image.shape[:2]
     height, width = (max(1, round(edge * scale)) for edge in test_size(h, w, resize))
     resized = resize_image(image, Window(0, 0, w, h, width, height))
@@ -43,19 +42,19 @@ def prepare(image: np.ndarray, resize: TestResize, scale: float = 1.0) -> tuple[
 
 
 def forward(model: Segmenter, images: Tensor, all_heads: bool = False) -> tuple[Head, ...]:
-    """The model's heads, last one last. The model is left in evaluation mode."""
+    """The model's heads, last one last. Switches the model to evaluation mode."""
     if model.training:
         model.eval()
     return model(images, all_heads=all_heads).heads
 
 
-def view_of(head: Head, sizes: Sizes, mirrored: bool = False) -> View:
-    """The view of a head of one image (a batch of one)."""
+def view_of(head: Head, sizes: Sizes, flipped: bool = False) -> View:
+    """The view that a head of one image (a batch of one) gives."""
     class_logits = None if head.class_logits is None else head.class_logits[0]
-    return View(class_logits, head.mask_logits[0], sizes, mirrored)
+    return View(class_logits, head.mask_logits[0], sizes, flipped)
 
 
-def look(
+def predict_views(
     model: Segmenter,
     images: Sequence[np.ndarray],
     resize: TestResize,
@@ -64,63 +63,67 @@ def look(
     *,
     all_heads: bool = False,
 ) -> list[tuple[list[View], tuple[Head, ...]]]:
-    """The views of each image [h,w,3] uint8 RGB that the settings ask for, and the heads of its first one.
+    """For each image [h,w,3] uint8 RGB its views, the reference first, and the heads of the reference.
 
-    The images, of one size, go through the model together.
+    `options.scales` and `flip` choose the views. The images have one size and form one batch per view.
     """
     reference_scale = min(options.scales, key=lambda s: abs(s - 1))
     others = [
-        (scale, mirrored)
+        (scale, flipped)
         for scale in options.scales
-        for mirrored in ((False, True) if options.flip else (False,))
-        if mirrored or scale != reference_scale
+        for flipped in ((False, True) if options.flip else (False,))
+        if flipped or scale != reference_scale
     ]
 
-    def heads_of(scale: float, mirrored: bool, all_heads: bool) -> tuple[list[tuple[Head, ...]], Sizes]:
-        seen = [np.ascontiguousarray(i[:, ::-1]) if mirrored else i for i in images]
-        prepared = [prepare(image, resize, scale) for image in seen]
+    def heads_of(scale: float, flipped: bool, all_heads: bool) -> tuple[list[tuple[Head, ...]], Sizes]:
+        inputs = [np.ascontiguousarray(i[:, ::-1]) if flipped else i for i in images]
+        prepared = [prepare(image, resize, scale) for image in inputs]
         batch = torch.cat([tensor for tensor, _ in prepared])
         heads = forward(model, batch.to(device), all_heads)
         return [tuple(_of_image(head, b) for head in heads) for b in range(len(images))], prepared[0][1]
 
     first, sizes = heads_of(reference_scale, False, all_heads)
-    looks = [([view_of(heads[-1], sizes)], heads) for heads in first]
-    for scale, mirrored in others:
-        more, sizes = heads_of(scale, mirrored, False)
-        for (views, _), heads in zip(looks, more):
-            views.append(view_of(heads[-1], sizes, mirrored))
-    return looks
+    predicted = [([view_of(heads[-1], sizes)], heads) for heads in first]
+    for scale, flipped in others:
+        more, sizes = heads_of(scale, flipped, False)
+        for (views, _), heads in zip(predicted, more):
+            views.append(view_of(heads[-1], sizes, flipped))
+    return predicted
 
 
 def _of_image(head: Head, index: int) -> Head:
-    """The head of one image of a batch, as a batch of one."""
+    """The head of one image of the batch, as a batch of one."""
     one = slice(index, index + 1)
     class_logits = None if head.class_logits is None else head.class_logits[one]
     boxes = None if head.boxes is None else head.boxes[one]
     return Head(class_logits, head.mask_logits[one], boxes)
 
 
-def aligned(views: Sequence[View]) -> list[View]:
-    """The views with their queries in the order of the first one's; see the head of this file."""
+def align_queries(views: Sequence[View]) -> list[View]:
+    """The views with their queries in the order of the reference; see the module's docstring."""
     reference = views[0]
     if len(views) == 1 or reference.class_logits is None:
         return list(views)
-    size = tuple(-(-edge // 4) for edge in reference.sizes.valid)
-    masks, classes = _coarse(reference, size), reference.class_probabilities()
+    size = _valid_cells(reference.sizes)
+    masks, classes = _masks_at(reference, size), reference.class_probabilities()
     result = [reference]
     for view in views[1:]:
-        theirs = _coarse(view, size)
-        overlap = 2 * masks @ theirs.T / (masks.sum(1, keepdim=True) + theirs.sum(1) + 1e-6)
+        others = _masks_at(view, size)
+        overlap = 2 * masks @ others.T / (masks.sum(1, keepdim=True) + others.sum(1) + 1e-6)
         order = most_alike(overlap + classes @ view.class_probabilities().T)
-        result.append(
-            replace(view, class_logits=view.class_logits[order], mask_logits=view.mask_logits[order])
-        )
+        result.append(view.reordered(order))
     return result
 
 
-def _coarse(view: View, size: tuple[int, int]) -> Tensor:
-    """Mask probabilities [Q,h*w] of the image without padding at a small size, mirrored back."""
-    height, width = (-(-edge // 4) for edge in view.sizes.valid)
+def _valid_cells(sizes: Sizes) -> tuple[int, int]:
+    """(height, width) in cells of stride 4 of the input without padding, rounded up."""
+    height, width = sizes.valid
+    return -(-height // 4), -(-width // 4)
+
+
+def _masks_at(view: View, size: tuple[int, int]) -> Tensor:
+    """Mask probabilities [Q,h*w] of the image without padding, resized to `size` and unflipped."""
+    height, width = _valid_cells(view.sizes)
     logits = view.mask_logits[None, :, :height, :width].float()
     logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)[0]
-    return (logits.flip(2) if view.mirrored else logits).sigmoid().flatten(1)
+    return (logits.flip(2) if view.flipped else logits).sigmoid().flatten(1)

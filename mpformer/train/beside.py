@@ -16,10 +16,8 @@ from ray.exceptions import RayTaskError
 from mpformer import atomic
 from mpformer.config import Config
 from mpformer.data.records import Catalog
+from mpformer.evaluate.evaluation import measure
 from mpformer.evaluate.inference import predict_on_workers
-from mpformer.evaluate.layers import summarize
-from mpformer.evaluate.metrics import score
-from mpformer.evaluate.prediction import Prediction, Scores
 from mpformer.model.segmenter import Segmenter
 from mpformer.model.weights.loading import load_checkpoint
 from mpformer.tracking.record import read_points
@@ -83,15 +81,8 @@ class Beside:
         self._step, self._task = step, measure.remote(self._val, self._config, self._files.evaluation(step))
 
 
-def figures(predictions: list[Prediction], scores: Scores) -> dict[str, float]:
-    """What the record keeps of an evaluation."""
-    return {f"val/{key}": value for key, value in scores.summary.items()} | {
-        f"diag/{key}": value for key, value in summarize(predictions).items()
-    }
-
-
 def _measure(val: Catalog, config: Config, weights: Path) -> dict[str, float]:
     model, _ = load_checkpoint(weights)
     chosen = range(len(val.records))[: config.evaluate.limit]
-    predictions = list(predict_on_workers(model, val, config, chosen, config.cluster.evaluators))
-    return figures(predictions, score(predictions, val, config.data.task, boundary=config.evaluate.boundary))
+    predictions = predict_on_workers(model, val, config, chosen, config.cluster.evaluators)
+    return measure(predictions, val, config).values()

@@ -27,8 +27,8 @@ from mpformer.config import Config, duration_in_steps
 from mpformer.cores import usable_cores
 from mpformer.data.pipeline import train_batches
 from mpformer.data.records import Catalog
+from mpformer.evaluate.evaluation import measure
 from mpformer.evaluate.inference import predict_records
-from mpformer.evaluate.metrics import score
 from mpformer.evaluate.pages import write_page
 from mpformer.model.segmenter import Segmenter, build_model
 from mpformer.model.weights.checkpoints import Checkpoint, latest
@@ -38,7 +38,7 @@ from mpformer.tracking.progress import kept_warnings
 from mpformer.tracking.run_dir import RunDir
 from mpformer.tracking.tracker import Entry, Tracker
 from mpformer.train import checkpoint
-from mpformer.train.beside import Beside, figures
+from mpformer.train.beside import Beside
 from mpformer.train.execution import prepare
 from mpformer.train.mirror import Mirror
 from mpformer.train.optim import build_optimizer, rate_factor, set_rates
@@ -354,22 +354,12 @@ class _Run:
             predictions = self._gather(mine)
             metrics: dict[str, float] = {}
             if tracker:
-                task, boundary = self.config.data.task, self.config.evaluate.boundary
-                scores = score(predictions, self.val_split, task, boundary=boundary)
-                metrics = scores.summary
-                tracker.log(done, {**figures(predictions, scores), **self._amounts(done)})
+                evaluation = measure(predictions, self.val_split, self.config)
+                metrics = evaluation.scores.summary
+                tracker.log(done, {**evaluation.values(), **self._amounts(done)})
                 if done == self.plan.total and self.config.evaluate.pictures:
-                    title = f"{self.config.name}, step {done}"
-                    count = self.config.evaluate.pictures
-                    write_page(
-                        RunDir(self.run_dir).pictures,
-                        title,
-                        predictions,
-                        self.val_split,
-                        task,
-                        scores,
-                        count=count,
-                    )
+                    title, count = f"{self.config.name}, step {done}", self.config.evaluate.pictures
+                    write_page(RunDir(self.run_dir).pictures, title, evaluation, count=count)
         ray.train.report({"step": done, **{f"val/{k}": v for k, v in metrics.items()}})
 
     def _checkpoint(

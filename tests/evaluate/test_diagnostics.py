@@ -12,7 +12,13 @@ from torch.nn import functional as F
 from mpformer.data.images import load_image
 from mpformer.evaluate.diagnostics import diagnose, draw_layers
 from mpformer.evaluate.inference import predict_records
-from mpformer.evaluate.layers import attention_inside, layer_iou, means, query_utilization, summarize
+from mpformer.evaluate.layers import (
+    attention_inside,
+    layer_iou,
+    mean_over_images,
+    query_utilization,
+    summarize,
+)
 from mpformer.evaluate.truth import target_of, true_segments
 from mpformer.evaluate.views import prepare
 from mpformer.model.matcher import Match
@@ -51,7 +57,7 @@ def test_utilization_by_hand():
 
 def test_utilization_without_objects_is_undefined():
     nothing = Match(torch.tensor([], dtype=torch.int64), torch.tensor([], dtype=torch.int64))
-    assert query_utilization([nothing, nothing]) is None
+    assert query_utilization([nothing, nothing]) == []
 
 
 def test_attention_inside_by_hand():
@@ -64,7 +70,7 @@ def test_attention_inside_by_hand():
 
 
 def test_images_without_a_figure_take_no_part_in_the_mean():
-    found = means([{"u": {1: 0.5, 2: 1.0}}, {}, {"u": {1: 0.0, 2: 1.0}, "i": {1: 0.1}}])
+    found = mean_over_images([{"u": {1: 0.5, 2: 1.0}}, {}, {"u": {1: 0.0, 2: 1.0}, "i": {1: 0.1}}])
     assert found == {"u": {1: pytest.approx(25), 2: pytest.approx(100)}, "i": {1: pytest.approx(10)}}
 
 
@@ -76,7 +82,7 @@ def diagnosed():
 
 
 def test_every_layer_has_its_figures(diagnosed):
-    found = diagnosed[3].figures
+    found = diagnosed[3].layers
     names = {"layer_iou", "query_utilization", "attention_inside"}
     names |= {"pilot_layer_iou", "pilot_query_utilization", "pilot_query_utilization_hard"}
     for name in names:
@@ -131,9 +137,9 @@ def test_figures_of_a_model_equal_a_plain_recomputation(diagnosed):
     images = len(catalog.records)
     for layer in (1, 2, 3):
         mean_iou = sum(ious[layer - 1 :: 3]) / images * 100
-        assert found.figures["layer_iou"][layer] == pytest.approx(mean_iou, rel=1e-4)
+        assert found.layers["layer_iou"][layer] == pytest.approx(mean_iou, rel=1e-4)
         mean_used = sum(used[layer - 1 :: 3]) / images * 100
-        assert found.figures["query_utilization"][layer] == pytest.approx(mean_used, rel=1e-6)
+        assert found.layers["query_utilization"][layer] == pytest.approx(mean_used, rel=1e-6)
 
 
 def test_attention_is_what_the_layer_pays(diagnosed):
@@ -162,12 +168,12 @@ def test_attention_is_what_the_layer_pays(diagnosed):
 def test_objects_beyond_the_queries_and_images_without_objects(diagnosed):
     config, catalog, model, _ = diagnosed
     bare = replace(catalog, records=[replace(catalog.records[0], segments=())])
-    found = diagnose(model, bare, config).figures
+    found = diagnose(model, bare, config).layers
     assert set(found) == {"layer_iou"}
     record = scenes(8, seed=3).records[5]
     many = replace(record, segments=record.segments * 5)
     assert len(many.segments) > config.model.decoder.queries
-    crowded = diagnose(model, replace(catalog, records=[many]), config, quality=False).figures
+    crowded = diagnose(model, replace(catalog, records=[many]), config, quality=False).layers
     assert crowded["query_utilization"][3] == 100
 
 
@@ -179,7 +185,7 @@ def test_an_evaluation_measures_the_layers_on_the_way(diagnosed):
     assert figures == summarize(sorted(predictions, key=lambda p: p.image_id))
     for name in ("layer_iou", "query_utilization"):
         for layer in (1, 2, 3):
-            assert figures[f"{name}_{layer}"] == pytest.approx(found.figures[name][layer])
+            assert figures[f"{name}_{layer}"] == pytest.approx(found.layers[name][layer])
     options = config.evaluate.model_copy(update={"layers": False})
     without = list(predict_records(model, catalog, config.model_copy(update={"evaluate": options}), [0]))
     assert without[0].layers is None

@@ -5,29 +5,32 @@ from dataclasses import replace
 import pytest
 
 from mpformer.evaluate.evaluation import evaluate
+from mpformer.evaluate.pages import write_page
 from mpformer.types import InputError
 from tests.evaluate.scenes import ColourModel, scenes, tiny_config, tiny_model
 
 
 def test_an_evaluation_reports_its_progress_stages_and_memory(tmp_path):
     config, catalog = tiny_config(), scenes(3)
-    told = []
-    found = evaluate(tiny_model(config), catalog, config, report=lambda *a: told.append(a))
-    assert [(done, of) for done, of, _ in told] == [(1, 3), (2, 3), (3, 3)]
-    assert told[-1][2] == 0
-    assert {"predict", "metrics", "forward", "results", "layers"} == set(found.seconds)
-    assert sum(found.seconds[k] for k in ("forward", "results", "layers")) <= found.seconds["predict"]
-    assert found.peak_memory > 50e6
+    calls = []
+    found, usage = evaluate(tiny_model(config), catalog, config, report=lambda *a: calls.append(a))
+    assert [(done, of) for done, of, _ in calls] == [(1, 3), (2, 3), (3, 3)]
+    assert calls[-1][2] == 0
+    assert {"predict", "metrics", "forward", "results", "layers"} == set(usage.seconds)
+    assert sum(usage.seconds[k] for k in ("forward", "results", "layers")) <= usage.seconds["predict"]
+    assert usage.peak_memory > 50e6
     assert {f"{n}_{i}" for n in ("layer_iou", "query_utilization") for i in (1, 2, 3)} == set(found.layers)
-    page = found.write(tmp_path, "title", catalog, 2)[0].read_text()
+    values = found.values()
+    assert values["val/PQ"] == found.scores.summary["PQ"]
+    assert values["diag/layer_iou_1"] == found.layers["layer_iou_1"]
+    page = write_page(tmp_path, "title", found, count=2, facts=usage.facts())[0].read_text()
     assert "images per second" in page
-    assert "layer_iou_1" in page
 
 
 def test_the_limit_takes_the_first_images():
     config = tiny_config("semantic")
     limited = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"limit": 2})})
-    found = evaluate(ColourModel(), scenes(4), limited)
+    found, _ = evaluate(ColourModel(), scenes(4), limited)
     assert [p.image_id for p in found.predictions] == ["scene-0", "scene-1"]
 
 
@@ -41,8 +44,8 @@ def test_one_and_three_ray_workers_find_the_same_to_the_last_bit():
         config, catalog = tiny_config(), scenes(11)
         cluster = config.cluster.model_copy(update={"workers": 3, "threads": 1})
         shared = config.model_copy(update={"cluster": cluster})
-        alone = evaluate(ColourModel(), catalog, config)
-        together = evaluate(ColourModel(), catalog, shared)
+        alone, _ = evaluate(ColourModel(), catalog, config)
+        together, _ = evaluate(ColourModel(), catalog, shared)
         assert sorted(together.predictions, key=lambda p: p.image_id) == sorted(
             alone.predictions, key=lambda p: p.image_id
         )

@@ -52,7 +52,7 @@ def catalog():
 def test_every_kind_has_diagnostics(kind, catalog):
     config = laid_over(tiny_config(), MODELS[kind])
     torch.manual_seed(0)
-    found = diagnose(tiny_model(config).eval(), catalog, config).figures
+    found = diagnose(tiny_model(config).eval(), catalog, config).layers
     layers = [1, 2, 3] if kind != "maskformer" else [2, 3]  # there is no head before layer 1
     assert list(found["layer_iou"]) == layers
     assert list(found["attention_inside"]) == [1, 2, 3]
@@ -66,7 +66,7 @@ def test_per_pixel_models_are_evaluated_on_semantic_tasks(decoder, catalog):
     model = tiny_model(config).eval()
     figures = evaluate_predictions(predict_records(model, catalog, config), catalog, "semantic")
     assert math.isfinite(figures["mIoU"])
-    with pytest.raises(InputError, match="per-pixel model has no objects"):
+    with pytest.raises(InputError, match="per-pixel model has no object queries"):
         diagnose(model, catalog, config)
 
 

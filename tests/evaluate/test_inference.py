@@ -171,7 +171,7 @@ def test_a_per_pixel_model_does_semantic_only():
     record = scenes(1).records[0]
     config = tiny_config("semantic")
     prediction = next(predict_records(PerPixel(), [record], config))
-    labels = to_result(prediction, CLASSES, "semantic").label_map()
+    labels = to_result(prediction, CLASSES).label_map()
     assert (labels == true_segments(record).semantic()).mean() > 0.85
     with pytest.raises(InputError, match="semantic"):
         infer(

@@ -8,10 +8,10 @@ import pytest
 
 from mpformer import draw
 from mpformer.evaluate import instance
+from mpformer.evaluate.evaluation import measure
 from mpformer.evaluate.inference import predict_records
 from mpformer.evaluate.instance import ImageInstances, TrueInstance, count_instances
-from mpformer.evaluate.metrics import score
-from mpformer.evaluate.pages import judge, picture, worst_first, write_page
+from mpformer.evaluate.pages import picture, rate, worst_first, write_page
 from mpformer.evaluate.prediction import FoundInstance
 from mpformer.evaluate.truth import true_segments
 from tests.evaluate.scenes import CLASSES, ColourModel, scenes, tiny_config
@@ -23,6 +23,12 @@ TASKS = ("instance", "panoptic", "semantic")
 @pytest.fixture(scope="module")
 def catalog():
     return scenes(6, seed=2)
+
+
+def only(prediction, task):
+    """The results of one task alone, as its model gives them."""
+    unused = {"instance": ("panoptic", "semantic"), "panoptic": (), "semantic": ("panoptic", "instances")}
+    return replace(prediction, **dict.fromkeys(unused[task]))
 
 
 def spoiled(record):
@@ -43,11 +49,11 @@ def spoiled(record):
 @pytest.mark.parametrize("task", TASKS)
 def test_the_worst_image_comes_first(catalog, task):
     predictions = [spoiled(r) if i == 3 else perfect(r) for i, r in enumerate(catalog.records)]
-    judged = worst_first(predictions, catalog, task)
-    assert judged[0].record.image_id == "scene-3"
-    assert judged[0].quality < 0.2
-    assert all(j.quality is None or j.quality == pytest.approx(1) for j in judged[1:])
-    assert len(judged) == 6
+    rated = worst_first(measure([only(p, task) for p in predictions], catalog, tiny_config(task)))
+    assert rated[0].record.image_id == "scene-3"
+    assert rated[0].quality < 0.2
+    assert all(r.quality is None or r.quality == pytest.approx(1) for r in rated[1:])
+    assert len(rated) == 6
 
 
 def test_instances_are_counted_by_hand():
@@ -72,29 +78,31 @@ def test_instances_are_counted_by_hand():
         FoundInstance(0, 0.4, box(20, 30)),
     ]
     counts = count_instances(ImageInstances(size, truth, found), 2)
-    assert counts.matched.tolist() == [1, 0]
+    assert counts.true_positives.tolist() == [1, 0]
     assert counts.iou.tolist() == [1, 0]
-    assert counts.spurious.tolist() == [1, 1]
-    assert counts.missed.tolist() == [1, 0]
+    assert counts.false_positives.tolist() == [1, 1]
+    assert counts.false_negatives.tolist() == [1, 0]
 
 
 def test_an_image_without_anything_has_no_quality_and_comes_last(catalog):
     bare = replace(catalog.records[0], segments=())
     empty = replace(spoiled(bare), instances=())
-    assert judge(empty, bare, CLASSES, "instance").quality is None
-    assert judge(empty, bare, CLASSES, "semantic").quality is None
+    assert rate(only(empty, "instance"), bare, CLASSES).quality is None
+    assert rate(only(empty, "semantic"), bare, CLASSES).quality is None
     records = [bare, *catalog.records[1:]]
     predictions = [empty, *map(perfect, catalog.records[1:])]
-    ranked = worst_first(predictions, replace(catalog, records=records), "instance")
-    without = [j.quality is None for j in ranked]
+    only_instances = [only(p, "instance") for p in predictions]
+    changed = replace(catalog, records=records)
+    rated = worst_first(measure(only_instances, changed, tiny_config("instance")))
+    without = [r.quality is None for r in rated]
     assert without == sorted(without)
-    assert "scene-0" in [j.record.image_id for j in ranked if j.quality is None]
+    assert "scene-0" in [r.record.image_id for r in rated if r.quality is None]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_prediction_and_truth_are_shown_side_by_side(catalog, task):
     record = catalog.records[1]
-    sheet = picture(judge(perfect(record), record, CLASSES, task), CLASSES, task)
+    sheet = picture(only(perfect(record), task), record, CLASSES)
     half = (sheet.shape[1] - 8) // 2
     strip = sheet.shape[0] - round(record.height * half / record.width)
     left, right = sheet[strip:, :half].astype(int), sheet[strip:, -half:].astype(int)
@@ -103,25 +111,16 @@ def test_prediction_and_truth_are_shown_side_by_side(catalog, task):
 
 
 def test_the_page_holds_everything_and_loads_nothing(catalog, tmp_path):
-    predictions = list(predict_records(ColourModel(), catalog, tiny_config()))
-    scores = score(predictions, catalog, "panoptic")
-    files = write_page(
-        tmp_path / "new" / "folder",
-        "A <title> & more",
-        predictions,
-        catalog,
-        "panoptic",
-        scores,
-        count=4,
-        facts={"images/s": "7.5"},
-    )
+    config, folder = tiny_config(), tmp_path / "new" / "folder"
+    evaluation = measure(predict_records(ColourModel(), catalog, config), catalog, config)
+    files = write_page(folder, "A <title> & more", evaluation, count=4, facts={"images/s": "7.5"})
     assert [f.name.split("-")[0] for f in files] == ["evaluation.html", "01", "02", "03", "04"]
     assert all(f.exists() for f in files)
     page = files[0].read_text()
     assert page.count("data:image/jpeg;base64,") == 4
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "A &lt;title&gt; &amp; more" in page
-    assert f"<dt>PQ</dt><dd>{scores.summary['PQ']:.1f}</dd>" in page
+    assert f"<dt>PQ</dt><dd>{evaluation.scores.summary['PQ']:.1f}</dd>" in page
     assert "<dt>images/s</dt><dd>7.5</dd>" in page
     order = re.findall(r"<figcaption><b>(.*?)</b> quality (\d+)%", page)
     assert [int(q) for _, q in order] == sorted(int(q) for _, q in order)
@@ -130,6 +129,6 @@ def test_the_page_holds_everything_and_loads_nothing(catalog, tmp_path):
 
 
 def test_no_images_still_make_a_page(catalog, tmp_path):
-    files = write_page(tmp_path, "empty", [], catalog, "instance", score([], catalog, "instance"))
+    files = write_page(tmp_path, "empty", measure([], catalog, tiny_config("instance")))
     assert len(files) == 1
     assert "No images" in files[0].read_text()

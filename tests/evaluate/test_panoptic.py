@@ -26,9 +26,9 @@ def test_a_semantic_map_by_hand():
     found = np.repeat([[0] * 11 + [1] * 4 + [3] * 5], 3, axis=0)
     counts = count_classes(truth, found, 4)
     assert counts.iou.tolist() == pytest.approx([9 / 10, 0, 0, 5 / 8])
-    assert counts.matched.tolist() == [1, 0, 0, 1]
-    assert counts.spurious.tolist() == [0, 1, 0, 0]
-    assert counts.missed.tolist() == [0, 0, 0, 0]
+    assert counts.true_positives.tolist() == [1, 0, 0, 1]
+    assert counts.false_positives.tolist() == [0, 1, 0, 0]
+    assert counts.false_negatives.tolist() == [0, 0, 0, 0]
 
 
 def ids_of(*widths: int) -> np.ndarray:
@@ -58,36 +58,36 @@ def test_void_pixels_are_not_counted_in_the_union():
 def test_exactly_half_is_no_match():
     truth, found = ids_of(0, 10), ids_of(5, 5)
     counts = count_segments(truth, [0], [False], found, [0], 4)
-    assert (counts.matched[0], counts.spurious[0], counts.missed[0]) == (0, 1, 1)
+    assert (counts.true_positives[0], counts.false_positives[0], counts.false_negatives[0]) == (0, 1, 1)
 
 
 def test_the_wrong_class_is_a_miss_and_a_false_alarm():
     counts = count_segments(ids_of(0, 10), [0], [False], ids_of(0, 10), [1], 4)
-    assert counts.missed.tolist() == [1, 0, 0, 0]
-    assert counts.spurious.tolist() == [0, 1, 0, 0]
+    assert counts.false_negatives.tolist() == [1, 0, 0, 0]
+    assert counts.false_positives.tolist() == [0, 1, 0, 0]
     assert quality(counts)["PQ"] == 0
 
 
-@pytest.mark.parametrize(("in_void", "spurious"), [(5, 1), (6, 0)])
-def test_a_segment_mostly_in_void_is_no_error(in_void, spurious):
+@pytest.mark.parametrize(("in_void", "false_positives"), [(5, 1), (6, 0)])
+def test_a_segment_mostly_in_void_is_ignored(in_void, false_positives):
     truth = ids_of(in_void, 10 - in_void)
     counts = count_segments(truth, [1], [False], np.ones((10, 10), dtype=int), [0], 4)
-    assert counts.spurious[0] == spurious
+    assert counts.false_positives[0] == false_positives
 
 
-@pytest.mark.parametrize(("label", "spurious"), [(0, 0), (1, 1)])
-def test_crowd_pardons_its_own_class_and_is_never_missed(label, spurious):
+@pytest.mark.parametrize(("label", "false_positives"), [(0, 0), (1, 1)])
+def test_crowd_is_ignored_for_its_own_class_and_never_a_false_negative(label, false_positives):
     counts = count_segments(ids_of(0, 10), [0], [True], ids_of(0, 10), [label], 4)
-    assert counts.spurious.sum() == spurious
-    assert counts.missed.sum() == counts.matched.sum() == 0
+    assert counts.false_positives.sum() == false_positives
+    assert counts.false_negatives.sum() == counts.true_positives.sum() == 0
 
 
 def test_only_void_and_nothing_found():
     nothing = np.zeros((10, 10), dtype=int)
     assert quality(count_segments(nothing, [], [], nothing, [], 4)) == {}
     assert quality(count_segments(nothing, [], [], np.ones_like(nothing), [0], 4)) == {}
-    missed = count_segments(np.ones_like(nothing), [0], [False], nothing, [], 4)
-    assert quality(missed) == {
+    unmatched = count_segments(np.ones_like(nothing), [0], [False], nothing, [], 4)
+    assert quality(unmatched) == {
         name + suffix: 0.0 for name in ("PQ", "SQ", "RQ") for suffix in ("", "_things")
     }
 
@@ -169,7 +169,7 @@ def test_the_published_sample_against_itself_is_100(published):
         total += count_segments(ids, labels, crowd, kept[ids], labels, len(table))
     summary = quality(total, table)
     assert all(summary[k] == pytest.approx(100) for k in ("PQ", "SQ", "RQ", "PQ_things", "PQ_stuff"))
-    assert int(total.matched.sum()) == sum(not c for _, _, crowd in images for c in crowd)
+    assert int(total.true_positives.sum()) == sum(not c for _, _, crowd in images for c in crowd)
 
 
 def test_a_perturbed_copy_of_the_published_sample_by_hand(published):
@@ -187,8 +187,8 @@ def test_a_perturbed_copy_of_the_published_sample_by_hand(published):
     cut = count_segments(ids, labels, crowd, found.reshape(ids.shape), labels, len(table))
     first, second = (labels[i] for i in shares)
     area = int((ids == by_area[0] + 1).sum())
-    assert cut.matched.sum() == whole.matched.sum() - 1
-    assert cut.spurious[second] == cut.missed[second] == 1
+    assert cut.true_positives.sum() == whole.true_positives.sum() - 1
+    assert cut.false_positives[second] == cut.false_negatives[second] == 1
     lost = whole.iou.sum() - cut.iou.sum()
     assert lost == pytest.approx(1 - round(area * 0.6) / area + 1)
     assert first in table.thing_labels

@@ -172,13 +172,13 @@ def test_general_inference_equals_the_reference(sizes, monkeypatch):
     assert (postprocess.general([View(classes, masks, sizes)], class_confidence=1.0) == -1).all()
 
 
-def test_a_mirrored_view_is_mirrored_back():
+def test_a_flipped_view_is_flipped_back():
     """A view of the mirror image says of each pixel what the plain view says of it."""
     sizes = Sizes(
         (64, 96), (64, 96), (75, 135)
-    )  # without padding, which a mirrored view has on the other side
+    )  # without padding, which a flipped view has on the other side
     classes, masks = logits(6, 3, 12), smooth_logits(6, sizes, 13)
-    plain, mirrored = View(classes, masks, sizes), View(classes, masks.flip(2), sizes, mirrored=True)
+    plain, flipped = View(classes, masks, sizes), View(classes, masks.flip(2), sizes, flipped=True)
     for infer in (
         lambda views: postprocess.semantic(views),
         lambda views: postprocess.semantic(views, at_original=True),
@@ -186,17 +186,17 @@ def test_a_mirrored_view_is_mirrored_back():
         lambda views: postprocess.panoptic(views, class_confidence=0.4, overlap=0.2, thing_labels={0}).ids,
     ):
         assert len(infer([plain]).unique()) > 1
-        assert (infer([mirrored]) != infer([plain])).float().mean() < 1e-3
-        assert (infer([plain, mirrored]) != infer([plain])).float().mean() < 1e-3
+        assert (infer([flipped]) != infer([plain])).float().mean() < 1e-3
+        assert (infer([plain, flipped]) != infer([plain])).float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("at_original", [False, True])
 def test_views_are_averaged_at_the_original_size(at_original):
-    """Two scales, one of them mirrored, against every map upsampled by itself in float64."""
+    """Two scales, one of them flipped, against every map upsampled by itself in float64."""
     views, total = [], 0.0
     for i, sizes in enumerate((Sizes((64, 96), (50, 90), (75, 135)), Sizes((96, 160), (90, 160), (75, 135)))):
         classes, masks = logits(9, 4, 14 + i), smooth_logits(9, sizes, 16 + i)
-        views.append(View(classes, masks, sizes, mirrored=i == 1))
+        views.append(View(classes, masks, sizes, flipped=i == 1))
         probability = classes.double().softmax(-1)[:, :-1]
         if at_original:
             maps = torch.einsum("qk,qyx->kyx", probability, upsampled(masks, sizes).sigmoid())

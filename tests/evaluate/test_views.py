@@ -10,7 +10,7 @@ from mpformer.config import TestResize as Resize
 from mpformer.evaluate.inference import infer, predict_records
 from mpformer.evaluate.metrics import evaluate_predictions
 from mpformer.evaluate.postprocess import Sizes, View
-from mpformer.evaluate.views import aligned, look, prepare
+from mpformer.evaluate.views import align_queries, predict_views, prepare
 from tests.evaluate.scenes import ColourModel, scenes, tiny_config
 
 CPU = torch.device("cpu")
@@ -34,16 +34,18 @@ def test_the_input_is_resized_and_padded_with_the_pixel_mean():
 @pytest.mark.parametrize("scales", [(0.5, 1.0, 1.5), (1.5, 1.0, 0.5), (0.5, 0.9)])
 def test_the_reference_comes_first_and_every_scale_once_each_way(scales):
     image = np.zeros((60, 80, 3), np.uint8)
-    looks = look(ColourModel(), [image], Resize(short=60, long=80), options(scales=scales, flip=True), CPU)
-    [(views, _)] = looks
+    predicted = predict_views(
+        ColourModel(), [image], Resize(short=60, long=80), options(scales=scales, flip=True), CPU
+    )
+    [(views, _)] = predicted
     nearest = 0.9 if 0.9 in scales else 1.0
-    assert (views[0].sizes.valid, views[0].mirrored) == ((round(60 * nearest), round(80 * nearest)), False)
-    seen = sorted((v.sizes.valid[0] / 60, v.mirrored) for v in views)
+    assert (views[0].sizes.valid, views[0].flipped) == ((round(60 * nearest), round(80 * nearest)), False)
+    seen = sorted((v.sizes.valid[0] / 60, v.flipped) for v in views)
     assert seen == sorted((s, m) for s in scales for m in (False, True))
 
 
 def test_queries_of_another_view_are_found_again():
-    """A view with shuffled queries, of another size and mirrored, gets the reference's order."""
+    """A view with shuffled queries, of another size and flipped, gets the reference's order."""
     g = torch.Generator().manual_seed(0)
     small = torch.randn(1, 8, 5, 6, generator=g) * 6
     classes = torch.randn(8, 4, generator=g) * 4
@@ -57,9 +59,9 @@ def test_queries_of_another_view_are_found_again():
         classes[shuffled] + 0.1,
         resized(32, 48)[shuffled].flip(2),
         Sizes((128, 192), (128, 192), (64, 96)),
-        mirrored=True,
+        flipped=True,
     )
-    result = aligned([reference, other])
+    result = align_queries([reference, other])
     torch.testing.assert_close(result[1].class_logits, classes + 0.1)
     torch.testing.assert_close(result[1].mask_logits.flip(2), resized(32, 48))
 
