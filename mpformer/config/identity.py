@@ -43,13 +43,15 @@ def identity_settings(config: Config) -> dict[str, Any]:
     plug-in, a hash of its source as well. `InputError` where there is no such plug-in."""
     neutral = set(_neutral_keys(Config))
     neutral.add("train.seed")  # the seed stands in the run's name by itself
-    changed = {key: value for key, (value, _) in diff(config, Config()).items()}
-    changed |= {f"{key}.source": source_hash(found, key) for key, found in references(config)}
-    return {
-        key: value
-        for key, value in sorted(changed.items())
-        if key.split(".")[0] in ("model", "data", "train") and key not in neutral
-    }
+    changed = {key: value for key, (value, _) in diff(config, Config()).items() if _computes(key)}
+    sources = {key: found for key, found in references(config) if _computes(key)}
+    changed |= {f"{key}.source": source_hash(found, key) for key, found in sources.items()}
+    return {key: value for key, value in sorted(changed.items()) if key not in neutral}
+
+
+def _computes(key: str) -> bool:
+    """Whether a setting belongs to the sections that decide what a run computes."""
+    return key.split(".")[0] in ("model", "data", "train")
 
 
 def _neutral_keys(section: type[BaseModel], prefix: str = "") -> Iterable[str]:

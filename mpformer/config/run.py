@@ -10,7 +10,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from mpformer.config.data import Data
 from mpformer.config.model import Model
+from mpformer.config.plugins import BY_NAME, Plugin
 from mpformer.config.section import Count, Fraction, Positive, Section, setting
+from mpformer.plugin import is_reference
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?|images?)\s*$")
 
@@ -76,6 +78,12 @@ class Train(Section):
     """Steps between points of the metrics record."""
 
 
+def _metric(value: Any) -> Any:
+    if isinstance(value, str) and not is_reference(value):
+        raise ValueError("the built-in metrics are always computed; another one is 'package.module:Name'")
+    return value
+
+
 class Evaluate(Section):
     every: Duration | None = None
     """Evaluate during training, too; null: only at the end."""
@@ -104,6 +112,8 @@ class Evaluate(Section):
     """Test-time augmentation: each scale mirrored, too."""
     boundary: bool = False
     """Also measure boundary AP."""
+    metrics: tuple[Annotated[Plugin, BY_NAME, BeforeValidator(_metric)], ...] = ()
+    """Further metrics, each `package.module:Name` or {kind:, options:}; see docs/extending.md."""
     layers: bool = True
     """Also measure the decoder's layers: mIoU-L and query utilisation (MP-Former section 3)."""
     batch: Count = setting(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from mpformer.config import Config
 from mpformer.data.records import Catalog
 from mpformer.evaluate.inference import predict_on_workers, predict_records
 from mpformer.evaluate.layers import summarize
-from mpformer.evaluate.metrics import score
+from mpformer.evaluate.metrics import build_metrics, score
 from mpformer.evaluate.prediction import Prediction, Scores
 
 if TYPE_CHECKING:
@@ -61,9 +61,14 @@ class Usage:
 
 
 def measure(predictions: Iterable[Prediction], catalog: Catalog, config: Config) -> Evaluation:
-    """The evaluation of `predictions` as the settings ask for it; see `metrics.score` for its errors."""
+    """The metrics of `predictions` that the settings ask for.
+
+    Raises `InputError` for an unusable plug-in in `evaluate.metrics`, before any prediction is made, and
+    `RunError` as `score` does.
+    """
+    options, metrics = config.evaluate, build_metrics(config.evaluate)
     found = tuple(predictions)
-    scores = score(found, catalog, config.data.task, boundary=config.evaluate.boundary)
+    scores = score(found, catalog, config.data.task, boundary=options.boundary, metrics=metrics)
     return Evaluation(catalog, found, scores, summarize(found))
 
 
@@ -87,19 +92,19 @@ def evaluate(
         stream = predict_on_workers(model, catalog, config, chosen, config.cluster.workers)
     else:
         stream = predict_records(model, catalog, config, chosen, device, seconds)
-    predictions = []
     start = time.perf_counter()
-    for prediction in stream:
-        predictions.append(prediction)
-        seconds["predict"] = time.perf_counter() - start
-        if report:
-            left = seconds["predict"] / len(predictions) * (len(chosen) - len(predictions))
-            report(len(predictions), len(chosen), left)
-    start = time.perf_counter()
-    found = measure(predictions, catalog, config)
-    seconds["metrics"] = time.perf_counter() - start
+
+    def timed() -> Iterator[Prediction]:
+        for done, prediction in enumerate(stream, 1):
+            yield prediction
+            seconds["predict"] = time.perf_counter() - start
+            if report:
+                report(done, len(chosen), seconds["predict"] / done * (len(chosen) - done))
+
+    found = measure(timed(), catalog, config)
+    seconds["metrics"] = time.perf_counter() - start - seconds["predict"]
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return found, Usage(len(predictions), seconds, peak_memory(), gpu)
+    return found, Usage(len(found.predictions), seconds, peak_memory(), gpu)
 
 
 def peak_memory() -> int:

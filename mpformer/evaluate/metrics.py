@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from mpformer.config import Evaluate
 from mpformer.data.records import Catalog
 from mpformer.draw import decode_png
 from mpformer.evaluate.instance import ImageInstances, average_precision
@@ -15,17 +16,27 @@ from mpformer.evaluate.panoptic import Counts, count_classes, count_segments, pa
 from mpformer.evaluate.prediction import Prediction, Scores
 from mpformer.evaluate.semantic import confusion, mean_iou
 from mpformer.evaluate.truth import Truth
+from mpformer.plugin import build
 from mpformer.types import RunError, Task
 
 
 class Metric(Protocol):
-    """A metric of your own, named in `evaluate.metrics`; one object is made for each evaluation."""
+    """A metric named in `evaluate.metrics`. Each evaluation makes a new one, with the plug-in's options."""
 
     def update(self, prediction: Prediction, truth: Truth) -> None:
         """Add one image. Images come in the order of the data set; unusable ones are left out."""
 
     def compute(self) -> dict[str, float]:
-        """The values of all images, by name: `val/NAME` in the record of a run. NaN: undefined, left out."""
+        """The values over all images by name: `val/NAME` in the record of a run. NaN: undefined, left out."""
+
+
+def build_metrics(options: Evaluate) -> dict[str, Metric]:
+    """New metrics of `evaluate.metrics`, keyed by their names in messages; `InputError` for a bad one."""
+    keys = [f"evaluate.metrics.{index}" for index in range(len(options.metrics))]
+    return {
+        f"{key}: {plugin.kind}": build(plugin.kind, plugin.options, Metric, key)
+        for key, plugin in zip(keys, options.metrics)
+    }
 
 
 def evaluate_predictions(
@@ -62,7 +73,7 @@ def score(
     matrix = np.zeros((len(classes), len(classes) + 1), dtype=np.int64)
     for index, prediction in ordered:
         own = None if catalog.instances is None else catalog.instances[index]
-        truth = Truth(catalog.records[index], own)
+        truth = Truth(catalog.records[index], classes, own)
         for plugin in plugins.values():
             plugin.update(prediction, truth)
         if prediction.instances is not None:

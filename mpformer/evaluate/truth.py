@@ -13,7 +13,7 @@ from mpformer.data.masks import Window, record_masks, segment_rle
 from mpformer.data.records import MapId, Record
 from mpformer.evaluate.instance import TrueInstance, encode_mask
 from mpformer.evaluate.postprocess import Sizes
-from mpformer.types import Target, Task
+from mpformer.types import ClassTable, Target, Task
 
 VOID = -1
 """Label of pixels that no segment covers."""
@@ -22,8 +22,9 @@ VOID = -1
 class Truth:
     """The ground truth of one image. Each form is computed at its first use."""
 
-    def __init__(self, record: Record, instances: Record | None = None) -> None:
+    def __init__(self, record: Record, classes: ClassTable, instances: Record | None = None) -> None:
         self.record = record
+        self.classes = classes
         self._instances = record if instances is None else instances
 
     @cached_property

@@ -19,6 +19,7 @@ from mpformer.config import Config, dump_yaml, run_name
 from mpformer.cores import usable_cores
 from mpformer.data.catalog import check_same_classes, open_split
 from mpformer.data.version import data_version
+from mpformer.evaluate.metrics import build_metrics
 from mpformer.model.weights.checkpoints import latest, model_file
 from mpformer.tracking.mlflow_store import prepare_store
 from mpformer.tracking.record import read_summary
@@ -109,6 +110,7 @@ def fit(
         if mirror:
             mirror.finish()
         return summary
+    build_metrics(config.evaluate)  # raises here, not at the first evaluation
     splits = {name: open_split(config.data, name) for name in ("train", "val")}
     if not splits["train"].records:
         raise InputError(f"{config.data.root}: the training split has no image")
