@@ -1,19 +1,21 @@
-"""Adds the compiled CPU kernel to a wheel where a C++ compiler is there; the rest is in pyproject.toml.
+"""What a wheel holds beside the Python files: the compiled CPU kernel and the shipped experiments.
 
-Without a compiler the installation goes through with a warning, and the kernel is built on first use or
-replaced by the reference (mpformer/ops/kernels.py).
+The rest is in pyproject.toml. Without a C++ compiler the installation goes through with a warning, and the
+kernel is built on first use or replaced by the reference (mpformer/ops/kernels.py).
 """
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
-_spec = importlib.util.spec_from_file_location(
-    "build", Path(__file__).parent / "mpformer" / "ops" / "build.py"
-)
+ROOT = Path(__file__).parent
+
+_spec = importlib.util.spec_from_file_location("build", ROOT / "mpformer" / "ops" / "build.py")
 build = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(build)
 
@@ -28,7 +30,29 @@ class BuildKernel(build_ext):
             raise CompileError(str(error)) from error  # a warning, as the extension is optional
 
 
+class BuildWithExperiments(build_py):
+    """Puts the files of experiments/ into the package, where mpformer/config/shipped.py looks for them.
+
+    An editable installation reads those of the checkout.
+    """
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "mpformer", "experiments")
+            shutil.rmtree(target, ignore_errors=True)  # files of an earlier build
+            shutil.copytree(ROOT / "experiments", target)
+
+    def get_source_files(self) -> list[str]:
+        """With the experiments, so that a source distribution has them, too."""
+        return [*super().get_source_files(), *map(str, _experiments())]
+
+
+def _experiments() -> list[Path]:
+    return [path.relative_to(ROOT) for path in (ROOT / "experiments").rglob("*") if path.is_file()]
+
+
 setup(
     ext_modules=[Extension("mpformer.ops._deform_attn_cpu", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildKernel},
+    cmdclass={"build_ext": BuildKernel, "build_py": BuildWithExperiments},
 )

@@ -18,6 +18,7 @@ from mpformer.ablation.columns import check_columns
 from mpformer.ablation.studyfile import Profile, Row, Seeds, StudyFile, check, message, split_column
 from mpformer.config import Config, build_config, flatten, inline_dataset, read_recipe, run_name
 from mpformer.config.section import Section
+from mpformer.config.shipped import locate
 from mpformer.config.yamlfile import Source, merge, nearest, parse_scalar, read_yaml
 from mpformer.tracking.run_dir import RunDir
 from mpformer.types import InputError
@@ -130,7 +131,7 @@ def load_study(path: str | Path, settings: Sequence[str] = ()) -> Study:
     Without `profile=`, the profile `paper` if there is one, else the base as it is. Raises `InputError`
     naming file, line, key and the nearest right name.
     """
-    path = Path(path)
+    path = locate(path)
     source = _with_profiles(read_yaml(path))
     file = check(source)
     chosen, overrides = _split_settings(path, file, settings)
@@ -141,7 +142,7 @@ def load_study(path: str | Path, settings: Sequence[str] = ()) -> Study:
     for part in file.part_names:
         own = file.parts[part] if part else None
         keys = ["parts", part, "base"] if part else ["base"]
-        recipe = _recipe(source, path.parent / (own.base if own else file.base), keys)
+        recipe = _recipe(source, own.base if own else file.base, keys)
         common = recipe
         if profile.base is not None:
             task = recipe.tree.get("data", {}).get("task", "instance")
@@ -214,14 +215,14 @@ def _with_profiles(source: Source) -> Source:
     if (name := source.tree.get("profiles_from")) is None:
         return source
     named_by = f"{source.place(['profiles_from'])}: profiles_from"
-    shared = read_yaml(source.path.parent / str(name), named_by)
+    shared = read_yaml(locate(str(name), source.path.parent), named_by)
     folder = shared.path.parent
     for profile in shared.tree.values():
         base = profile.get("base")
         if isinstance(base, dict):
-            profile["base"] = {task: str((folder / recipe).resolve()) for task, recipe in base.items()}
+            profile["base"] = {task: str(locate(recipe, folder).resolve()) for task, recipe in base.items()}
         elif base is not None:
-            profile["base"] = str((folder / base).resolve())
+            profile["base"] = str(locate(base, folder).resolve())
     profiles = merge(shared.tree, source.tree.get("profiles") or {})
     places = {f"profiles.{key}": place for key, place in shared.places.items()}
     return Source(source.path, {**source.tree, "profiles": profiles}, {**places, **source.places})
@@ -230,15 +231,15 @@ def _with_profiles(source: Source) -> Source:
 def _profile_recipe(source: Source, profile: Profile, key: str, task: str) -> Source:
     base = profile.base
     if isinstance(base, str):
-        return _recipe(source, source.path.parent / base, [*key.split("."), "base"])
+        return _recipe(source, base, [*key.split("."), "base"])
     if task not in base:
         place = source.place([*key.split("."), "base"])
         raise InputError(f"{place}: {key}.base: no recipe for the task '{task}'")
-    return _recipe(source, source.path.parent / base[task], [*key.split("."), "base", task])
+    return _recipe(source, base[task], [*key.split("."), "base", task])
 
 
-def _recipe(source: Source, path: Path, keys: Sequence[str]) -> Source:
-    path = path.resolve()
+def _recipe(source: Source, name: str, keys: Sequence[str]) -> Source:
+    path = locate(name, source.path.parent).resolve()
     if not path.is_file():  # raises, with the nearest file
         read_yaml(path, named_by=f"{source.place(keys)}: {'.'.join(keys)}")
     return read_recipe(path)

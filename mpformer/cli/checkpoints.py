@@ -105,7 +105,7 @@ def _for_evaluation(trained: Config, checkpoint: str, data: str | None, settings
     if data is not None and Path(data).is_dir():
         source.set(["data", "root"], data, f"--data {data}")
     elif data is not None:
-        other = read_recipe(Path(data)).tree.get("data", {})
+        other = read_recipe(data).tree.get("data", {})
         if "dataset" in other:
             source.tree["data"].pop("dataset")  # the other one stands for itself
         source = source.laid_under(Source(Path(data), {"data": other}, {}))

@@ -55,10 +55,10 @@ def data_check(place: str, settings: Sequence[str]) -> None:
     sheet = Path(f"{data.dataset.name}-samples.png")
     write_png(sheet, catalog_sheet(open_split(lenient, "train"), count=16))
     say(f"\n16 samples with their masks: {sheet}")
-    if Path(place).is_file():
-        command = " ".join(["mpformer train", place, *settings])
+    if _is_data(place):
+        command = training_command(data, "coco-tiny")
     else:
-        command = training_command(data, "experiments/recipes/coco-tiny.yaml")
+        command = " ".join(["mpformer train", place, *settings])
     if (found := obstacle(reports, data.on_bad_sample)) is not None:
         raise InputError(f"{place}: {found}")
     say(f"train on it: {command}")
@@ -144,9 +144,14 @@ def data_bench(place: str, settings: Sequence[str]) -> None:
     say(bench_text(found, config.data.loader, through))
 
 
+def _is_data(place: str) -> bool:
+    """Whether it is a folder or a bucket, not a recipe."""
+    return Path(place).is_dir() or "://" in place
+
+
 def _config_at(place: str, settings: Sequence[str]) -> Config:
     """The settings of a recipe, or for a folder those of the data found in it and defaults otherwise."""
-    if not Path(place).is_dir() and "://" not in place:
+    if not _is_data(place):
         return load_config(place, settings)
     from mpformer.data.detect import detect
 

@@ -21,8 +21,8 @@ EXPORT = "a checkpoint as a Hugging Face folder"
 IMAGES = "image files or folders; and key=value settings, for instance evaluate.batch=8"
 SYNTH = "generate a data set in COCO's layout: train=400 val=60 seed=0 size=128 things=5"
 PLACES = {
-    "RECIPE": "a recipe file, such as experiments/recipes/coco-tiny.yaml",
-    "STUDY": "a study file, such as experiments/ablations/mpformer-table8.yaml",
+    "RECIPE": "a recipe: a file, or the name of a shipped one, such as coco-tiny",
+    "STUDY": "a study: a file, or the name of a shipped one, such as mpformer-table8",
     "RUN": "a run's folder, runs/NAME-HASH-sSEED",
     "CHECKPOINT": "a run's folder, one of its checkpoints, or a .safetensors file of ours",
 }

@@ -14,6 +14,7 @@ from mpformer.ablation.plan import plan_text, state_text
 from mpformer.ablation.spec import Study, Trial, load_study
 from mpformer.cli.output import say
 from mpformer.cli.runs import stored_absolutely, tell_mlflow_problem
+from mpformer.config.shipped import experiments
 from mpformer.tracking.run_dir import RunDir, StudyDir
 from mpformer.types import InputError, RunError
 
@@ -22,15 +23,12 @@ if TYPE_CHECKING:
     from mpformer.ablation.studyfile import Search
     from mpformer.ablation.tune import Failure
 
-QUICKSTART = "experiments/quickstart.yaml"
-
 
 def quickstart(settings: Sequence[str]) -> None:
     """A generated data set, then the quickstart study on it."""
     from mpformer.data.synthetic import generate
 
-    here = Path(__file__).resolve().parents[2] / QUICKSTART
-    path = here if here.exists() else Path(QUICKSTART)
+    path = experiments() / "quickstart.yaml"
     study = load_study(path, settings)
     began = time.monotonic()
     root = Path(study.base.data.root)

@@ -16,25 +16,31 @@ from pydantic_core import ErrorDetails
 
 from mpformer.config.identity import flatten
 from mpformer.config.run import Config
+from mpformer.config.shipped import DATA_SETS, locate
 from mpformer.config.yamlfile import Source, nearest, read_yaml
 from mpformer.types import InputError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The settings of a recipe file with `key.sub=value` overrides laid over it.
+    """The settings of a recipe with `key.sub=value` overrides laid over it.
 
-    Raises `InputError` naming file, line, key and the nearest right key.
+    `path`: a file, or the name of a shipped one. Raises `InputError` naming file, line, key and the nearest
+    right key.
     """
-    source = read_recipe(Path(path))
+    source = read_recipe(path)
     return build_config(inline_dataset(source.overridden(overrides), Path()))
 
 
-def read_recipe(path: Path) -> Source:
-    """A recipe laid over its `base`, data-set file inlined; not yet checked against the schema."""
-    source = read_yaml(path)
+def read_recipe(path: str | Path) -> Source:
+    """A recipe, a file or the name of a shipped one, laid over its `base`, data-set file inlined.
+
+    Not yet checked against the schema.
+    """
+    source = read_yaml(locate(path))
+    path = source.path
     base = source.tree.pop("base", None)
     if base is not None:
-        parent = read_yaml((path.parent / str(base)).resolve(), named_by=f"{path}: base")
+        parent = read_yaml(locate(str(base), path.parent).resolve(), named_by=f"{path}: base")
         if "base" in parent.tree:
             raise InputError(
                 f"{parent.path}: a base has no base of its own; lay {path.name} over {parent.tree['base']}"
@@ -54,11 +60,15 @@ def _section(source: Source, name: str) -> dict[str, Any]:
 
 
 def inline_dataset(source: Source, folder: Path) -> Source:
-    """With the file that `data.dataset` names, if it names one, read in its place; relative to `folder`."""
+    """With the file that `data.dataset` names, if it names one, read in its place.
+
+    It is relative to `folder`, or the name of a shipped one.
+    """
     data = source.tree.get("data")
     if isinstance(data, dict) and isinstance(data.get("dataset"), str):
         dataset = read_dataset(
-            folder / data["dataset"], named_by=f"{source.place(['data', 'dataset'])}: data.dataset"
+            locate(data["dataset"], folder, DATA_SETS),
+            named_by=f"{source.place(['data', 'dataset'])}: data.dataset",
         )
         tree = {**source.tree, "data": {**data, "dataset": dataset.tree}}
         places = {f"data.dataset.{key}": place for key, place in dataset.places.items()}
@@ -68,7 +78,7 @@ def inline_dataset(source: Source, folder: Path) -> Source:
 
 def read_dataset(path: Path, named_by: str = "") -> Source:
     """A data-set file; not yet checked against the schema."""
-    source = read_yaml(path.resolve(), named_by)
+    source = read_yaml(path.resolve(), named_by, DATA_SETS)
     source.tree.setdefault("name", path.stem)
     return source
 

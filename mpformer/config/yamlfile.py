@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from mpformer.config.shipped import RECIPES, shipped_files
 from mpformer.types import InputError
 
 
@@ -62,9 +63,6 @@ class Source:
         self.places[".".join(keys)] = place
 
 
-_EXPERIMENTS = tuple(Path("experiments") / folder for folder in ("", "recipes", "ablations"))
-
-
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-4 is a number (YAML 1.1 wants a dot) and a key given twice is an error."""
 
@@ -91,12 +89,16 @@ def parse_scalar(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader subclass)
 
 
-def read_yaml(path: Path, named_by: str = "") -> Source:
-    """A YAML file that holds a mapping. `InputError` where it is missing or no such thing."""
+def read_yaml(path: Path, named_by: str = "", among: tuple[str, ...] = RECIPES) -> Source:
+    """A YAML file that holds a mapping. `InputError` where it is missing or no such thing.
+
+    `among`: the folders of shipped files whose names are proposed in the place of a missing one.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"{named_by + ': ' if named_by else ''}no file {path}{_near_files(path)}") from None
+        near = _nearest_file(path, among)
+        raise InputError(f"{named_by + ': ' if named_by else ''}no file {path}{near}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     try:
@@ -164,17 +166,14 @@ def nearest(wrong: str, names: Iterable[str], sections: bool = False) -> str:
     return max(candidates, key=likeness, default="none")
 
 
-def _near_files(path: Path) -> str:
-    folder = path.parent
-    if not folder.is_dir():
-        return f" (there is no folder {folder})"
-    names = [p.name for p in folder.iterdir() if p.suffix == path.suffix]
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
-    if close:
-        return f"; nearest: {folder / close[0]}"
-    # a recipe or a study by its name alone
-    own = [found for shipped in _EXPERIMENTS for found in shipped.glob("*.yaml") if found.stem == path.stem]
-    return f"; nearest: {own[0]}" if own else ""
+def _nearest_file(path: Path, among: tuple[str, ...]) -> str:
+    """What to propose in the place of a missing file: one beside it, or a shipped one by its bare name."""
+    beside = [p.name for p in path.parent.glob("*") if p.suffix in (".yaml", ".yml")]
+    if close := difflib.get_close_matches(path.name, beside, n=1, cutoff=0.4):
+        return f"; nearest: {path.parent / close[0]}"
+    missing = "" if path.parent.is_dir() else f" (there is no folder {path.parent})"
+    close = difflib.get_close_matches(path.name.removesuffix(".yaml"), shipped_files(among), n=1)
+    return f"{missing}; nearest: {close[0]}" if close else missing
 
 
 def _first_line(error: Exception) -> str:

@@ -282,7 +282,7 @@ def training_command(data: Data, recipe: str) -> str:
     if data.task != "instance":
         settings.append(f"data.task={data.task}")
     if isinstance(data.dataset, Packed):
-        settings.append("data.dataset=experiments/data/packed.yaml")
+        settings.append("data.dataset=packed")
     if isinstance(data.dataset, DataSet):
         usual = DataSet()
         if data.dataset.format != usual.format:

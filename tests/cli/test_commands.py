@@ -185,7 +185,7 @@ def test_data_commands_understand_a_folder(capsys, tmp_path, monkeypatch):
     assert main(["data", "check", folder]) == 0
     told = capsys.readouterr().out
     assert "8 images" in told
-    assert f"mpformer train experiments/recipes/coco-tiny.yaml data.root={folder}" in told.splitlines()[-1]
+    assert f"mpformer train coco-tiny data.root={folder}" in told.splitlines()[-1]
     assert (tmp_path / "scenes-samples.png").is_file()
     images = sorted((tmp_path / "scenes" / "train2017").iterdir())
     whole = images[0].read_bytes()
@@ -198,7 +198,7 @@ def test_data_commands_understand_a_folder(capsys, tmp_path, monkeypatch):
     assert main(["data", "pack", folder, str(tmp_path / "packed")]) == 0
     assert "8 training and 2 validation images" in capsys.readouterr().out
     assert main(["data", "check", str(tmp_path / "packed")]) == 0
-    assert "data.dataset=experiments/data/packed.yaml" in capsys.readouterr().out.splitlines()[-1]
+    assert "data.dataset=packed" in capsys.readouterr().out.splitlines()[-1]
     settings = ["data.augment.size=[64, 64]"]
     assert main(["data", "show", folder, "--out", str(tmp_path / "out"), *settings]) == 0
     pictures = sorted(path.name for path in (tmp_path / "out").iterdir())

@@ -263,9 +263,3 @@ def test_heads_and_queries_follow_from_the_settings():
 def test_yes_and_no_need_no_quotes(recipe, written, expected):
     """YAML's own reading of a bare yes is a truth value."""
     assert load_config(recipe, [f"cluster.gpu={written}"]).cluster.gpu == expected
-
-
-def test_a_recipe_is_found_by_its_name_alone(monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[2])
-    with pytest.raises(InputError, match=r"no file coco-tiny; nearest: experiments/recipes/coco-tiny\.yaml"):
-        load_config("coco-tiny")

@@ -197,7 +197,7 @@ def test_a_packed_folder_is_understood_and_damage_is_found(tmp_path):
     packed = Data(root=str(tmp_path / "out"), dataset=Packed())
     train = check(packed)["train"]
     assert (train.images, train.findings) == (4, ())
-    assert training_command(packed, "recipe.yaml").endswith(" data.dataset=experiments/data/packed.yaml")
+    assert training_command(packed, "recipe.yaml").endswith(" data.dataset=packed")
     shard = tmp_path / "out" / "val" / "shard-00000.parquet"
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 0xFF
