@@ -1,22 +1,25 @@
 """Plug-ins: an object named `package.module:Name`, with options, wherever a setting names a kind.
 
 A plug-in is a class, which is instantiated with its options, or, where its contract is to be called, a
-function, which gets its options as keyword arguments at every call. The folder that the command runs in is
-importable, on the driver and on every worker. Imports neither torch nor ray.
+function, which gets its options as keyword arguments at every call. It is imported from the folder that the
+command runs in or from an installed package: on this machine processes inherit that folder
+(`inherited_folder`), to other machines the module is sent (`modules_to_send`). Imports neither torch nor ray.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +44,30 @@ def plugin_folder() -> str:
     return os.environ.get(FOLDER_VARIABLE) or os.getcwd()
 
 
+@contextlib.contextmanager
+def inherited_folder() -> Iterator[None]:
+    """Processes that are started meanwhile, and theirs, import plug-ins from this process's folder."""
+    before = os.environ.get(FOLDER_VARIABLE)
+    os.environ[FOLDER_VARIABLE] = plugin_folder()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[FOLDER_VARIABLE]
+
+
+def modules_to_send(found: Iterable[str]) -> list[str]:
+    """Paths of what the references need on other machines: the file of each top-level module, or the folder
+    of each top-level package, that lies in the plug-in folder. Installed packages are expected there."""
+    _make_importable()
+    folder = Path(plugin_folder()).resolve()
+    places: list[str] = []
+    for name in sorted({re.split("[.:]", reference)[0] for reference in found}):
+        if (spec := importlib.util.find_spec(name)) is not None:
+            places += list(spec.submodule_search_locations or [str(spec.origin)] * spec.has_location)
+    return [place for place in places if Path(place).resolve().parent == folder]
+
+
 def load(reference: str, place: str) -> Any:
     """The object that a reference names. `place` begins the message of an `InputError`: no such module or
     name, or a module that cannot be imported."""
@@ -48,10 +75,11 @@ def load(reference: str, place: str) -> Any:
     _make_importable()
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError) as error:
+    except Exception as error:  # the plug-in's own code runs here and may raise anything
         if isinstance(error, ModuleNotFoundError) and _names(error.name, module_name):
             raise _no_module(reference, place) from None
-        raise InputError(f"{place}: '{reference}' cannot be imported: {error}") from error
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(f"{place}: '{reference}' cannot be imported: {what}") from error
     try:
         return getattr(module, name)
     except AttributeError:
@@ -75,21 +103,40 @@ def build(
     """
     found = load(reference, place)
     required = _methods(contract)
+    what = f"{place}: {reference}"
+    plugin: Any
     if inspect.isclass(found):
-        _check_call(found, arguments, options, f"{place}: {reference}")
-        plugin = found(*arguments, **options)
+        defined = {name for base in found.__mro__ for name in vars(base)}
+        if missing := next((name for name in required if name not in defined), None):
+            method = _shown(missing, required[missing])
+            raise InputError(f"{what} lacks the method {method} of {contract.__name__}")
+        _check_call(found, arguments, options, what)
+        try:
+            plugin = found(*arguments, **options)
+        except ValueError as error:  # an option out of its range
+            raise InputError(f"{what}: {error}") from error
     elif callable(found) and required.keys() == {"__call__"}:
-        _check_call(found, required["__call__"], options, f"{place}: {reference}")
+        _check_call(found, required["__call__"], options, what)
         plugin = functools.partial(found, **options)
     else:
-        raise InputError(f"{place}: {reference} is no class{' or function' * ('__call__' in required)}")
+        expected = "class or function" if "__call__" in required else "class"
+        raise InputError(f"{what} is no {expected}")
     for name, parameters in required.items():
-        method = getattr(plugin, name, None)
-        shown = f"{name}({', '.join(parameters)})".replace("__call__", "")
-        if not callable(method):
-            raise InputError(f"{place}: {reference} lacks the method {shown} of {contract.__name__}")
-        _check_call(method, parameters, {}, f"{place}: {reference}: {shown} of {contract.__name__}")
+        method = _shown(name, parameters)
+        _check_call(getattr(plugin, name), parameters, {}, f"{what}: {method} of {contract.__name__}")
     return plugin
+
+
+def shared(reference: str, options: Mapping[str, Any], contract: type[_Contract], place: str) -> _Contract:
+    """As `build`, but made once per process for the same reference and options: for plug-ins without state
+    that are asked for again and again."""
+    key = (reference, json.dumps(options, sort_keys=True), contract)
+    if key not in _made:
+        _made[key] = build(reference, options, contract, place)
+    return _made[key]
+
+
+_made: dict[tuple[str, str, type], Any] = {}
 
 
 def source_hash(reference: str, place: str) -> str:
@@ -133,7 +180,7 @@ def _no_module(reference: str, place: str) -> InputError:
 
 
 def _methods(contract: type) -> dict[str, tuple[str, ...]]:
-    """The methods that a contract itself asks for, each with the names of its positional parameters."""
+    """The methods that a contract itself defines, each with the names of its positional parameters."""
     found: dict[str, tuple[str, ...]] = {}
     for name, member in vars(contract).items():
         if inspect.isfunction(member) and (name == "__call__" or not name.startswith("_")):
@@ -143,10 +190,15 @@ def _methods(contract: type) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def _shown(name: str, parameters: tuple[str, ...]) -> str:
+    """A method as messages name it: 'place(height, width, random)', or only '(value)' of `__call__`."""
+    return f"{name.replace('__call__', '')}({', '.join(parameters)})"
+
+
 def _check_call(function: Any, arguments: tuple[Any, ...], options: Mapping[str, Any], what: str) -> None:
     try:
         signature = inspect.signature(function)
-    except ValueError:  # of a builtin that does not tell
+    except ValueError:  # a builtin without a signature
         return
     try:
         signature.bind(*arguments, **options)

@@ -1,5 +1,6 @@
-"""The worked examples of docs/extending.md: applied to a copy of the package, they train."""
+"""docs/extending.md: every example is in it, and all of them together train from a folder outside."""
 
+import json
 import os
 import re
 import shutil
@@ -8,50 +9,55 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from tests.e2e.conftest import RECIPE
+from tests.plugins import folders
 
 ROOT = Path(__file__).parents[1]
-CHANGE = re.compile(r"```diff\n--- (\S+)\n(.*?)```", re.DOTALL)
+EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
+GUIDE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 
-TRAIN = """
-import torch
-from mpformer.model.noise import with_noise
-from mpformer.model.segmenter import build_model
-from tests.model.samples import blobs, pilot_draws
-from tests.train.conftest import make_batch
-from tests.train.test_step import gradients_of_step, settings
 
-config = settings(pixel_decoder={"kind": "sum"}, pilot={"noise": {"kind": "erase", "ratio": 0.5}})
-assert type(build_model(config.model, 3).pixel_decoder).__name__ == "Sum"
-result, gradients = gradients_of_step(config, make_batch([3, 0]))
-assert torch.isfinite(result.total)
-assert all(g is not None and torch.isfinite(g).all() for g in gradients.values())
-masks = blobs(4).masks
-erased = with_noise(masks, config.model.pilot.noise[0], config.model.pilot.rules(), pilot_draws(1), 0)
-assert not (erased & ~masks).any()
-assert 0.4 < float(erased.sum() / masks.sum()) < 0.6
-print("trained")
-"""
+def test_the_guide_names_every_example_and_no_other():
+    assert set(re.findall(r"\(examples/(\w+\.py)\)", GUIDE)) == {path.name for path in EXAMPLES}
+
+
+def test_the_guide_s_settings_are_those_of_the_schema():
+    from mpformer.config import Config
+    from mpformer.config.plugins import references
+
+    (written,) = re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)
+    named = [reference for _, reference in references(Config.model_validate(yaml.safe_load(written)))]
+    own = {name for name in (reference.split(":")[0] for reference in named) if not name.startswith("torch.")}
+    assert own <= {path.stem for path in EXAMPLES}
 
 
 @pytest.mark.slow
-def test_the_examples_touch_two_files_each_and_train(tmp_path):
-    changes = CHANGE.findall((ROOT / "docs" / "extending.md").read_text(encoding="utf-8"))
-    files = [name for name, _ in changes]
-    schema = "mpformer/config/model.py"
-    assert files == [schema, "mpformer/model/convolutional.py", schema, "mpformer/model/noise.py"]
-    for part in ("mpformer", "tests"):
-        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for name, change in changes:
-        lines = change.splitlines(keepends=True)
-        old = "".join(line[1:] for line in lines if line[0] in " -")
-        new = "".join(line[1:] for line in lines if line[0] in " +")
-        file = tmp_path / name
-        text = file.read_text(encoding="utf-8")
-        assert text.count(old) == 1, f"{name}: the example's lines are not there: {old}"
-        file.write_text(text.replace(old, new), encoding="utf-8")
-    elsewhere = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # not this checkout
+def test_the_examples_train_from_a_folder_outside_of_the_package(tmp_path):
+    """As a user does it: modules beside the recipe, the console script's search path, workers of Ray."""
+    for path in EXAMPLES:
+        shutil.copy(path, tmp_path)
+    folders.yolo(tmp_path / "set", {"train": 8, "val": 3})
+    settings = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)[0])
+    settings["data"]["root"] = "set"
+    settings["data"]["augment"]["options"] = {"size": 64}
+    settings["data"]["test_resize"] = {"short": 64, "long": 64}
+    for section in ("model", "train", "evaluate"):
+        for key, value in RECIPE[section].items():
+            inner = settings.setdefault(section, {})
+            inner[key] = {**value, **inner.get(key, {})} if isinstance(value, dict) else value
+    settings["train"]["length"] = "4 steps"
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(settings))
+    script = "import sys; sys.path.remove(''); from mpformer.cli.main import main; sys.exit(main())"
     done = subprocess.run(
-        [sys.executable, "-c", TRAIN], cwd=tmp_path, env=elsewhere, capture_output=True, text=True
+        [sys.executable, "-c", script, "train", "own.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("trained")
+    (summary,) = tmp_path.glob("runs/*/summary.json")
+    assert json.loads(summary.read_text())["steps"] == 4

@@ -38,6 +38,7 @@ from mpformer.config import Config, duration_in_steps  # noqa: E402
 from mpformer.data.catalog import check_root  # noqa: E402
 from mpformer.tracking.run_dir import RunDir  # noqa: E402
 from mpformer.tracking.tracker import Entry, close_run  # noqa: E402
+from mpformer.train import plugins  # noqa: E402
 from mpformer.train.capacity import threads_per_worker  # noqa: E402
 from mpformer.train.launch import cluster_capacity, fit, only_driver, start_ray  # noqa: E402
 from mpformer.types import InputError, RunError  # noqa: E402
@@ -117,10 +118,11 @@ def run_trials(
     for data in {trial.config.data.root: trial.config.data for trial in pending}.values():
         check_root(data)
     for trial in pending:
+        plugins.check(trial.config)
         if trial.run_dir.is_dir():
             with only_driver(trial.run_dir):  # another command on the same study: told before anything starts
                 pass
-    start_ray()
+    start_ray(trial.config for trial in pending)
     # a trial's failure is told in one line and not as a traceback
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     capacity = cluster_capacity()

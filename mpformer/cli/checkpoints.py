@@ -31,7 +31,7 @@ def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
     if config.cluster.workers > 1:
         from mpformer.train.launch import start_ray
 
-        start_ray()
+        start_ray([config])
     found, usage = evaluation.evaluate(model, split, config, device=device, report=_progress())
     for key, value in {**found.scores.summary, **found.layers}.items():
         say(f"{key:24} {value:8.2f}")

@@ -12,6 +12,7 @@ from mpformer.config.data import (
     MaskFiles,
     MaskSplit,
     Packed,
+    PluginDataSet,
     ShortEdgeJitter,
     ShortestEdge,
     Split,
@@ -20,6 +21,7 @@ from mpformer.config.data import (
 from mpformer.config.identity import config_hash, diff, dump_yaml, flatten, identity_settings, run_name
 from mpformer.config.loading import build_config, inline_dataset, load_config, read_dataset, read_recipe
 from mpformer.config.model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder
+from mpformer.config.plugins import Plugin
 from mpformer.config.run import (
     Cluster,
     Config,
@@ -49,6 +51,8 @@ __all__ = [
     "Packed",
     "Pilot",
     "PixelDecoder",
+    "Plugin",
+    "PluginDataSet",
     "PolySchedule",
     "ShortEdgeJitter",
     "ShortestEdge",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from mpformer.config import plugins
+from mpformer.config.plugins import PLUGIN_TAG, Plugin, Reference
 from mpformer.config.section import Count, Fraction, Positive, Section, setting
 from mpformer.types import STRIDE, Task
 
@@ -13,8 +15,8 @@ Size = tuple[Count, Count]
 """(height, width) in pixels."""
 
 
-def _tag(key: str, default: str) -> BeforeValidator:
-    """Lets the key that tells the members of a union apart be left out for its commonest member."""
+def _default_tag(key: str, default: str) -> BeforeValidator:
+    """Lets the key that discriminates a union be left out for its most common member."""
     return BeforeValidator(lambda value: {key: default, **value} if isinstance(value, dict) else value)
 
 
@@ -132,8 +134,25 @@ class Packed(Section):
     val: str = "val"
 
 
+class PluginDataSet(Section):
+    """A data set that a plug-in reads: `mpformer.data.records.Reader`."""
+
+    name: str = "custom"
+    format: Reference
+    """`package.module:Name`, importable where the command runs and on every worker."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the reader."""
+
+
 AnyDataSet = Annotated[
-    DataSet | LabelMaps | MaskFiles | Packed, Field(discriminator="format"), _tag("format", "coco_instance")
+    Annotated[DataSet, Tag("coco_instance")]
+    | Annotated[DataSet, Tag("coco_panoptic")]
+    | Annotated[LabelMaps, Tag("label_maps")]
+    | Annotated[MaskFiles, Tag("mask_files")]
+    | Annotated[Packed, Tag("packed")]
+    | Annotated[PluginDataSet, Tag(PLUGIN_TAG)],
+    Discriminator(plugins.format),
+    _default_tag("format", "coco_instance"),
 ]
 
 
@@ -206,9 +225,12 @@ class ShortestEdge(Section):
 
 
 AnyAugment = Annotated[
-    LargeScaleJitter | ShortEdgeJitter | ShortestEdge,
-    Field(discriminator="kind"),
-    _tag("kind", "large_scale_jitter"),
+    Annotated[LargeScaleJitter, Tag("large_scale_jitter")]
+    | Annotated[ShortEdgeJitter, Tag("short_edge_jitter")]
+    | Annotated[ShortestEdge, Tag("shortest_edge")]
+    | Annotated[Plugin, Tag(PLUGIN_TAG)],
+    Discriminator(plugins.kind),
+    _default_tag("kind", "large_scale_jitter"),
 ]
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from mpformer.config.identity import flatten
+from mpformer.config.plugins import PLUGIN_TAG, Plugin
 from mpformer.config.run import Config
 from mpformer.config.shipped import DATA_SETS, locate
 from mpformer.config.yamlfile import Source, nearest, read_yaml
@@ -92,7 +93,9 @@ def build_config(source: Source) -> Config:
 
 
 def _explain(error: ValidationError, source: Source) -> str:
-    first = error.errors()[0]
+    # of a name or a section, such as `train.optimizer`, both are tried: a section is told of as one
+    errors = error.errors()
+    first = next(e for e in errors if e["type"] != "literal_error" or not isinstance(e["input"], Mapping))
     keys = _written_keys(first["loc"], source.tree, first["type"] == "missing")
     if first["type"] == "union_tag_invalid":
         keys.append(first["ctx"]["discriminator"].strip("'()"))
@@ -102,18 +105,19 @@ def _explain(error: ValidationError, source: Source) -> str:
         known = flatten(Config().model_dump())
         return f"{place}: no setting '{key}'; nearest: {nearest(key, known, sections=True)}"
     if first["type"] in ("union_tag_invalid", "literal_error"):
-        return f"{place}: {_explain_choice(key, first)}"
+        plugins = any(Plugin.__name__ in e["loc"] for e in errors)
+        return f"{place}: {_explain_choice(key, first, plugins)}"
     message = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     shown = "" if isinstance(given, BaseModel | dict) else f" (given: {given!r})"
     return f"{place}: {key + ': ' if key else ''}{message}{shown}"
 
 
-def _explain_choice(key: str, error: ErrorDetails) -> str:
-    """A value that is none of those there are, with the nearest of them."""
+def _explain_choice(key: str, error: ErrorDetails, plugins: bool) -> str:
+    """A value that is none of the choices, with the nearest of them; `plugins`: a plug-in is one, too."""
     context = error["ctx"]
     given = context.get("tag", error["input"])
-    expected = context.get("expected_tags") or context["expected"]
+    expected = context.get("expected_tags") or context["expected"] + f", '{PLUGIN_TAG}'" * plugins
     names = re.findall(r"'([^']*)'", expected)
     return f"{key}: {given!r} is none of {expected}; nearest: {nearest(str(given), names)}"
 
@@ -125,12 +129,13 @@ def _written_keys(location: Sequence[int | str], tree: Any, missing: bool) -> li
     """
     keys = []
     for i, part in enumerate(location):
-        inside = isinstance(tree, Mapping)
-        if inside and part not in tree and not (missing and i + 1 == len(location)):
+        if isinstance(tree, Mapping):
+            if part not in tree and not (missing and i + 1 == len(location)):
+                continue
+            tree = tree.get(part)
+        elif isinstance(tree, list | tuple) and isinstance(part, int) and part < len(tree):
+            tree = tree[part]
+        else:
             continue
         keys.append(str(part))
-        if inside or (isinstance(tree, Sequence) and isinstance(part, int) and part < len(tree)):
-            tree = tree.get(part) if inside else tree[part]
-        else:
-            tree = None
     return keys

@@ -6,11 +6,12 @@ import re
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from mpformer.config import plugins
 from mpformer.config.data import Data
 from mpformer.config.model import Model
-from mpformer.config.plugins import BY_NAME, Plugin
+from mpformer.config.plugins import BY_NAME, PLUGIN_TAG, Plugin
 from mpformer.config.section import Count, Fraction, Positive, Section, setting
 from mpformer.plugin import is_reference
 
@@ -29,7 +30,9 @@ Duration = Annotated[str, BeforeValidator(_check_duration)]
 
 def duration_in_steps(duration: str, images_per_epoch: int, batch_size: int) -> int:
     """Optimiser steps of a `Duration`, rounded up, at least 1."""
-    amount, unit = _DURATION.match(duration).groups()
+    if (found := _DURATION.match(duration)) is None:
+        raise ValueError(f"not a duration: {duration!r}")
+    amount, unit = found.groups()
     per_step = {"e": batch_size / max(images_per_epoch, 1), "s": 1.0, "i": batch_size}[unit[0]]
     return max(1, -int(-float(amount) // per_step))
 
@@ -44,6 +47,14 @@ class StepSchedule(Section):
 class PolySchedule(Section):
     kind: Literal["poly"] = "poly"
     power: Positive = 0.9
+
+
+AnySchedule = Annotated[
+    Annotated[StepSchedule, Tag("step")]
+    | Annotated[PolySchedule, Tag("poly")]
+    | Annotated[Plugin, Tag(PLUGIN_TAG)],
+    Discriminator(plugins.kind),
+]
 
 
 class Train(Section):
@@ -62,7 +73,10 @@ class Train(Section):
     """Largest gradient norm of the full model; 0 does not clip."""
     warmup: Fraction = 0.0
     """Fraction of the run over which the rate rises linearly from 0."""
-    schedule: Annotated[StepSchedule | PolySchedule, Field(discriminator="kind")] = StepSchedule()
+    schedule: AnySchedule = StepSchedule()
+    optimizer: Annotated[Literal["adamw"] | Plugin, BY_NAME] = "adamw"
+    """AdamW, or any `torch.optim.Optimizer`, such as `torch.optim:SGD`. Rate and weight decay of its
+    parameter groups come from `lr`, `backbone_lr_factor` and `weight_decay`, the rest from its options."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on GPUs that have it, else float32."""
     micro_batch: Count | None = setting(None)

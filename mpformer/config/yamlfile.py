@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from mpformer.config.shipped import RECIPES, shipped_files
+from mpformer.plugin import is_reference
 from mpformer.types import InputError
 
 
@@ -55,7 +56,7 @@ class Source:
         node = self.tree
         for key in keys[:-1]:
             if not isinstance(node.get(key), dict):
-                node[key] = {}
+                node[key] = {"kind": node[key]} if is_reference(node.get(key)) else {}
             node = node[key]
         if keys[-1] == "kind" and node.get("kind", value) != value:
             node.clear()  # another kind has settings of its own, as in `merge`

@@ -7,17 +7,21 @@ where it lies on the canvas, mirrored or not. Only then are pixels and masks mad
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
 
-from mpformer.config import LargeScaleJitter, ShortestEdge, TestResize
+from mpformer import plugin
+from mpformer.config import LargeScaleJitter, Plugin, ShortEdgeJitter, ShortestEdge, TestResize
 from mpformer.config.data import AnyAugment
-from mpformer.data.colors import ColorJitter, draw_colors, jitter_colors
+from mpformer.config.section import Section
+from mpformer.data.colors import draw_colors
 from mpformer.data.masks import BoxMask, Window, crop_masks
 from mpformer.data.records import Record
+from mpformer.types import InputError
 
 _BLOCK = 8
 """Pixels along a side of a JPEG block."""
@@ -25,13 +29,63 @@ _BLOCK = 8
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the pixels of a training sample come from and where they go: the canvas's upper left corner."""
+    """How a training sample is made from its image; it lies in the canvas's upper left corner."""
 
     window: Window
-    flip: bool
-    canvas: tuple[int, int] | None
-    """(height, width) of the padded sample; None where the global batch decides."""
-    colors: ColorJitter | None = None
+    """The part of the image that is kept, and the size that it is resized to."""
+    flip: bool = False
+    """Mirrored from left to right after that."""
+    colors: Callable[[np.ndarray], np.ndarray] | None = None
+    """Changes the resized pixels, [h,w,3] uint8 RGB to the same; what it draws is drawn already."""
+    max_category_area: float = 1.0
+    """Largest share of the labelled pixels that one class may have, 0..1: otherwise the crop is drawn again,
+    up to ten times."""
+
+
+class Augmentation(Protocol):
+    """The contract of `data.augment.kind`: where a training sample comes from in its image.
+
+    A sample is a function of (seed, epoch, image) alone, whoever makes it: an augmentation keeps no state,
+    and all its random numbers come from the generator that it is handed.
+    """
+
+    def canvas(self) -> tuple[int, int] | None:
+        """(height, width) that all samples are padded to, multiples of 32. None: those of a global batch are
+        padded to the largest among them."""
+
+    def place(self, height: int, width: int, random: np.random.Generator) -> Placement:
+        """Draw the placement of an image of that size in pixels. Its result fits into the canvas."""
+
+
+def augmentation(config: AnyAugment) -> Augmentation:
+    """The augmentation that the settings name; `InputError` where a plug-in is none."""
+    if isinstance(config, Plugin):
+        return plugin.shared(config.kind, config.options, Augmentation, "data.augment")
+    return _KINDS[type(config)](config)
+
+
+def place(height: int, width: int, config: AnyAugment, random: np.random.Generator) -> Placement:
+    """Draw the augmentation of an image of this size in pixels.
+
+    Raises `InputError` where a plug-in's placement fits neither the image nor its own canvas.
+    """
+    chosen = augmentation(config)
+    placement = chosen.place(height, width, random)
+    if isinstance(config, Plugin):
+        _check_placement(placement, height, width, chosen.canvas(), f"data.augment: {config.kind}")
+    return placement
+
+
+def _check_placement(
+    placement: Placement, height: int, width: int, canvas: tuple[int, int] | None, what: str
+) -> None:
+    w = placement.window
+    inside = 0 <= w.x < w.x + w.width <= width and 0 <= w.y < w.y + w.height <= height
+    if not inside:
+        raise InputError(f"{what}: {w} lies outside of the {width}x{height} image")
+    most_height, most_width = canvas if canvas is not None else (w.out_height, w.out_width)
+    if not (0 < w.out_width <= most_width and 0 < w.out_height <= most_height):
+        raise InputError(f"{what}: {w} exceeds the canvas of {most_width}x{most_height} pixels")
 
 
 def generator(seed: int, epoch: int, image_id: str, purpose: str = "augment") -> np.random.Generator:
@@ -40,32 +94,87 @@ def generator(seed: int, epoch: int, image_id: str, purpose: str = "augment") ->
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
 
-def place(height: int, width: int, config: AnyAugment, random: np.random.Generator) -> Placement:
-    """Draw the augmentation of an image of this size.
+# Crops are laid on whole pixels of the source, so cropping before resizing is exact, and masks are those of
+# the very same pixels.
 
-    Crops are laid on whole pixels of the source, so cropping before resizing is exact, and masks are those of
-    the very same pixels.
-    """
-    if isinstance(config, ShortestEdge):
-        return _place_shortest_edge(height, width, config, random)
-    flip = random.random() < config.flip
-    low, high = config.scale
-    share = random.random()
-    colors = None
-    if isinstance(config, LargeScaleJitter):
-        # Ghiasi et al., Copy-Paste, section 3: the image is fitted into the target size times a factor
-        factor = low + (high - low) * share
+
+@dataclass(frozen=True)
+class _LargeScaleJitter:
+    """Ghiasi et al., Copy-Paste, section 3: the image is fitted into the target size times a factor."""
+
+    config: LargeScaleJitter
+
+    def canvas(self) -> tuple[int, int]:
+        return self.config.size
+
+    def place(self, height: int, width: int, random: np.random.Generator) -> Placement:
+        config = self.config
+        flip = random.random() < config.flip
+        low, high = config.scale
+        factor = low + (high - low) * random.random()
         scale = factor * min(config.size[0] / height, config.size[1] / width)
-    else:
+        return Placement(_fixed_crop(height, width, scale, config.size, random), flip)
+
+
+@dataclass(frozen=True)
+class _ShortEdgeJitter:
+    config: ShortEdgeJitter
+
+    def canvas(self) -> tuple[int, int]:
+        return self.config.size
+
+    def place(self, height: int, width: int, random: np.random.Generator) -> Placement:
+        config = self.config
+        flip = random.random() < config.flip
+        low, high = config.scale
+        share = random.random()
         if config.steps is not None:
             share = int(share * config.steps) / (config.steps - 1)
         short = int(config.short * (low + (high - low) * share))
         scale = min(short / min(height, width), config.long / max(height, width))
-        if config.colors:
-            colors = draw_colors(random)
-    x, part_width, out_width = _crop(width, scale, config.size[1], random)
-    y, part_height, out_height = _crop(height, scale, config.size[0], random)
-    return Placement(Window(x, y, part_width, part_height, out_width, out_height), flip, config.size, colors)
+        colors = draw_colors(random) if config.colors else None
+        window = _fixed_crop(height, width, scale, config.size, random)
+        return Placement(window, flip, colors, config.max_category_area)
+
+
+@dataclass(frozen=True)
+class _ShortestEdge:
+    """Carion et al., DETR, appendix A.4, where `crop` is 0.5; plain scale augmentation where it is 0."""
+
+    config: ShortestEdge
+
+    def canvas(self) -> None:
+        return None
+
+    def place(self, height: int, width: int, random: np.random.Generator) -> Placement:
+        config = self.config
+        flip, crops = random.random() < config.flip, random.random() < config.crop
+        short = config.shorts[int(random.random() * len(config.shorts))]
+        x, y, part_width, part_height = 0, 0, width, height
+        if crops:
+            first = config.crop_shorts[int(random.random() * len(config.crop_shorts))]
+            scale = first / min(height, width)
+            x, part_width = _crop_between(width, scale, config.crop_size, random)
+            y, part_height = _crop_between(height, scale, config.crop_size, random)
+        out_height, out_width = _fitted(part_height, part_width, short, config.long)
+        return Placement(Window(x, y, part_width, part_height, out_width, out_height), flip)
+
+
+_KINDS: dict[type[Section], Callable[[Any], Augmentation]] = {
+    LargeScaleJitter: _LargeScaleJitter,
+    ShortEdgeJitter: _ShortEdgeJitter,
+    ShortestEdge: _ShortestEdge,
+}
+"""The augmentation of each section of `data.augment`."""
+
+
+def _fixed_crop(
+    height: int, width: int, scale: float, size: tuple[int, int], random: np.random.Generator
+) -> Window:
+    """The whole image at that scale, or where it exceeds `size` (height, width) a crop anywhere in it."""
+    x, part_width, out_width = _crop(width, scale, size[1], random)
+    y, part_height, out_height = _crop(height, scale, size[0], random)
+    return Window(x, y, part_width, part_height, out_width, out_height)
 
 
 def _crop(size: int, scale: float, target: int, random: np.random.Generator) -> tuple[int, int, int]:
@@ -102,22 +211,6 @@ def cut(placement: Placement, height: int, width: int) -> Placement:
     part_height = max(1, round(w.height * out_height / w.out_height))
     part_width = max(1, round(w.width * out_width / w.out_width))
     return replace(placement, window=Window(w.x, w.y, part_width, part_height, out_width, out_height))
-
-
-def _place_shortest_edge(
-    height: int, width: int, config: ShortestEdge, random: np.random.Generator
-) -> Placement:
-    """Carion et al., DETR, appendix A.4, where `crop` is 0.5; plain scale augmentation where it is 0."""
-    flip, crops = random.random() < config.flip, random.random() < config.crop
-    short = config.shorts[int(random.random() * len(config.shorts))]
-    x, y, part_width, part_height = 0, 0, width, height
-    if crops:
-        first = config.crop_shorts[int(random.random() * len(config.crop_shorts))]
-        scale = first / min(height, width)
-        x, part_width = _crop_between(width, scale, config.crop_size, random)
-        y, part_height = _crop_between(height, scale, config.crop_size, random)
-    out_height, out_width = _fitted(part_height, part_width, short, config.long)
-    return Placement(Window(x, y, part_width, part_height, out_width, out_height), flip, None)
 
 
 def _crop_between(
@@ -161,7 +254,7 @@ def place_image(image: np.ndarray, placement: Placement, reduced: int = 1) -> np
         window = Window(x, y, width, height, window.out_width, window.out_height)
     pixels = resize_image(image, window)
     if placement.colors is not None:
-        pixels = jitter_colors(pixels, placement.colors)
+        pixels = placement.colors(pixels)
     return cv2.flip(pixels, 1) if placement.flip else pixels
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from mpformer.config import Data, LabelMaps, MaskFiles, Packed, Split
+from mpformer import plugin
+from mpformer.config import Data, DataSet, LabelMaps, MaskFiles, Packed, PluginDataSet, Split
+from mpformer.config.section import Section
 from mpformer.data import coco, labelmaps
 from mpformer.data.packed import open_packed
-from mpformer.data.records import Catalog, Record, Records, RecordTable, build_table
+from mpformer.data.records import Catalog, Reader, Record, Records, RecordTable, build_table
 from mpformer.types import ClassTable, InputError
 
 
@@ -22,39 +25,91 @@ def open_split(data: Data, split: str) -> Catalog:
     under `skip` it stays in its place with its `problem` noted, so that the other samples keep their
     positions.
     """
-    dataset = data.dataset
-    records: Records
-    instances: Records | None = None
-    if isinstance(dataset, Packed):
-        folder = dataset.train if split == "train" else dataset.val
-        classes, packed = open_packed(data.root, folder, data.task)
-        if data.task == "instance":
-            classes, records = _things_only(classes, packed)
-        else:
-            records = packed
-        return Catalog(f"{dataset.name} {split}", classes, records, data.root, packed.group)
     check_root(data)
-    root = Path(data.root).expanduser()
-    root = root.resolve()
-    if isinstance(dataset, LabelMaps):
-        classes, records = labelmaps.read_label_maps(root, dataset, split, data.task, data.on_bad_sample)
-    elif isinstance(dataset, MaskFiles):
-        classes, records = labelmaps.read_mask_files(root, dataset, split)
-    else:
-        read = {"coco_instance": coco.read_instance, "coco_panoptic": coco.read_panoptic}[dataset.format]
-        place = dataset.train if split == "train" else dataset.val
-        classes, listed = read(root, place)
-        if place.instances is not None and data.task == "panoptic":
-            instances = _instances_of(root, place, classes, [record.image_id for record in listed])
-        listed = _note_missing_images(root, listed)
-        if data.on_bad_sample == "error":
-            for record in listed:
-                if record.problem:
-                    raise InputError(record.problem)
-        records = build_table(listed, str(root))
+    catalog = _OPENERS[type(data.dataset)](data.dataset, data, split)
     if data.task == "instance":
-        classes, records = _things_only(classes, records)
-    return Catalog(f"{dataset.name} {split}", classes, records, str(root), instances=instances)
+        classes, records = _things_only(catalog.classes, catalog.records)
+        return replace(catalog, classes=classes, records=records)
+    return catalog
+
+
+def _open_packed(dataset: Packed, data: Data, split: str) -> Catalog:
+    folder = dataset.train if split == "train" else dataset.val
+    classes, records = open_packed(data.root, folder, data.task)
+    return Catalog(_name(data, split), classes, records, data.root, records.group)
+
+
+def _open_label_maps(dataset: LabelMaps, data: Data, split: str) -> Catalog:
+    root = _root(data)
+    classes, records = labelmaps.read_label_maps(root, dataset, split, data.task, data.on_bad_sample)
+    return Catalog(_name(data, split), classes, records, str(root))
+
+
+def _open_mask_files(dataset: MaskFiles, data: Data, split: str) -> Catalog:
+    root = _root(data)
+    classes, records = labelmaps.read_mask_files(root, dataset, split)
+    return Catalog(_name(data, split), classes, records, str(root))
+
+
+def _open_coco(dataset: DataSet, data: Data, split: str) -> Catalog:
+    root, place = _root(data), dataset.train if split == "train" else dataset.val
+    read = coco.read_panoptic if dataset.format == "coco_panoptic" else coco.read_instance
+    classes, listed = read(root, place)
+    instances = None
+    if place.instances is not None and data.task == "panoptic":
+        own = place.model_copy(update={"annotations": place.instances})
+        instances = _instances_of(root, own, classes, [record.image_id for record in listed])
+    records = _table(data, root, listed)
+    return Catalog(_name(data, split), classes, records, str(root), instances=instances)
+
+
+def _open_plugin(dataset: PluginDataSet, data: Data, split: str) -> Catalog:
+    root = _root(data)
+    place = f"data.dataset: {dataset.format}"
+    read = plugin.build(dataset.format, dataset.options, Reader, "data.dataset.format")
+    classes, records = read(root, split, data.task)
+    if not isinstance(records, Records):
+        listed = list(records)
+        for record in listed:
+            if not isinstance(record.image, str) or not isinstance(record.label_map, str | None):
+                raise InputError(
+                    f"{place}: image {record.image_id}: paths are expected in listed records; pixels or "
+                    "encoded files need a `Records` class"
+                )
+            if wrong := [s.label for s in record.segments if not 0 <= s.label < len(classes)]:
+                raise InputError(
+                    f"{place}: image {record.image_id}: label {wrong[0]} is none of {len(classes)} classes"
+                )
+        records = _table(data, root, listed)
+    if not len(records):
+        raise InputError(f"{place}: no image in the split '{split}' of {root}")
+    return Catalog(_name(data, split), classes, records, str(root))
+
+
+_OPENERS: dict[type[Section], Callable[[Any, Data, str], Catalog]] = {
+    DataSet: _open_coco,
+    LabelMaps: _open_label_maps,
+    MaskFiles: _open_mask_files,
+    Packed: _open_packed,
+    PluginDataSet: _open_plugin,
+}
+"""How each section of `data.dataset` is opened."""
+
+
+def _root(data: Data) -> Path:
+    return Path(data.root).expanduser().resolve()
+
+
+def _name(data: Data, split: str) -> str:
+    return f"{data.dataset.name} {split}"
+
+
+def _table(data: Data, root: Path, listed: list[Record]) -> RecordTable:
+    """The table of records whose paths are relative to `root`; missing images become their problem."""
+    listed = _note_missing_images(root, listed)
+    if data.on_bad_sample == "error" and (problem := next((r.problem for r in listed if r.problem), None)):
+        raise InputError(problem)
+    return build_table(listed, str(root))
 
 
 def check_root(data: Data) -> None:
@@ -66,8 +121,8 @@ def check_root(data: Data) -> None:
 
 def _instances_of(root: Path, place: Split, classes: ClassTable, image_ids: Sequence[str]) -> RecordTable:
     """The instance annotations of these images, their labels counted as in the panoptic class table."""
-    path = root / place.instances
-    own, listed = coco.read_instance(root, place.model_copy(update={"annotations": place.instances}))
+    path = root / place.annotations
+    own, listed = coco.read_instance(root, place)
     label_of = classes.labels_by_source_id()
     for info in own.classes:
         if info.source_id not in label_of or not classes.classes[label_of[info.source_id]].is_thing:

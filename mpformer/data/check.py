@@ -203,9 +203,10 @@ def _look_at_masks(record: Record, found: Sequence[BoxMask | None], where: str) 
         known = {0, *(s.id for s in record.segments)}
         for value in np.unique(load_ids(record)).tolist():
             if value not in known:
+                source = record.label_map if isinstance(record.label_map, str) else "label map"
                 yield Finding(
                     "ids that the annotations do not know",
-                    f"{record.label_map}: id {value} (image {record.image_id})",
+                    f"{source}: id {value} (image {record.image_id})",
                 )
 
 

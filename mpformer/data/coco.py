@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -154,19 +154,22 @@ def _class_table(path: Path, categories: list[dict[str, Any]]) -> ClassTable:
         raise InputError(f"{path}: 'categories' is empty: at least one class is expected")
     infos = []
     for label, (source_id, category) in enumerate(sorted(by_id.items())):
-        color = category.get("color")
-        known = (
-            isinstance(color, list) and len(color) == 3 and all(_is_int(c) and 0 <= c <= 255 for c in color)
-        )
         infos.append(
             ClassInfo(
                 name=category["name"],
                 source_id=source_id,
                 is_thing=bool(category.get("isthing", 1)),
-                color=tuple(color) if known else distinct_color(label),
+                color=_color(category.get("color")) or distinct_color(label),
             )
         )
     return ClassTable(tuple(infos))
+
+
+def _color(value: object) -> tuple[int, int, int] | None:
+    """A category's RGB; None where there is none, or something else."""
+    if isinstance(value, list) and len(value) == 3 and all(_is_int(c) and 0 <= c <= 255 for c in value):
+        return value[0], value[1], value[2]
+    return None
 
 
 def _images(path: Path, listed: list[dict[str, Any]]) -> dict[object, dict[str, Any]]:
@@ -203,7 +206,7 @@ def _file_name(path: Path, folder: str, item: dict[str, Any], what: str) -> tupl
     return (f"{folder}/{name}" if folder not in ("", ".") else name), ""
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """What is done to the colours of one sample; the defaults do nothing."""
+    """A change of the colours of one sample; the defaults change nothing."""
 
     brightness: float = 0.0
     """Added to all channels, -32..32 of 255."""
@@ -22,6 +22,23 @@ class ColorJitter:
     """Turn of the colour circle, -18..18 of 180."""
     contrast_last: bool = False
     """Contrast after saturation and hue instead of before."""
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """The image [h,w,3] uint8 RGB with its colours changed, clipped to 0..255 after each step."""
+        levels = np.arange(256, dtype=np.float64)
+        if self.brightness:
+            image = cv2.LUT(image, _table(levels + self.brightness))
+        if self.contrast != 1.0 and not self.contrast_last:
+            image = cv2.LUT(image, _table(levels * self.contrast))
+        if self.saturation != 1.0 or self.hue:
+            hue = (np.arange(256) + self.hue) % 180
+            saturation, same = _table(levels * self.saturation), levels.astype(np.uint8)
+            tables = np.stack([hue.astype(np.uint8), saturation, same], 1)
+            hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), tables[None])
+            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+        if self.contrast != 1.0 and self.contrast_last:
+            image = cv2.LUT(image, _table(levels * self.contrast))
+        return image
 
 
 def draw_colors(random: np.random.Generator) -> ColorJitter:
@@ -35,24 +52,6 @@ def draw_colors(random: np.random.Generator) -> ColorJitter:
         hue=int(amount[3] * 37) - 18 if on[3] else 0,
         contrast_last=last,
     )
-
-
-def jitter_colors(image: np.ndarray, jitter: ColorJitter) -> np.ndarray:
-    """The image [h,w,3] uint8 RGB with its colours changed; values are cut at 0 and 255 after each step."""
-    levels = np.arange(256, dtype=np.float64)
-    if jitter.brightness:
-        image = cv2.LUT(image, _table(levels + jitter.brightness))
-    if jitter.contrast != 1.0 and not jitter.contrast_last:
-        image = cv2.LUT(image, _table(levels * jitter.contrast))
-    if jitter.saturation != 1.0 or jitter.hue:
-        hue = (np.arange(256) + jitter.hue) % 180
-        saturation, same = _table(levels * jitter.saturation), levels.astype(np.uint8)
-        tables = np.stack([hue.astype(np.uint8), saturation, same], 1)
-        hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), tables[None])
-        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-    if jitter.contrast != 1.0 and jitter.contrast_last:
-        image = cv2.LUT(image, _table(levels * jitter.contrast))
-    return image
 
 
 def _table(values: np.ndarray) -> np.ndarray:

@@ -36,13 +36,14 @@ def detect(place: str | Path) -> DataSet | Packed:
         )
     # instances before panoptic where there are both, then the usual names first
     order = sorted(found, key=lambda p: (_is_panoptic(found[p]), "instances" not in p.name, str(p)))
-    chosen = {
-        split: next((p for p in order if re.search(word, str(p.relative_to(root)), re.IGNORECASE)), None)
+    named = {
+        split: [p for p in order if re.search(word, str(p.relative_to(root)), re.IGNORECASE)]
         for split, word in _WORDS.items()
     }
-    train = chosen["train"] or next((p for p in order if p != chosen["val"]), chosen["val"])
-    same_form = [p for p in order if _is_panoptic(found[p]) == _is_panoptic(found[train])]
-    val = chosen["val"] if chosen["val"] in same_form else train
+    train = next(iter(named["train"] or [p for p in order if p not in named["val"][:1]] or order))
+    of_val = named["val"][:1]
+    same_form = [p for p in of_val if _is_panoptic(found[p]) == _is_panoptic(found[train])]
+    val = same_form[0] if same_form else train
     panoptic = _is_panoptic(found[train])
     return DataSet(
         name=root.resolve().name,

@@ -101,6 +101,8 @@ def load_ids(record: Record) -> np.ndarray:
     if isinstance(record.label_map, np.ndarray):
         return record.label_map
     name = record.label_map if isinstance(record.label_map, str) else f"label map of image {record.image_id}"
+    if record.label_map is None:
+        raise InputError(f"{name}: there is none")
     rgb = load_rgb_map(record.label_map, name)
     if rgb.shape[:2] != (record.height, record.width):
         raise InputError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from mpformer.config.data import ClassEntry
 from mpformer.config.yamlfile import nearest
 from mpformer.data import masks
 from mpformer.data.images import image_size, load_index_map, load_rgb_map
-from mpformer.data.records import MapId, Record, Records, Segment
+from mpformer.data.records import MapId, NamedRecords, Record, Records, Segment
 from mpformer.types import ClassInfo, ClassTable, InputError, distinct_color
 
 
@@ -108,50 +107,18 @@ def _share_of(name: str) -> float:
     return int.from_bytes(digest, "little") / 2**64
 
 
-class _Named(Records):
-    """Records known by the names of their files."""
-
-    names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def read(self, index: int) -> Record:
-        name = self.names[index]
-        try:
-            return self._read(name)
-        except InputError as error:
-            return Record(name, "", 0, 0, (), problem=str(error))
-
-    @abstractmethod
-    def _read(self, name: str) -> Record:
-        """The record of that name; raises `InputError` for what is wrong with it."""
-
-    @abstractmethod
-    def _annotations(self, name: str) -> list[str]:
-        """The files that hold the segments of that name."""
-
-    def fingerprint(self) -> str:
-        """Of the names, and of the bytes that each one's annotations take: nobody reads all maps for this."""
-        digest = hashlib.sha256()
-        for name in self.names:
-            sizes = [os.path.getsize(p) if os.path.exists(p) else None for p in self._annotations(name)]
-            digest.update(f"{name} {sizes}\n".encode())
-        return digest.hexdigest()
-
-
 _INSTANCE = 1 << 16
 """Added to the values of separate instance maps, to tell them from classes."""
 
 
 @dataclass(frozen=True)
-class _LabelMapRecords(_Named):
+class _LabelMapRecords(NamedRecords):
     names: tuple[str, ...]
     root: str
     dataset: LabelMaps
     place: LabelSplit
 
-    def _read(self, name: str) -> Record:
+    def read_named(self, name: str) -> Record:
         path = f"{self.root}/{self.place.labels}/{name}{self.dataset.label_suffix}"
         ids = self._ids(path, name)
         labels = {entry.id: label for label, entry in enumerate(self.dataset.classes)}
@@ -171,7 +138,7 @@ class _LabelMapRecords(_Named):
         image = f"{self.root}/{self.place.images}/{name}{self.dataset.image_suffix}"
         return Record(name, image, width, height, tuple(segments), ids)
 
-    def _annotations(self, name: str) -> list[str]:
+    def annotation_files(self, name: str) -> list[str]:
         folders = filter(None, (self.place.labels, self.place.instances))
         return [f"{self.root}/{folder}/{name}{self.dataset.label_suffix}" for folder in folders]
 
@@ -215,12 +182,12 @@ def _values(ids: np.ndarray) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class _MaskFileRecords(_Named):
+class _MaskFileRecords(NamedRecords):
     names: tuple[str, ...]
     root: str
     place: MaskSplit
 
-    def _read(self, name: str) -> Record:
+    def read_named(self, name: str) -> Record:
         image = Path(self.root, name)
         height, width = image_size(str(image))
         segments = []
@@ -233,7 +200,7 @@ class _MaskFileRecords(_Named):
             segments.append(Segment(0, False, masks.run_lengths_of(mask), float(mask.sum()), number))
         return Record(name, str(image), width, height, tuple(segments))
 
-    def _annotations(self, name: str) -> list[str]:
+    def annotation_files(self, name: str) -> list[str]:
         return _object_files(Path(self.root, name), self.place.masks)
 
 

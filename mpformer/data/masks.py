@@ -64,7 +64,8 @@ def segment_mask(segment: Segment, record: Record) -> np.ndarray:
 def record_masks(record: Record) -> np.ndarray:
     """All segments' masks [N,h,w] bool at the image's size; the label map is read once."""
     result = np.zeros((len(record.segments), record.height, record.width), bool)
-    ids = load_ids(record) if record.label_map is not None else None
+    # a record without a label map has no segment that refers to one
+    ids = load_ids(record) if record.label_map is not None else np.empty(0, np.int32)
     for out, segment in zip(result, record.segments):
         if isinstance(segment.mask, MapId):
             np.equal(ids, segment.mask.value, out=out)

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mpformer.config import Data
+from mpformer.config import Data, LabelMaps, PluginDataSet
 from mpformer.data import augment
 from mpformer.data.catalog import open_split
 from mpformer.data.images import read_bytes
@@ -46,9 +46,13 @@ def pack(data: Data, out: str, shard_bytes: int = 128 << 20) -> dict[str, int]:
 
 def _whole(data: Data) -> Data:
     """The same data with all that it holds, whatever the task."""
-    if getattr(data.dataset, "encoding", "") == "classes" and data.dataset.train.instances is None:
-        return data.model_copy(update={"task": "semantic"})
-    return data.model_copy(update={"task": "panoptic"})
+    dataset = data.dataset
+    if isinstance(dataset, PluginDataSet):
+        return data  # its reader knows which tasks it serves
+    classes_only = (
+        isinstance(dataset, LabelMaps) and dataset.encoding == "classes" and dataset.train.instances is None
+    )
+    return data.model_copy(update={"task": "semantic" if classes_only else "panoptic"})
 
 
 def _write_split(data: Data, catalog: Catalog, order: Sequence[int], out: str, shard_bytes: int) -> None:

@@ -156,6 +156,7 @@ class Store:
 
     def __init__(self, place: str) -> None:
         self.place = place
+        self._path: str
         try:
             self._files, self._path = (
                 pafs.FileSystem.from_uri(place)

@@ -35,7 +35,7 @@ def to_table(samples: Sequence[Sample | tuple[int, InputError]]) -> pa.Table:
     rows = [_error_row(*item) if isinstance(item, tuple) else _row(item) for item in samples]
     columns = []
     for field in _SCHEMA:
-        values = [row.get(field.name) for row in rows]
+        values: list[Any] = [row.get(field.name) for row in rows]
         large = field.type == pa.large_binary()
         columns.append(_join(values) if large else pa.array(values, field.type))
     return pa.table(columns, schema=_SCHEMA)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -63,13 +63,12 @@ def train_batches(
     steps = [rank_positions(step, batch_size, rank, world) for step in range(start_step, stop_step)]
     if data.loader == "ray" and any(steps):
         return _ray(data, catalog, seed, batch_size, steps, world)
-    if not isinstance(catalog, Catalog):
-        catalog = ray.get(catalog)
+    here: Catalog = catalog if isinstance(catalog, Catalog) else ray.get(catalog)
     if data.loader == "torch":
         from mpformer.data.torch_loader import loader_batches
 
-        return loader_batches(data, catalog, seed, batch_size, steps)
-    return _inline(data, catalog, seed, batch_size, steps)
+        return loader_batches(data, here, seed, batch_size, steps)
+    return _inline(data, here, seed, batch_size, steps)
 
 
 def _inline(
@@ -118,7 +117,7 @@ def _ray(
             samples = upcoming.popleft().result()
             if index + _AHEAD < len(chunks):
                 upcoming.append(ahead.submit(execute, chunks[index + _AHEAD]))
-            batches = samples.iter_torch_batches(
+            batches: Iterable[Any] = samples.iter_torch_batches(
                 batch_size=local, collate_fn=_Collate(canvas), prefetch_batches=data.prefetch
             )
             for positions, batch in zip(wanted, batches, strict=True):
@@ -213,7 +212,9 @@ class _Collate(ArrowBatchCollateFn):
         self.canvas = canvas
         self.collate = collate
 
-    def __call__(self, batch: pa.Table) -> PackedBatch | InputError:
+    def __call__(  # type: ignore[override]  # any object passes through Ray
+        self, batch: pa.Table
+    ) -> PackedBatch | InputError:
         try:
             samples = from_table(batch)
             return self.collate(samples, self.canvas(samples[0].position))

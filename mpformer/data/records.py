@@ -8,12 +8,13 @@ with its `Segment` objects is made when it is asked for.
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath, PureWindowsPath
-from typing import overload
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Protocol, overload
 
 import numpy as np
 
@@ -89,7 +90,7 @@ class Catalog:
     group: int = 1
     """Neighbouring records that are read together: an epoch's order keeps them close to each other."""
     instances: Records | None = None
-    """The same images' things as a source of their own tells them; see `config_data.Split.instances`."""
+    """The things of the same images from annotations of their own; see `mpformer.config.data.Split`."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -116,6 +117,53 @@ class Records(Sequence[Record]):
     @abstractmethod
     def fingerprint(self) -> str:
         """Hexadecimal digits that change with what opening the split has read, wherever its folder lies."""
+
+
+class NamedRecords(Records):
+    """Records known by the names of their files, each read when it is asked for."""
+
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> Record:
+        name = self.names[index]
+        try:
+            return self.read_named(name)
+        except InputError as error:
+            return Record(name, "", 0, 0, (), problem=str(error))
+
+    @abstractmethod
+    def read_named(self, name: str) -> Record:
+        """The record of that name; raises `InputError` for what is wrong with it."""
+
+    @abstractmethod
+    def annotation_files(self, name: str) -> list[str]:
+        """Paths of the files that hold the segments of that name."""
+
+    def fingerprint(self) -> str:
+        """Of the names and the sizes of their annotation files: reading them all would take too long."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            sizes = [os.path.getsize(p) if os.path.exists(p) else None for p in self.annotation_files(name)]
+            digest.update(f"{name} {sizes}\n".encode())
+        return digest.hexdigest()
+
+
+class Reader(Protocol):
+    """The contract of `data.dataset.format`: opens one split of a data set."""
+
+    def __call__(self, root: Path, split: str, task: str) -> tuple[ClassTable, Iterable[Record]]:
+        """The classes, and the records in a fixed order.
+
+        root: the folder `data.root`. split: "train" or "val". task: "instance", "panoptic" or "semantic"; for
+        "instance" stuff may be left in. Records may be listed, their paths relative to `root` and their masks
+        `Polygons` or `Rle`, or be `Records` (or `NamedRecords`), which make each one when it is asked for.
+        What is wrong with a single record is its `problem`; raises `InputError` where the split as a whole
+        is wrong or cannot serve the task.
+        """
+        ...
 
 
 class RecordTable(Records):
@@ -150,7 +198,7 @@ class RecordTable(Records):
                 continue  # the text names the folder; which records have one is in `problem_start`
             seen = np.diff(column) > 0 if name == "problem_start" else np.ascontiguousarray(column)
             digest.update(f"{name} {len(column)} ".encode())
-            digest.update(seen)
+            digest.update(seen.data)
         return digest.hexdigest()
 
     @property
@@ -166,7 +214,7 @@ class RecordTable(Records):
 
     def _bytes(self, name: str, index: int) -> memoryview:
         start, end = self._columns[f"{name}_start"][index : index + 2].tolist()
-        return memoryview(self._columns[name])[start:end]
+        return self._columns[name].data[start:end]
 
     def _segment(self, index: int) -> Segment:
         column = self._columns

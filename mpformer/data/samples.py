@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from mpformer.config import Data, ShortestEdge
+from mpformer.config import Data
 from mpformer.data import augment
 from mpformer.data.augment import Placement
 from mpformer.data.images import load_reduced_image
@@ -25,6 +25,8 @@ _REPLACEMENTS = 100
 """Bad samples in a row after which the data set as a whole is called bad."""
 _GROUPS_MIXED = 4
 """Groups of packed images that are mixed with each other."""
+_UNKNOWN_SIZE = (640, 640)
+"""(height, width) that an image is taken to have if its own cannot be read."""
 _CROPS = 10
 """Crops tried for one in which no class has more than its share (detectron2's count)."""
 
@@ -70,11 +72,11 @@ def sample_order(seed: int, epoch: int, n: int, group: int = 1) -> np.ndarray:
 def batch_canvas(catalog: Catalog, data: Data, seed: int, batch_size: int, position: int) -> tuple[int, int]:
     """(height, width) of the padded images in the global batch that a position belongs to.
 
-    The augmentation's fixed size; where it has none, the batch's largest sample, up to multiples of 32.
+    The augmentation's canvas; where it has none, the batch's largest sample, rounded up to multiples of 32.
     Placements follow from the sizes of images, so no pixel is read for it.
     """
-    if not isinstance(data.augment, ShortestEdge):
-        return data.augment.size
+    if (fixed := augment.augmentation(data.augment).canvas()) is not None:
+        return fixed
     start = position - position % batch_size
     sizes = [_planned_size(catalog, data, seed, p) for p in range(start, start + batch_size)]
     height, width = (max(side) for side in zip(*sizes))
@@ -82,13 +84,12 @@ def batch_canvas(catalog: Catalog, data: Data, seed: int, batch_size: int, posit
 
 
 def _planned_size(catalog: Catalog, data: Data, seed: int, position: int) -> tuple[int, int]:
-    """(height, width) of the sample at a position, if nothing is wrong with it."""
+    """(height, width) of the sample at a position if its image can be used."""
     epoch, place = divmod(position, len(catalog))
     record = catalog.records[int(sample_order(seed, epoch, len(catalog), catalog.group)[place])]
-    if not record.width:  # not even its size could be read
-        return data.augment.shorts[0], data.augment.shorts[0]
+    height, width = (record.height, record.width) if record.width else _UNKNOWN_SIZE
     random = augment.generator(seed, epoch, record.image_id)
-    window = augment.place(record.height, record.width, data.augment, random).window
+    window = augment.place(height, width, data.augment, random).window
     return window.out_height, window.out_width
 
 
@@ -109,7 +110,8 @@ def make_sample(catalog: Catalog, data: Data, seed: int, position: int) -> Sampl
             raise
         reasons = [str(error)]
     # where the batch decides on the canvas, it was decided without the replacement
-    room = _planned_size(catalog, data, seed, position) if isinstance(data.augment, ShortestEdge) else None
+    fixed = augment.augmentation(data.augment).canvas() is not None
+    room = None if fixed else _planned_size(catalog, data, seed, position)
     while len(reasons) < _REPLACEMENTS:
         random = augment.generator(seed, epoch, f"{position}/{len(reasons)}", "replace")
         record = catalog.records[int(random.random() * n)]
@@ -136,9 +138,8 @@ def _sample(
     placement = augment.place(record.height, record.width, data.augment, random)
     if room is not None:
         placement = augment.cut(placement, *room)
-    limit = getattr(data.augment, "max_category_area", 1.0)
-    if limit < 1.0:
-        placement = _mixed(record, placement, limit, random)
+    if placement.max_category_area < 1.0:
+        placement = _mixed(record, placement, random)
     reduced = augment.reduction(placement.window)
     image, reduced = load_reduced_image(record, reduced)
     pixels = augment.place_image(image, placement, reduced)
@@ -161,8 +162,9 @@ def _sample(
     )
 
 
-def _mixed(record: Record, placement: Placement, limit: float, random: np.random.Generator) -> Placement:
+def _mixed(record: Record, placement: Placement, random: np.random.Generator) -> Placement:
     """The placement with its crop, or the first of ten others, in which no class exceeds its share."""
+    limit = placement.max_category_area
     for _ in range(_CROPS):
         areas = [int(m.pixels.sum()) for _, m in augment.place_masks(record, "semantic", placement)]
         if len(areas) > 1 and max(areas) < limit * sum(areas):

@@ -263,7 +263,9 @@ def _write_split(out: Path, split: str, count: int, seed: int, size: int, most: 
     }
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    images, instances, panoptic = [], [], []
+    images: list[dict[str, Any]] = []
+    instances: list[dict[str, Any]] = []
+    panoptic: list[dict[str, Any]] = []
     for number in range(count):
         image, stuff, things = _draw_scene(generator(seed, number, split, "synthetic"), size, most)
         image_id = number + 1

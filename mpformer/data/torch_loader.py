@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from mpformer.config import Data
 from mpformer.data.collate import collate
@@ -17,7 +17,7 @@ def loader_batches(
     data: Data, catalog: Catalog, seed: int, batch_size: int, steps: Sequence[range]
 ) -> Iterator[PackedBatch]:
     """One batch for each range of positions, in their order; `InputError` at a bad sample's step."""
-    loader = DataLoader(
+    loader: DataLoader[PackedBatch | InputError] = DataLoader(
         _Steps(data, catalog, seed, batch_size),
         sampler=steps,
         batch_size=None,  # an item is a whole batch already
@@ -32,7 +32,7 @@ def loader_batches(
         yield batch
 
 
-class _Steps:
+class _Steps(Dataset[PackedBatch | InputError]):
     """Batches by their positions, as torch's map-style data sets are asked for items."""
 
     def __init__(self, data: Data, catalog: Catalog, seed: int, batch_size: int) -> None:

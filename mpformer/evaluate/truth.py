@@ -79,7 +79,7 @@ def target_of(record: Record, sizes: Sizes, task: Task) -> Target:
     Crowd regions are left out, except for the task "semantic", which has one mask per class.
     """
     window = Window(0, 0, record.width, record.height, sizes.valid[1], sizes.valid[0])
-    found = list(place_masks(record, task, Placement(window, flip=False, canvas=sizes.padded)))
+    found = list(place_masks(record, task, Placement(window)))
     masks = torch.zeros(len(found), *sizes.padded, dtype=torch.bool)
     for mask, (_, box) in zip(masks, found):
         h, w = box.pixels.shape

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -32,6 +32,9 @@ from mpformer.model.weights.checkpoints import (
 from mpformer.model.weights.loading import checkpoint_metadata
 from mpformer.tracking.run_dir import RunDir, partial_checkpoint, partial_checkpoints
 from mpformer.types import InputError, RunError
+
+_NUMBERS = "numbers"
+"""Key, in the header of the optimiser's file, of the state that is numbers."""
 
 
 def save(
@@ -56,7 +59,7 @@ def save(
             shutil.rmtree(leftover)
         partial.mkdir()
         _write_model(partial / MODEL_FILE, model, config)
-        save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER_FILE)
+        _write_optimizer(partial / OPTIMIZER_FILE, model, optimizer)
         content = {
             **state,
             "step": step,
@@ -98,14 +101,7 @@ def restore(checkpoint: Checkpoint, model: Segmenter, optimizer: torch.optim.Opt
     except RuntimeError as error:
         line = str(error).splitlines()[1].strip()
         raise InputError(f"{checkpoint.path}: the weights are of another model: {line}") from None
-    stored = load_file(checkpoint.path / OPTIMIZER_FILE, device=device)
-    names = _names(model)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            prefix = names[parameter] + "/"
-            kept = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
-            if kept:
-                optimizer.state[parameter] = kept
+    _read_optimizer(checkpoint.path / OPTIMIZER_FILE, model, optimizer)
 
 
 def _write_model(path: Path, model: Segmenter, config: Config) -> None:
@@ -113,14 +109,43 @@ def _write_model(path: Path, model: Segmenter, config: Config) -> None:
     save_file(tensors, path, checkpoint_metadata(config, model.classes))
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    # by parameter name, so that old checkpoints do not depend on the order of groups
+def _write_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """State by parameter name, so that old checkpoints do not depend on the order of groups."""
     names = _names(model)
-    return {
-        f"{names[parameter]}/{key}": value.detach().contiguous()
-        for parameter, entries in optimizer.state.items()
-        for key, value in entries.items()
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, float | None] = {}
+    for parameter, entries in optimizer.state.items():
+        for key, value in entries.items():
+            name = f"{names[parameter]}/{key}"
+            if isinstance(value, torch.Tensor):
+                tensors[name] = value.detach().contiguous()
+            elif isinstance(value, int | float | None):
+                numbers[name] = value
+            else:
+                kind = type(value).__name__
+                raise InputError(f"train.optimizer: its state '{key}' is a {kind}: tensor or number expected")
+    save_file(tensors, path, {_NUMBERS: json.dumps(numbers)} if numbers else None)
+
+
+def _read_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The optimiser moves its state where it wants it: some keep the step number on the host."""
+    entries: dict[str, dict[str, Any]] = {}
+    with safe_open(path, "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        stored |= json.loads((file.metadata() or {}).get(_NUMBERS, "{}"))
+    for name, value in stored.items():
+        parameter, _, key = name.rpartition("/")
+        entries.setdefault(parameter, {})[key] = value
+    names = _names(model)
+    content = optimizer.state_dict()
+    # a state dict counts parameters over all groups
+    ordered = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    content["state"] = {
+        index: entries[names[parameter]]
+        for index, parameter in enumerate(ordered)
+        if names[parameter] in entries
     }
+    optimizer.load_state_dict(content)
 
 
 def _names(model: nn.Module) -> dict[nn.Parameter, str]:

@@ -10,7 +10,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from mpformer.config import Config, dump_yaml, run_name
 from mpformer.cores import usable_cores
 from mpformer.data.catalog import check_same_classes, open_split
 from mpformer.data.version import data_version
-from mpformer.evaluate.metrics import build_metrics
 from mpformer.model.weights.checkpoints import latest, model_file
+from mpformer.plugin import inherited_folder
 from mpformer.tracking.mlflow_store import prepare_store
 from mpformer.tracking.record import read_summary
 from mpformer.tracking.run_dir import RunDir
 from mpformer.tracking.tracker import Entry, close_run
+from mpformer.train import plugins
 from mpformer.train.capacity import Capacity, Node, uses_gpus
 from mpformer.train.mirror import Mirror
 from mpformer.types import InputError, RunError
@@ -54,35 +55,37 @@ SECONDS_OF_AN_ORPHAN = 20.0
 SECONDS_TO_A_CLUSTER = 20.0
 
 
-def start_ray() -> None:
+def start_ray(configs: Iterable[Config] = ()) -> None:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine; nothing if there is one already.
 
-    A machine with one core still gets two logical CPUs: Ray Data waits for ever where training workers
-    leave it none. Raises `RunError` where no cluster answers, or none starts in time.
+    `configs`: the runs that need it, whose plug-ins can then be imported on every worker. A machine with one
+    core still gets two logical CPUs: Ray Data waits for ever where training workers leave it none. Raises
+    `RunError` where no cluster answers, or none starts in time.
     """
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
     try:
-        _init_ray(address)
+        _init_ray(address, plugins.runtime_env(configs))
     except Exception as error:  # Ray raises exceptions of no class of its own here
         where = f"no cluster answers at RAY_ADDRESS={address}" if address else "none starts on this machine"
         raise RunError(f"Ray: {where}: {_first_line(error)}") from error
 
 
-def _init_ray(address: str | None) -> None:
+def _init_ray(address: str | None, runtime_env: dict[str, Any]) -> None:
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if address:
         host, colon, port = address.rpartition(":")
         if colon and port.isdecimal():  # Ray itself tries for minutes
             socket.create_connection((host.rpartition("/")[2], int(port)), SECONDS_TO_A_CLUSTER).close()
-        ray.init(**quiet)
+        ray.init(runtime_env=runtime_env or None, **quiet)
     else:
         # nobody takes this machine away with a warning: one process less to start for every run
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # a cluster that happens to run on this machine is joined only when RAY_ADDRESS says so
         cpus = max(2, usable_cores())  # a worker, and what prepares its data
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        with inherited_folder():
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
 
 
 def run_directory(config: Config) -> Path:
@@ -110,7 +113,7 @@ def fit(
         if mirror:
             mirror.finish()
         return summary
-    build_metrics(config.evaluate)  # raises here, not at the first evaluation
+    plugins.check(config)
     splits = {name: open_split(config.data, name) for name in ("train", "val")}
     if not splits["train"].records:
         raise InputError(f"{config.data.root}: the training split has no image")
@@ -124,7 +127,7 @@ def fit(
             log.warning("%s. The run goes on from the checkpoint before", line)
         # a run that has begun does without the file, which may be gone
         init = model_file(Path(config.train.init)).resolve() if config.train.init and not begun else None
-        start_ray()
+        start_ray([config])
         scaling = _scaling(config, cluster_capacity())
         entry = entry or Entry(config.name)
         nodes = sum(node["Alive"] for node in ray.nodes())

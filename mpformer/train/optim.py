@@ -1,21 +1,50 @@
-"""Parameter groups and learning-rate schedules of the papers' recipes."""
+"""Optimiser, its parameter groups, and learning-rate schedules."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from mpformer.config import PolySchedule, StepSchedule
+from mpformer import plugin
+from mpformer.config import Plugin, PolySchedule, StepSchedule
 from mpformer.config import Train as TrainConfig
+from mpformer.config.run import AnySchedule
+from mpformer.config.section import Section
+from mpformer.types import InputError
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _TABLES = ("relative_position_bias_table", "absolute_pos_embed", "pos_embed", "cls_token")
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with the papers' groups: the backbone's rate scaled; no decay of norms, embeddings and tables.
+class OptimizerStep(Protocol):
+    """The contract of `train.optimizer`: a `torch.optim.Optimizer` whose step needs no closure.
 
-    Each group keeps its own rate at factor 1 as `base_lr`.
+    The class is called with the list of parameter groups, each with its 'lr' and 'weight_decay', and with
+    the options as keyword arguments. Its state in `Optimizer.state` is tensors and numbers per parameter:
+    checkpoints hold these and nothing else, so that a resumed run goes on bit for bit.
+    """
+
+    def step(self) -> Any:
+        """Update the parameters from their gradients, which have been clipped."""
+
+
+class Schedule(Protocol):
+    """The contract of `train.schedule.kind`: a pure function, so that a resumed run needs no state of it."""
+
+    def __call__(self, done: float) -> float:
+        """The factor of all learning rates, at least 0, after the share `done` of training, 0 <= done < 1."""
+        ...
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser with the papers' groups: the backbone's rate scaled; no decay of norms, embeddings and
+    tables.
+
+    Each group keeps its own rate at factor 1 as `base_lr`. Raises `InputError` where a plug-in is no
+    optimiser.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[int] = set()
@@ -28,24 +57,56 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
             in_backbone = module_name.split(".")[0] == "backbone"
             lr = config.lr * (config.backbone_lr_factor if in_backbone else 1.0)
             groups.setdefault((lr, 0.0 if undecayed else config.weight_decay), []).append(parameter)
-    return torch.optim.AdamW(
+    return _optimizer(
         [
             {"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": decay}
             for (lr, decay), parameters in groups.items()
         ],
-        fused=True,
+        config,
     )
 
 
+def check_plugins(config: TrainConfig) -> None:
+    """Raise `InputError` unless the plug-ins of schedule and optimiser fit their contracts."""
+    schedule(config.schedule)
+    weight = nn.Parameter(torch.zeros(2, 2))
+    group = {"params": [weight], "lr": config.lr, "base_lr": config.lr, "weight_decay": config.weight_decay}
+    _optimizer([group], config)
+
+
+def _optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+    if not isinstance(config.optimizer, Plugin):
+        return torch.optim.AdamW(groups, fused=True)
+    reference, options = config.optimizer.kind, config.optimizer.options
+    found = plugin.build(reference, options, OptimizerStep, "train.optimizer", groups)
+    if not isinstance(found, torch.optim.Optimizer):
+        raise InputError(f"train.optimizer: {reference} is no torch.optim.Optimizer")
+    return found
+
+
+def schedule(config: AnySchedule) -> Schedule:
+    """The schedule that the settings name; `InputError` where a plug-in is none."""
+    if isinstance(config, Plugin):
+        return plugin.shared(config.kind, config.options, Schedule, "train.schedule")
+    return _SCHEDULES[type(config)](config)
+
+
+def _step(config: StepSchedule) -> Schedule:
+    return lambda done: config.factor ** sum(done >= at for at in config.at)
+
+
+def _poly(config: PolySchedule) -> Schedule:
+    return lambda done: (1.0 - done) ** config.power
+
+
+_SCHEDULES: dict[type[Section], Callable[[Any], Schedule]] = {StepSchedule: _step, PolySchedule: _poly}
+"""The schedule of each section of `train.schedule`."""
+
+
 def rate_factor(step: int, steps: int, config: TrainConfig) -> float:
-    """What the rates are multiplied by in the step-th of `steps` optimiser steps (counted from 0)."""
-    done = step / steps
+    """The factor of the rates in the step-th of `steps` optimiser steps, counted from 0."""
     warm = min(1.0, (step + 1) / (config.warmup * steps)) if config.warmup else 1.0
-    schedule = config.schedule
-    if isinstance(schedule, PolySchedule):
-        return warm * (1.0 - done) ** schedule.power
-    assert isinstance(schedule, StepSchedule)
-    return warm * schedule.factor ** sum(done >= at for at in schedule.at)
+    return warm * schedule(config.schedule)(step / steps)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -102,7 +102,8 @@ def test_a_data_set_file_of_the_command_line_is_relative_to_the_working_folder(r
         (
             "kind: step",
             "kind: cosine",
-            r"recipe\.yaml:8: train\.schedule\.kind: 'cosine' is none of 'step', 'poly'; nearest: step",
+            r"recipe\.yaml:8: train\.schedule\.kind: 'cosine' is none of 'step', 'poly', "
+            "'package.module:Name'; nearest: step",
         ),
         ("queries: 10", "querys: 10", r"recipe\.yaml:11: no setting .*nearest: model\.pilot\.queries$"),
         (

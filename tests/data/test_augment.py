@@ -33,7 +33,6 @@ def test_large_scale_jitter_follows_its_definition(height, width):
     factors = []
     for p in placements:
         w = p.window
-        assert p.canvas == (256, 320)
         assert 0 <= w.x <= width - w.width
         assert 0 <= w.y <= height - w.height
         assert 1 <= w.out_width <= 320
@@ -74,7 +73,6 @@ def test_semantic_recipes_follow_their_definition():
     scales = np.array([p.window.scale[0] for p in placements])
     shorts = {min(int(512 * (0.5 + 0.1 * k)), 512) for k in range(16)}
     assert {p.window.out_height for p in placements} == shorts
-    assert {p.canvas for p in placements} == {(512, 512)}
     # 512 x 2.0 / 300 would make the long side 4096: it stops at 2048
     assert scales.max() == pytest.approx(2048 / 1200, rel=0.01)
     assert all(p.colors is not None for p in placements)
@@ -92,7 +90,6 @@ def test_standard_scales_show_the_whole_image():
     windows = [p.window for p in placements]
     assert {(w.x, w.y, w.width, w.height) for w in windows} == {(0, 0, 640, 480)}
     assert {p.window.out_height for p in placements} == set(config.shorts)
-    assert {p.canvas for p in placements} == {None}
     # 300x1000: short side 640 makes the long one 2133, so it stops at 1333
     assert {p.window.out_width for p in draws(300, 1000, config, 50)} == {1333}
 
@@ -113,7 +110,7 @@ def test_crops_as_in_detr():
 
 
 def test_a_crop_moves_within_the_image():
-    first = Placement(Window(0, 0, 30, 20, 60, 40), False, (64, 64))
+    first = Placement(Window(0, 0, 30, 20, 60, 40), False)
     random = augment.generator(0, 0, "a")
     windows = [augment.moved(first, 40, 50, random).window for _ in range(300)]
     assert {w.x for w in windows} == set(range(21))
@@ -122,7 +119,7 @@ def test_a_crop_moves_within_the_image():
 
 
 def test_cutting_keeps_scale_and_corner():
-    placement = Placement(Window(5, 6, 100, 80, 200, 160), True, None)
+    placement = Placement(Window(5, 6, 100, 80, 200, 160), True)
     w = augment.cut(placement, 80, 400).window
     assert w == Window(5, 6, 100, 40, 200, 80)
 
@@ -136,7 +133,7 @@ def test_decoding_smaller_stays_within_its_tolerance(tmp_path, factor, sample_da
         record = Record("1", str(path), width, height, ())
         part_width, part_height = width - width % 8, height - height % 8
         window = Window(0, 0, part_width, part_height, part_width // factor - 3, part_height // factor - 2)
-        placement = Placement(window, False, (1024, 1024))
+        placement = Placement(window, False)
         assert augment.reduction(window) == factor
         small, used = load_reduced_image(record, factor)
         assert used == factor
@@ -233,7 +230,7 @@ def test_masks_stay_on_their_pixels(seed):
 
 def test_crowds_are_no_targets_but_count_in_semantic_maps():
     image, record = colored_record()
-    whole = Placement(Window.whole(120, 80), False, (96, 128))
+    whole = Placement(Window.whole(120, 80), False)
     for task in ("instance", "panoptic"):
         _, labels, _ = augmented(image, record, task, whole)
         assert labels == [4, 2]
@@ -247,11 +244,11 @@ def test_crowds_are_no_targets_but_count_in_semantic_maps():
 def test_mirroring_mirrors_image_and_masks_alike():
     image, record = colored_record()
     window = Window(10, 5, 90, 60, 90, 60)
-    plain = augmented(image, record, "instance", Placement(window, False, (96, 96)))
-    turned = augmented(image, record, "instance", Placement(window, True, (96, 96)))
+    plain = augmented(image, record, "instance", Placement(window, False))
+    turned = augmented(image, record, "instance", Placement(window, True))
     assert np.array_equal(plain[0][:, ::-1], turned[0])
     assert plain[1] == turned[1]
-    placement = Placement(window, True, (96, 96))
+    placement = Placement(window, True)
     for a, b in zip(plain[2], turned[2], strict=True):
         assert np.array_equal(full(a, placement)[:, ::-1], full(b, placement))
 

@@ -6,31 +6,31 @@ import numpy as np
 import pytest
 
 from mpformer.data.augment import generator
-from mpformer.data.colors import ColorJitter, draw_colors, jitter_colors
+from mpformer.data.colors import ColorJitter, draw_colors
 from tests.data.folders import photograph
 
 
 def test_nothing_changes_by_default():
     image = photograph()
-    assert np.array_equal(jitter_colors(image, ColorJitter()), image)
+    assert np.array_equal(ColorJitter()(image), image)
 
 
 def test_brightness_and_contrast():
     image = photograph()
     for beta in (-32.0, 20.5):
         expected = np.clip(image.astype(float) + beta, 0, 255)
-        assert np.abs(jitter_colors(image, ColorJitter(brightness=beta)) - expected).max() < 1
+        assert np.abs(ColorJitter(brightness=beta)(image) - expected).max() < 1
     for alpha in (0.5, 1.4):
         for last in (False, True):
             expected = np.clip(image.astype(float) * alpha, 0, 255)
-            found = jitter_colors(image, ColorJitter(contrast=alpha, contrast_last=last))
+            found = ColorJitter(contrast=alpha, contrast_last=last)(image)
             assert np.abs(found - expected).max() < 1
 
 
 def test_saturation_and_hue():
     """Against Python's own HSV; OpenCV keeps hue in steps of two degrees."""
     image = photograph()[::4, ::4]
-    found = jitter_colors(image, ColorJitter(saturation=0.6, hue=15)).astype(float)
+    found = ColorJitter(saturation=0.6, hue=15)(image).astype(float)
     expected = np.empty_like(found)
     for place in np.ndindex(image.shape[:2]):
         hue, saturation, value = colorsys.rgb_to_hsv(*(image[place] / 255))
@@ -42,7 +42,7 @@ def test_saturation_and_hue():
 def test_the_order_of_contrast_matters():
     image = photograph()
     settings = {"contrast": 1.5, "saturation": 1.5}
-    first, last = (jitter_colors(image, ColorJitter(**settings, contrast_last=x)) for x in (False, True))
+    first, last = (ColorJitter(**settings, contrast_last=x)(image) for x in (False, True))
     assert not np.array_equal(first, last)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mpformer.config import Plugin, Train
 from mpformer.model.segmenter import build_model
 from mpformer.model.weights import checkpoints
 from mpformer.model.weights.loading import load_checkpoint, load_weights
@@ -31,7 +32,21 @@ def _step(model, optimizer, config, number):
     return train_step(model, optimizer, batch, config, Timers(), classes=3)
 
 
-def test_going_on_from_a_checkpoint_is_bit_equal(tmp_path, tiny_config):
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "adamw",
+        "torch.optim:AdamW",  # its step number stays on the host
+        Plugin(kind="torch.optim:SGD", options={"momentum": 0.9, "nesterov": True}),
+        "torch.optim:NAdam",
+        "torch.optim:Adafactor",
+        "tests.plugins.optimizers:NumberedSGD",  # numbers in its state
+    ],
+    ids=lambda o: o if isinstance(o, str) else o.kind,
+)
+def test_going_on_from_a_checkpoint_is_bit_equal(tmp_path, tiny_config, optimizer):
+    train = {**tiny_config.train.model_dump(), "optimizer": optimizer}
+    tiny_config = tiny_config.model_copy(update={"train": Train.model_validate(train)})
     model, optimizer = _start(tiny_config)
     for number in range(2):
         _step(model, optimizer, tiny_config, number)

@@ -42,7 +42,7 @@ def test_a_full_disk_tears_no_note_of_a_failure(tmp_path, caplog):
 
 
 def test_splits_with_different_classes_are_refused_before_anything_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "start_ray", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(launch, "start_ray", lambda configs: pytest.fail("Ray was started"))
     generate(tmp_path / "scenes", {"train": 1, "val": 1}, size=64)
     annotations = tmp_path / "scenes/annotations/instances_val2017.json"
     content = json.loads(annotations.read_text())

@@ -1,11 +1,14 @@
 """Parameter groups and schedules of the papers' recipes."""
 
+import math
+
 import pytest
 import torch
 
-from mpformer.config import Config, PolySchedule, StepSchedule, Train
+from mpformer.config import Config, Plugin, PolySchedule, StepSchedule, Train
 from mpformer.model.segmenter import build_model
-from mpformer.train.optim import build_optimizer, rate_factor, set_rates
+from mpformer.train.optim import build_optimizer, check_plugins, rate_factor, set_rates
+from mpformer.types import InputError
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +93,47 @@ def test_rates_follow_each_group_s_own():
     set_rates(optimizer, 0.1)
     set_rates(optimizer, 0.5)
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([5e-5, 5e-6])
+
+
+def test_any_optimizer_of_torch_gets_the_groups():
+    train = Train(optimizer=Plugin(kind="torch.optim:SGD", options={"momentum": 0.9}), weight_decay=0.1)
+    layer = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    optimizer = build_optimizer(layer, train)
+    assert type(optimizer) is torch.optim.SGD
+    assert [(g["base_lr"], g["weight_decay"], g["momentum"]) for g in optimizer.param_groups] == [
+        (1e-4, 0.1, 0.9),
+        (1e-4, 0.0, 0.9),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"optimizer": "torch.optim:SDG"},
+            "train.optimizer: module 'torch.optim' has no 'SDG'; nearest: .*:SGD",
+        ),
+        ({"optimizer": "torch.optim:LBFGS"}, r"torch.optim:LBFGS: step\(\) of OptimizerStep: .*closure"),
+        ({"optimizer": "torch.nn:ModuleList"}, "torch.nn:ModuleList lacks the method step"),
+        ({"optimizer": "tests.plugins.optimizers:Half"}, "is no torch.optim.Optimizer"),
+        (
+            {"optimizer": {"kind": "torch.optim:SGD", "options": {"momentum": -1}}},
+            "train.optimizer: torch.optim:SGD: Invalid momentum",
+        ),
+        (
+            {"optimizer": {"kind": "torch.optim:SGD", "options": {"momentun": 0.9}}},
+            "unexpected keyword argument 'momentun'",
+        ),
+        ({"schedule": {"kind": "math:pi"}}, "train.schedule: math:pi is no class or function"),
+    ],
+)
+def test_a_plug_in_that_does_not_fit_is_one_error_before_anything_starts(settings, message):
+    with pytest.raises(InputError, match=message):
+        check_plugins(Train.model_validate(settings))
+
+
+def test_a_schedule_of_one_s_own_is_multiplied_by_the_warm_up():
+    train = Train.model_validate({"schedule": {"kind": "math:cos"}, "warmup": 0.5})
+    assert [rate_factor(s, 8, train) for s in (1, 4, 6)] == pytest.approx(
+        [0.5 * math.cos(1 / 8), math.cos(1 / 2), math.cos(3 / 4)]
+    )
