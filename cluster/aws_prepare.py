@@ -1,11 +1,11 @@
-"""Make in an AWS account what cluster/aws.yaml needs, once, and write cluster/aws.mine.yaml, filled in.
+"""Create the AWS resources that cluster/aws.yaml needs, and write cluster/aws.mine.yaml with their names.
 
     pip install boto3; python cluster/aws_prepare.py --region us-west-2
 
 A private, encrypted bucket for data and results; an encrypted EFS file system; a security group that admits
-SSH from your present address alone, and everything among its own machines; a role for the head, which may
-start and end machines, and one for the workers, which may use the bucket. What is there already is left as it
-is, aws.mine.yaml included; run it again when your address has changed. Nothing costs while it is empty.
+SSH from your current address only, and all traffic between its own machines; a role for the head, which may
+start and stop machines, and one for the workers, which may use the bucket. Existing resources are kept,
+aws.mine.yaml included; run it again when your address changes. Empty resources cost nothing.
 """
 
 import argparse
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 
 def prepare(region: str, address: str) -> dict[str, str]:
-    """The values of the placeholders of aws.yaml; `address`: the IPv4 address that may use SSH."""
+    """Values for the placeholders of aws.yaml; `address`: the IPv4 address that may use SSH."""
     session = boto3.Session(region_name=region)
     account = session.client("sts").get_caller_identity()["Account"]
     bucket = _bucket(session, f"mpformer-{account}-{region}")
@@ -43,8 +43,8 @@ def _bucket(session: Any, name: str) -> str:
         region = session.region_name
         place = {} if region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": region}}
         s3.create_bucket(Bucket=name, **place)
-    shut = ("BlockPublicAcls", "IgnorePublicAcls", "BlockPublicPolicy", "RestrictPublicBuckets")
-    s3.put_public_access_block(Bucket=name, PublicAccessBlockConfiguration=dict.fromkeys(shut, True))
+    blocks = ("BlockPublicAcls", "IgnorePublicAcls", "BlockPublicPolicy", "RestrictPublicBuckets")
+    s3.put_public_access_block(Bucket=name, PublicAccessBlockConfiguration=dict.fromkeys(blocks, True))
     return name
 
 
@@ -76,11 +76,8 @@ def _security_group(ec2: Any, vpc: str, address: str) -> str:
 
 def _file_system(session: Any, vpc: str, group: str) -> str:
     efs, ec2 = session.client("efs"), session.client("ec2")
-    made = (
-        efs.create_file_system if not efs.describe_file_systems(CreationToken=NAME)["FileSystems"] else None
-    )
-    if made:
-        made(CreationToken=NAME, Encrypted=True, ThroughputMode="elastic")
+    if not efs.describe_file_systems(CreationToken=NAME)["FileSystems"]:
+        efs.create_file_system(CreationToken=NAME, Encrypted=True, ThroughputMode="elastic")
     while (files := efs.describe_file_systems(CreationToken=NAME)["FileSystems"][0])["LifeCycleState"] != (
         "available"
     ):
@@ -93,7 +90,7 @@ def _file_system(session: Any, vpc: str, group: str) -> str:
         try:
             efs.create_mount_target(FileSystemId=name, SubnetId=subnet["SubnetId"], SecurityGroups=[group])
         except (efs.exceptions.MountTargetConflict, efs.exceptions.UnsupportedAvailabilityZone) as error:
-            print(f"{subnet['AvailabilityZone']}: {error}")  # one per zone, and not in all zones
+            print(f"{subnet['AvailabilityZone']}: {error}")  # at most one per zone; some zones have none
     return name
 
 
@@ -131,7 +128,7 @@ def _policy(statements: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--region", default="us-west-2")
-    parser.add_argument("--address", help="the IPv4 address that may use SSH; yours of now, if not given")
+    parser.add_argument("--address", help="the IPv4 address that may use SSH (default: your current one)")
     options = parser.parse_args()
     address = options.address
     if address is None:
@@ -144,10 +141,10 @@ def main() -> None:
         print(f"{name:7} {value}")
     mine = HERE / "aws.mine.yaml"
     if mine.exists():
-        print(f"SSH from {address} alone; {mine} is yours and stays as it is")
+        print(f"SSH from {address} only; {mine} exists and is kept")
         return
     mine.write_text(text)
-    print(f"wrote {mine}: SSH from {address} alone")
+    print(f"wrote {mine}: SSH from {address} only")
 
 
 if __name__ == "__main__":

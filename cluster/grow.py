@@ -1,7 +1,7 @@
-"""Ask the autoscaler for GPUs and wait for them: `python cluster/grow.py 8`; 0 lets go of all of them.
+"""Request GPUs from the autoscaler and wait for them: `python cluster/grow.py 8`; 0 releases all of them.
 
-A study lays its runs out over the GPUs that are there when it starts, so they are asked for before. What is
-no longer asked for goes when it is idle (`idle_timeout_minutes`). Runs on the cluster, as a Ray job does.
+A study distributes its runs over the GPUs available when it starts, so they are requested before. Released
+machines stop once they are idle (`idle_timeout_minutes`). Run it on the cluster, like a Ray job.
 """
 
 import sys
@@ -10,22 +10,21 @@ import time
 import ray
 from ray.autoscaler.sdk import request_resources
 
-MINUTES_OF_PATIENCE = 30
+TIMEOUT_MINUTES = 30
 
 
 def main(gpus: int) -> int:
     ray.init(address="auto", logging_level="ERROR", log_to_driver=False)
     request_resources(bundles=[{"GPU": 1}] * gpus)
-    deadline = time.monotonic() + 60 * MINUTES_OF_PATIENCE
+    deadline = time.monotonic() + 60 * TIMEOUT_MINUTES
     while (have := int(ray.cluster_resources().get("GPU", 0))) < gpus:
         if time.monotonic() > deadline:
-            print(
-                f"{have} of {gpus} GPUs after {MINUTES_OF_PATIENCE} minutes: {'going on' if have else 'none'}"
-            )
-            request_resources(bundles=[{"GPU": 1}] * have)  # what comes later would cost and not be used
+            outcome = "continuing" if have else "giving up"
+            print(f"{have} of {gpus} GPUs after {TIMEOUT_MINUTES} minutes: {outcome}")
+            request_resources(bundles=[{"GPU": 1}] * have)  # later machines would cost without being used
             return 0 if have else 1
         time.sleep(5)
-    print(f"{gpus} GPUs asked for, {have} there", flush=True)
+    print(f"{gpus} GPUs requested, {have} available", flush=True)
     return 0
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # A study on a SLURM allocation: sbatch cluster/slurm.sh experiments/ablations/mpformer-table8.yaml [key=value ...]
-# The same command again goes on where the time limit ended the last one. Not run by us on a SLURM machine.
+# The same command again continues where the time limit stopped the last one. Not tested on a SLURM cluster.
 #
 # CHANGE: the #SBATCH lines; ENV, the virtual environment with mpformer (pip install -c constraints.txt . on a node
-#   whose CPU and driver are those of the compute nodes). ENV, RESULTS and the data lie on the shared file system.
-# COST GUARD: --time. The signal comes five minutes before it and makes all nodes write a checkpoint.
+#   whose CPU and driver are those of the compute nodes). ENV, RESULTS and the data are on the shared file system.
+# COST GUARD: --time. The signal comes five minutes before it and makes all runs write a checkpoint.
 #SBATCH --job-name=mpformer
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -17,12 +17,12 @@ set -euo pipefail
 ENV=${ENV:-$HOME/env}
 RESULTS=${RESULTS:-$PWD/runs}
 export PATH=$ENV/bin:$PATH RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
-ray get-auth-token --generate > /dev/null # in ~/.ray/auth_token, which all nodes see; never print it
+ray get-auth-token --generate > /dev/null # in ~/.ray/auth_token on the shared home; never print it
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=$(srun --nodes=1 --ntasks=1 -w "${nodes[0]}" hostname -I | cut -d' ' -f1)
 export RAY_ADDRESS=$head:6379
-mkdir -p "$RESULTS" # MLflow's server makes no folder for its database
+mkdir -p "$RESULTS" # MLflow's server does not create the folder of its database
 
 srun --nodes=1 --ntasks=1 -w "${nodes[0]}" \
     ray start --head --node-ip-address="$head" --port=6379 --dashboard-host=127.0.0.1 --block &

@@ -1,9 +1,9 @@
-"""Tell Ray that this machine is about to be taken away: its runs then write a checkpoint at once.
+"""Announce the preemption of this machine to Ray, so that its runs write a checkpoint at once.
 
-    python cluster/spot_warning.py aws|gcp HEAD:6379    asks the cloud every few seconds, until it warns
-    python cluster/spot_warning.py now HEAD:6379        tells Ray of all machines at once (SLURM's time limit)
+    python cluster/spot_warning.py aws|gcp HEAD:6379    polls the cloud's metadata service until it warns
+    python cluster/spot_warning.py now HEAD:6379        announces it for all machines (SLURM's time limit)
 
-A cloud answers on its own machines only, at 169.254.169.254: two minutes ahead on AWS, half a minute on GCP.
+The metadata service is at 169.254.169.254. It warns two minutes ahead on AWS, half a minute on GCP.
 """
 
 import sys
@@ -16,7 +16,7 @@ METADATA = "http://169.254.169.254"
 
 
 def warned(cloud: str, metadata: str = METADATA) -> bool:
-    """Whether the cloud wants this machine back. A metadata service that does not answer has not said so."""
+    """Whether the cloud has announced this machine's preemption; False if the service does not answer."""
     try:
         if cloud == "gcp":
             path = "/computeMetadata/v1/instance/preempted"
@@ -26,7 +26,7 @@ def warned(cloud: str, metadata: str = METADATA) -> bool:
         _ask(metadata + "/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
         return True
     except urllib.error.HTTPError as error:
-        if error.code == 404:  # what AWS says as long as nothing is going to happen
+        if error.code == 404:  # AWS: no preemption is scheduled
             return False
         print(f"metadata service: {error}", flush=True)
     except OSError as error:
@@ -42,21 +42,21 @@ def _ask(url: str, headers: dict[str, str], method: str = "GET") -> str:
 
 
 def drain(address: str, seconds: int, own_only: bool = True) -> int:
-    """Announce to Ray that this machine, or every one, goes in so many seconds; how many were told."""
+    """Announce to Ray that this machine, or every one, stops in `seconds`; returns the number announced."""
     import ray
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
     client, own = GcsClient(address=address), ray.util.get_node_ip_address()
     reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    told = 0
+    announced = 0
     for node in client.get_all_node_info().values():
         if node.state == 0 and (not own_only or node.node_manager_address == own):
             deadline = int((time.time() + seconds) * 1000)
             accepted, message = client.drain_node(node.node_id.hex(), reason, "spot warning", deadline)
-            print(f"{node.node_manager_address}: {'told' if accepted else message}", flush=True)
-            told += accepted
-    return told
+            print(f"{node.node_manager_address}: {'announced' if accepted else message}", flush=True)
+            announced += accepted
+    return announced
 
 
 def main(cloud: str, address: str) -> None:

@@ -138,5 +138,5 @@ def test_a_study_gets_its_gpus_and_lets_them_go_even_when_it_fails(fleet, tmp_pa
             *("cluster.gpu=yes", "tracking.mlflow=http://mlflow:5000"),
         ],
     }
-    assert "2 GPUs asked for, 2 there" in done.stdout
+    assert "2 GPUs requested, 2 available" in done.stdout
     wait_for(lambda: gpus() == 0, "the GPUs are still there")
