@@ -1,7 +1,7 @@
-"""What `train_step.py` and `inference.py` time: our models and transformers' Mask2Former on the same images.
+"""The contenders of `train_step.py` and `inference.py`: our models and transformers' Mask2Former.
 
 All have random weights, a ResNet-50, 100 queries and 80 classes. Each repetition runs every contender once,
-in rotating order, so that a disturbance of the machine meets all alike.
+in rotating order, so that other load on the machine affects all equally.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import mpformer.model.backbone  # noqa: F401  makes torchvision, which transformers loads, fit any build of torch
+import mpformer.model.backbone  # noqa: F401  lets torchvision, which transformers imports, load with any build of torch
 from mpformer.config import Config
 from mpformer.model.segmenter import PIXEL_MEAN, PIXEL_STD, build_model
 from mpformer.ops import kernel_status
@@ -33,7 +33,7 @@ TRANSFORMERS = "transformers"
 
 
 def our_config(settings: dict[str, Any], tiny: bool = False) -> Config:
-    """The papers' R50 settings with `model` sections and `train` laid over them; `tiny` is for tests."""
+    """The papers' R50 settings overridden by `model` sections and `train`; `tiny`: for tests."""
     base: dict[str, dict[str, Any]] = {"backbone": {"pretrained": None}}
     if tiny:
         base |= {
@@ -54,8 +54,8 @@ def our_model(config: Config) -> nn.Module:
 
 
 def their_model(tiny: bool = False) -> nn.Module:
-    """transformers' Mask2Former. In evaluation mode, as ours: BatchNorm statistics are frozen; it computes
-    its losses whenever it is given labels."""
+    """transformers' Mask2Former in evaluation mode, like ours: BatchNorm statistics are frozen. It computes
+    its losses whenever labels are passed."""
     import transformers
 
     body = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
@@ -73,7 +73,7 @@ def their_model(tiny: bool = False) -> nn.Module:
 
 
 def scenes(images: int, objects: int, size: int) -> Batch:
-    """Random images, each with that many ellipses of 1/16 to 1/2 of its size."""
+    """Random images with elliptic objects of 1/16 to 1/2 of the image size."""
     random = torch.Generator().manual_seed(objects)
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     targets = []
@@ -89,16 +89,16 @@ def scenes(images: int, objects: int, size: int) -> Batch:
 
 
 def normalized(images: Tensor) -> Tensor:
-    """What transformers takes where we take bytes."""
+    """The normalised float images that transformers expects."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
     return (images - mean) / std
 
 
 class Stopwatch:
-    """Seconds per named part of a pass, taken by hooks on modules and on the tensors that leave them.
+    """Seconds per named part of a pass, measured by hooks on modules and their output tensors.
 
-    A part's backward begins when the first gradient of its outputs is complete and lasts until the next
-    part's begins: autograd runs the parts one after the other, last one first.
+    A part's backward starts when the first gradient of its outputs is complete and ends when the next part's
+    starts: autograd runs the parts one after the other in reverse order.
     """
 
     def __init__(self, parts: dict[str, nn.Module]) -> None:
@@ -122,7 +122,7 @@ class Stopwatch:
         self._marks.setdefault(name, time.perf_counter())
 
     def take(self, end: float) -> dict[str, float]:
-        """Seconds per part and direction since the last call; `end`: when the backward was over."""
+        """Seconds per part and direction since the last call; `end`: time at which the backward ended."""
         seconds = {f"{name}, forward": s for name, s in self.forward.items()}
         ends = end
         for name in self._order:
@@ -134,7 +134,7 @@ class Stopwatch:
 
 
 def tensors_in(value: Any) -> Iterable[Tensor]:
-    """The tensors of a nest of tuples, dictionaries and data classes."""
+    """The tensors in nested tuples, dictionaries and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -148,7 +148,7 @@ def tensors_in(value: Any) -> Iterable[Tensor]:
 
 
 def interleave(passes: dict[str, Callable[[], None]], repetitions: int) -> dict[str, list[float]]:
-    """Milliseconds of every repetition, after one that does not count."""
+    """Milliseconds of every repetition, after a warm-up."""
     times: dict[str, list[float]] = {name: [] for name in passes}
     names = list(passes)
     for repetition in range(repetitions + 1):
@@ -162,11 +162,13 @@ def interleave(passes: dict[str, Callable[[], None]], repetitions: int) -> dict[
 
 
 def print_times(times: dict[str, list[float]], references: dict[str, str]) -> None:
-    """One line per contender: median, minimum, and its speed beside that of its reference.
+    """One line per contender: median, minimum, and speed relative to its reference.
 
-    A ratio above 1 means: faster than the reference.
+    A ratio above 1 means faster than the reference.
     """
-    print("\n| | median ms | minimum ms | beside | ratio of medians | of minima |\n|---|---|---|---|---|---|")
+    print(
+        "\n| | median ms | minimum ms | reference | ratio of medians | of minima |\n|---|---|---|---|---|---|"
+    )
     for name, own in times.items():
         row = f"| {name} | {statistics.median(own):.0f} | {min(own):.0f} |"
         other = references.get(name)
@@ -179,7 +181,7 @@ def print_times(times: dict[str, list[float]], references: dict[str, str]) -> No
 
 
 def print_parts(parts: dict[str, list[dict[str, float]]]) -> None:
-    """Medians of the parts of each contender in milliseconds."""
+    """Median milliseconds of the parts of each contender."""
     rows = list(dict.fromkeys(row for taken in parts.values() for one in taken for row in one))
     print(f"\n| median ms | {' | '.join(parts)} |\n|---{'|---' * len(parts)}|")
     for row in rows:
@@ -191,7 +193,7 @@ def print_parts(parts: dict[str, list[dict[str, float]]]) -> None:
 
 
 def peak_memory(script: str, contender: str, arguments: argparse.Namespace, objects: int) -> float:
-    """Peak resident MB of a fresh process that runs nothing but three passes of one contender."""
+    """Peak resident MB of a new process that runs three passes of one contender."""
     flags = [f"--size={arguments.size}", f"--images={arguments.images}", f"--objects={objects}"]
     flags += [f"--device={arguments.device}", f"--precision={arguments.precision}"]
     flags += ["--tiny"] if arguments.tiny else []
@@ -208,7 +210,7 @@ def print_memory(used: dict[str, float]) -> None:
 
 
 def own_peak(device: str) -> float:
-    """Peak MB of this process: resident, or of a GPU's memory what torch gave to tensors."""
+    """Peak MB of this process: resident, or on a GPU allocated by torch."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
@@ -230,7 +232,7 @@ def machine(device: str, keeps_memory: bool) -> str:
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """The options that both benchmarks have."""
+    """The options of both benchmarks."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--size", type=int, default=512, help="height and width of the images")
     parser.add_argument("--images", type=int, default=1, help="images of a pass")
@@ -239,7 +241,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
         "--precision", choices=("float32", "bfloat16"), default="float32", help="of the forward"
     )
     parser.add_argument(
-        "--keep-memory", action="store_true", help="for all contenders, as our workers on CPUs do it"
+        "--keep-memory", action="store_true", help="for all contenders, as our workers on CPUs do"
     )
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--only", default="", help="contenders, comma-separated; all if empty")

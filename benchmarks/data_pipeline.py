@@ -1,12 +1,11 @@
-"""Throughput of the data part on generated photographs: per stage, against the usual way, through Ray Data.
+"""Throughput of the data pipeline on generated images: per stage, against the usual way, through Ray Data.
 
     python benchmarks/data_pipeline.py [--images 64] [--seconds 10] [--ray] [--objects-300]
 
-640x480 JPEGs (quality 90, rich in noise) with 7 polygons of 12 to 48 points each, large-scale jitter to 1024.
-"The usual way" are the steps of detectron2's dataset mapper for this augmentation, written straightforwardly:
-decode, mirror, resize the whole image, crop and pad, then rasterise every polygon at full size. Both ways run
-in turn in one process with one thread; rates are in images per second of CPU time of that process, so that
-other programs on the machine disturb them less than wall-clock time.
+Noisy 640x480 JPEGs (quality 90) with 7 polygons of 12 to 48 points each, large-scale jitter to 1024. "The
+usual way" are the steps of detectron2's dataset mapper for this augmentation: decode, flip, resize the whole
+image, crop and pad, then rasterise every polygon at full size. Both run alternately in one process with one
+thread; rates are images per second of CPU time of that process, which other load affects less than wall time.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from mpformer.data.samples import make_sample
 
 
 def write_folder(root: Path, images: int, objects: int, small: bool = False) -> Data:
-    """A COCO folder of noisy photographs with star-shaped polygons."""
+    """A COCO folder of noisy images with star-shaped polygons."""
     random = np.random.default_rng(0)
     (root / "images").mkdir()
     listed, annotations = [], []
@@ -82,7 +81,7 @@ def write_folder(root: Path, images: int, objects: int, small: bool = False) -> 
 
 
 def usual_sample(record: Record, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Image [3,1024,1024] uint8 and masks [N,1024,1024] bool by the usual steps, everything at full size."""
+    """Image [3,1024,1024] uint8 and masks [N,1024,1024] bool by the usual steps, all at full size."""
     image = np.array(Image.open(record.image).convert("RGB"))
     flip = random.random() < 0.5
     if flip:
@@ -115,7 +114,7 @@ def usual_sample(record: Record, random: np.random.Generator) -> tuple[np.ndarra
 
 
 def in_turn(ways: dict[str, Callable[[int], object]], seconds: float) -> dict[str, float]:
-    """Calls per second of CPU time of each way, called in turn so that both see the same machine."""
+    """Calls per second of CPU time of each way, called alternately, so that load affects both equally."""
     spent: dict[str, float] = defaultdict(float)
     count = 0
     end = time.monotonic() + seconds
@@ -131,8 +130,8 @@ def in_turn(ways: dict[str, Callable[[int], object]], seconds: float) -> dict[st
 def through_ray(
     data: Data, catalog: Catalog, images: int, cpus: int
 ) -> tuple[Throughput, float, dict[str, float]]:
-    """What Ray Data delivers with that many CPUs, in batches of 16; the most memory in GB that all processes
-    held together, shared pages counted once; and the CPU seconds of each kind of process meanwhile."""
+    """Throughput of Ray Data with that many CPUs, in batches of 16; peak memory of all processes in GB,
+    shared pages counted once; and CPU seconds of each kind of process."""
     import ray
 
     ray.init(
@@ -147,7 +146,7 @@ def through_ray(
 
 
 class _Watch:
-    """Looks at the memory of this process and all below it every second, and adds up their CPU time."""
+    """Samples memory of this process and its descendants every second, and sums their CPU time."""
 
     def __enter__(self) -> _Watch:
         self.peak = 0
@@ -183,7 +182,7 @@ class _Watch:
         return found
 
     def spent(self) -> dict[str, float]:
-        """CPU seconds by name of process, most first."""
+        """CPU seconds by process name, largest first."""
         spent: dict[str, float] = defaultdict(float)
         for pid, (name, seconds) in self._cpu.items():
             spent[name] += seconds - self._before.get(pid, ("", 0.0))[1]
@@ -191,7 +190,7 @@ class _Watch:
 
 
 def memory_of_many_objects() -> tuple[float, int]:
-    """(growth of the peak memory in MB, objects kept) of one sample of 300 objects, disk to batch."""
+    """(growth of the peak memory in MB, objects kept) for one sample of 300 objects, from disk to batch."""
     with tempfile.TemporaryDirectory() as folder:
         whole = LargeScaleJitter(scale=(1.0, 1.0))
         data = write_folder(Path(folder), 1, 300, small=True).model_copy(update={"augment": whole})
@@ -244,7 +243,7 @@ def main() -> None:
                 f"{found.megabytes_per_second:.0f} MB/s, first after {found.first_batch_seconds:.1f} s; "
                 f"{found.images_per_second / (2 * rates['mpformer']):.0%} of twice the rate above"
             )
-            print(f"all processes together held at most {peak:.2f} GB; CPU milliseconds per image:")
+            print(f"peak memory of all processes {peak:.2f} GB; CPU milliseconds per image:")
             for name, seconds in spent.items():
                 if seconds > 0.1:
                     print(f"  {name:18} {1000 * seconds / arguments.ray:6.2f}")

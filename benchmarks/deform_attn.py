@@ -1,10 +1,10 @@
-"""Times multi-scale deformable attention side by side: ours, plain grid_sample, transformers', deformops.
+"""Benchmark of multi-scale deformable attention: ours, plain grid_sample, transformers', deformops.
 
     OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=2 python benchmarks/deform_attn.py [--device cuda]
 
-All implementations of a row run in one process, interleaved: each repetition runs every one once, in rotating
-order, so that a disturbance of the machine meets all alike. Printed are medians and minima in milliseconds,
-and ratios to ours of both. Memory is the peak of one pass above its inputs, each in a process of its own.
+All implementations of a row run in one process: each repetition runs every one once, in rotating order, so
+that other load on the machine affects all equally. Prints medians and minima in milliseconds and the ratios
+of both to ours. Memory is the peak of one pass above its inputs, each measured in a separate process.
 """
 
 import argparse
@@ -31,7 +31,7 @@ HEADS, POINTS = 8, 4
 
 @dataclass(frozen=True)
 class Row:
-    """One problem: the pixel decoder's levels (strides 32, 16, 8) for an image, all cells as queries."""
+    """A problem size: the pixel decoder's levels (strides 32, 16, 8) for an image, all cells as queries."""
 
     name: str
     height: int
@@ -42,12 +42,12 @@ class Row:
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """Height and width of the levels, rounded up as padding does."""
+        """Height and width of the levels of the padded image."""
         return tuple((-(-self.height // s), -(-self.width // s)) for s in (32, 16, 8))
 
     @property
     def queries(self) -> int:
-        """Queries per image, which are also the rows of value."""
+        """Queries per image, and rows of value."""
         return sum(h * w for h, w in self.shapes)
 
 
@@ -62,7 +62,7 @@ ROWS = [
 
 
 def make(row: Row, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Inputs as in training: offsets begin in a direction per head, 1 to 4 cells far, spread by a cell."""
+    """Inputs as in training: offsets in a direction per head, 1 to 4 cells far, with a spread of one cell."""
     torch.manual_seed(0)
     levels, queries = len(row.shapes), row.queries
     centres = [
@@ -92,7 +92,7 @@ def make(row: Row, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return {**tensors, "reference": reference.to(device), "size": size.to(device)}
 
 
-# ---- the implementations: (inputs, shapes) -> output; "fused" ones start from offsets and logits
+# ---- the implementations: (inputs, shapes) -> output; "fused" ones take offsets and logits
 
 
 def grid_sample(value: Tensor, shapes: tuple, locations: Tensor, weights: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def grid_sample(value: Tensor, shapes: tuple, locations: Tensor, weights: Tensor
 
 
 def transformers_operator() -> Callable[..., Tensor]:
-    """Hugging Face's function. torchvision for CUDA beside a CPU torch needs two operator names first."""
+    """Hugging Face's function. A CUDA torchvision with a CPU torch needs two operator names defined first."""
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
@@ -128,7 +128,7 @@ def transformers_operator() -> Callable[..., Tensor]:
 
 
 def implementations(device: str, fused: bool) -> dict[str, Callable[..., Tensor]]:
-    """Name and function of (inputs, shapes, ...) for everything that is installed."""
+    """Name and function of (inputs, shapes, ...) of each installed implementation."""
     found = {"ours": ms_deform_attn, "grid_sample": grid_sample, "transformers": transformers_operator()}
     if device == "cuda":
         try:
@@ -180,7 +180,7 @@ def step(
 
 
 def interleave(steps: dict[str, Callable[[], None]], repetitions: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds of every repetition, after two that do not count."""
+    """Milliseconds of every repetition, after two warm-ups."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for repetition in range(repetitions + 2):
@@ -197,7 +197,7 @@ def interleave(steps: dict[str, Callable[[], None]], repetitions: int, device: s
 
 
 def table(times: dict[str, list[float]]) -> Iterator[str]:
-    """One cell per implementation: median [minimum], and how many times slower than ours by both."""
+    """One cell per implementation: median [minimum], and the ratios of both to ours."""
     ours = times["ours"]
     for name, own in times.items():
         cell = f"{statistics.median(own):.1f} [{min(own):.1f}]"
@@ -211,7 +211,7 @@ def table(times: dict[str, list[float]]) -> Iterator[str]:
 
 
 def peak_memory(name: str, row: Row, fused: bool, backward: bool, device: str, dtype: torch.dtype) -> float:
-    """MB above the inputs, of one pass in this process after a pass on a tiny problem."""
+    """Peak MB above the inputs of one pass in this process, after a pass on a tiny problem."""
     function = implementations(device, fused)[name]
     small = Row("", 64, 64, channels=row.channels)
     step(function, make(small, device, dtype), small, fused, True)()
@@ -223,7 +223,7 @@ def peak_memory(name: str, row: Row, fused: bool, backward: bool, device: str, d
         run()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # forget the peak so far
+        file.write("5")  # reset the peak
 
     def resident(field: str) -> float:
         with open("/proc/self/status") as file:
@@ -243,11 +243,11 @@ def memory_in_process(
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-# ---- what bounds the work
+# ---- lower bounds
 
 
 def floor(row: Row, dtype: torch.dtype, device: str) -> str:
-    """Bytes and operations of the forward pass, and the rates this machine reaches elsewhere."""
+    """Bytes and operations of the forward pass, and the rates that this machine reaches otherwise."""
     element = torch.empty((), dtype=dtype).element_size()
     rows = row.batch * row.queries * HEADS
     moved = rows * (2 * row.channels * element + len(row.shapes) * POINTS * 3 * element)
@@ -263,7 +263,7 @@ def floor(row: Row, dtype: torch.dtype, device: str) -> str:
 
 
 def measure_rate(size: int, device: str) -> float:
-    """Bytes read per second by sums over `size` bytes per thread, again and again in one call; best of 30."""
+    """Bytes read per second by repeated sums over `size` bytes per thread; best of 30."""
     count = torch.get_num_threads() if device == "cpu" else 1
     again = max(1, 2**26 // size)
     data = torch.ones(count, 1, size // 4, device=device).expand(-1, again, -1)
@@ -283,7 +283,7 @@ def measure_rate(size: int, device: str) -> float:
 
 
 def pixel_decoder(repetitions: int, device: str) -> None:
-    """The R50 recipe's pixel decoder at 512 x 512 with each operator in its place."""
+    """The R50 recipe's pixel decoder at 512 x 512 with each operator."""
     from mpformer.config.model import PixelDecoder
     from mpformer.model import pixel_decoder as module
 
@@ -345,7 +345,7 @@ def machine(device: str) -> str:
 
 
 def main() -> None:
-    """Prints the tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])

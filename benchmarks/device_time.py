@@ -1,4 +1,4 @@
-"""What a pass spends its device time on, and how far it is from what the device can do."""
+"""Device time of a pass by kind of kernel, and its arithmetic rate compared with the device's."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ GROUPS = {
     "copies and fills": r"memcpy|memset|copy|fill|cat",
     "element by element": r"elementwise|vectorized|aten::",
 }
-"""What a kernel belongs to: the first pattern that is found in its name."""
+"""The group of a kernel: the first whose pattern matches its name."""
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all it was given."""
+    """Wait until queued GPU work finishes."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -46,7 +46,7 @@ def device_times(run: Callable[[], object], device: torch.device) -> dict[str, t
 
 
 def print_kernels(name: str, times: dict[str, tuple[float, int]], step_ms: float, longest: int = 12) -> None:
-    """Shares of groups, then of the longest kernels; step_ms: a pass without the profiler."""
+    """Print the share of each group and of the longest kernels; step_ms: a pass without the profiler."""
     total = sum(ms for ms, _ in times.values())
     launches = sum(count for _, count in times.values())
     print(
@@ -63,14 +63,14 @@ def print_kernels(name: str, times: dict[str, tuple[float, int]], step_ms: float
 
 
 def flops(run: Callable[[], object]) -> float:
-    """Of the products, convolutions and attentions of one pass; deformable attention is not counted."""
+    """FLOPs of products, convolutions and attention in one pass, without deformable attention."""
     with FlopCounterMode(display=False) as counter:
         run()
     return float(counter.get_total_flops())
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product, the median of ten: what the device can do."""
+    """FLOP/s of a large square matrix product, median of ten: a practical limit of the device."""
     size = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = []

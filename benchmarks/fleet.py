@@ -1,10 +1,10 @@
-"""What a fleet costs a run: checkpoints, a second node, interruptions; and the makespan model against that.
+"""Overhead of a fleet: checkpoints, a second node, interruptions; and the accuracy of the makespan model.
 
-python benchmarks/fleet.py checkpoint [RECIPE]     seconds and bytes of a checkpoint, shares, best intervals
-python benchmarks/fleet.py nodes [LAYOUT ...]      two local Ray nodes against one; see LAYOUTS
-python benchmarks/fleet.py makespan                a study with real interruptions against the model
+python benchmarks/fleet.py checkpoint [RECIPE]     time and size of a checkpoint, overhead, best intervals
+python benchmarks/fleet.py nodes [LAYOUT ...]      two local Ray nodes compared with one; see LAYOUTS
+python benchmarks/fleet.py makespan                a study with real interruptions compared with the model
 
-The last two start Ray nodes on this machine and give each its own cores (Linux); no network is in them.
+The last two start Ray nodes on this machine with separate cores (Linux), without a network between them.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ REPEATS = 5
 # --- checkpoints ----------------------------------------------------------------------------------
 
 EPOCH_HOURS = 50.8 / 36
-"""An epoch, the default interval, of MP-Former R50 on COCO instances: its Table 6, 4 A100."""
+"""Hours of an epoch, the default interval, of MP-Former R50 on COCO instances: its Table 6, 4 A100."""
 RESTART_HOURS = 0.1
-"""Assumed: a new machine of a cloud, its set-up, and the processes' start."""
+"""Assumed: start and set-up of a new cloud machine, and start of the processes."""
 
 
 def time_checkpoint(recipe: Path) -> None:
@@ -87,7 +87,7 @@ def time_checkpoint(recipe: Path) -> None:
 
 
 def _shares(checkpoint_hours: float) -> None:
-    """What interruptions make of an hour of training; writing, lost work and restarts in per cent of all."""
+    """Print the effect of interruptions on training time; writing, lost work and restarts in per cent."""
     print(
         "| interruptions/h | interval | time | writing % | lost % | restarting % |\n|---|---|---|---|---|---|"
     )
@@ -107,14 +107,14 @@ def _shares(checkpoint_hours: float) -> None:
 # --- local nodes ----------------------------------------------------------------------------------
 
 NODE_CPUS = 4
-"""Logical CPUs of a node, whatever its cores: so many for a training worker that no second one fits, and more
+"""Logical CPUs of a node, independent of its cores: enough for one training worker, too few for two, and more
 than one for data tasks."""
 CPUS_PER_WORKER = 2.5
 
 
 @contextmanager
 def local_nodes(cores_of_node: Sequence[Sequence[int]], cpus: int = NODE_CPUS) -> Iterator[dict[str, str]]:
-    """Ray nodes that are held to their cores, beside a head without work; the environment that joins them."""
+    """Ray nodes restricted to their cores, and a head without work; yields the environment to join them."""
     from ray.cluster_utils import Cluster
 
     small = {"object_store_memory": 300 << 20}
@@ -124,7 +124,7 @@ def local_nodes(cores_of_node: Sequence[Sequence[int]], cpus: int = NODE_CPUS) -
     )
     try:
         for cores in cores_of_node:
-            os.sched_setaffinity(0, cores)  # what this thread starts inherits them
+            os.sched_setaffinity(0, cores)  # inherited by processes that this thread starts
             cluster.add_node(num_cpus=cpus, **small)
         os.sched_setaffinity(0, mine)
         yield {
@@ -138,7 +138,7 @@ def local_nodes(cores_of_node: Sequence[Sequence[int]], cpus: int = NODE_CPUS) -
 
 
 def scenes(folder: Path) -> Path:
-    """Generated scenes for the tiny recipe."""
+    """Generate scenes for the tiny recipe."""
     from mpformer.data.synthetic import generate
 
     generate(folder, images={"train": 200, "val": 16}, seed=1, size=128, things=4)
@@ -157,7 +157,7 @@ COMMON = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Who trains with what."""
+    """Nodes and workers of a measurement."""
 
     cores: tuple[tuple[int, ...], ...]
     """By node."""
@@ -188,7 +188,7 @@ def time_nodes(names: Sequence[str]) -> None:
 
 
 def _train(layout: Layout, root: Path, storage: Path) -> dict[str, Any]:
-    """Milliseconds a step by part, after `WARM_UP` steps, on rank 0; seconds of the command by part."""
+    """Milliseconds per step by part, after `WARM_UP` steps, on rank 0; seconds of the command by part."""
     settings = {
         **COMMON,
         "data.root": str(root),
@@ -229,28 +229,28 @@ def _train(layout: Layout, root: Path, storage: Path) -> dict[str, Any]:
     }
 
 
-# --- the makespan model against a real study --------------------------------------------------------
+# --- the makespan model compared with a real study --------------------------------------------------
 
 RUNS = 6
 RUN_STEPS = 240
 EVERY = 20
 INTERRUPTIONS_PER_HOUR = 36.0
-"""Of each node: one in 100 seconds, about two for three runs."""
+"""Interruptions of each node: one in 100 seconds, about two for three runs."""
 DRAWS = 2000
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """What was measured beforehand, on the same nodes."""
+    """Times measured beforehand on the same nodes, in seconds."""
 
     first_start: float
-    """From the command until a first run trains."""
+    """From the command until the first run trains."""
     next_start: float
-    """From the end of a run until the one that follows it trains."""
+    """From the end of a run until the next one trains."""
     step: float
     checkpoint: float
     end: float
-    """From a run's last step until its summary lies there: evaluation and the last checkpoint."""
+    """From a run's last step until its summary is written: evaluation and the last checkpoint."""
     restart: float
     """From the kill until the run trains again."""
 
@@ -277,15 +277,15 @@ def check_makespan() -> None:
         ("measured", measured),
         ("model, expected", expected(costs, INTERRUPTIONS_PER_HOUR)),
         ("model, without interruptions", expected(costs, 0)),
-        ("played through with the interruptions that were", play(at, costs)),
+        ("simulated with the actual interruptions", play(at, costs)),
         ("played through with drawn ones, mean", float(np.mean(plays))),
     ):
         print(f"{what}: {seconds:.1f} s ({100 * (seconds / measured - 1):+.1f} %)")
-    print(f"nine of ten draws: {low:.0f} to {high:.0f} s")
+    print(f"90 % of draws: {low:.0f} to {high:.0f} s")
 
 
 class Study:
-    """Some seeds of the tiny recipe, run by `mpformer ablate` on two nodes."""
+    """A study of several seeds of the tiny recipe, run by `mpformer ablate` on two nodes."""
 
     def __init__(self, folder: Path, root: Path, seeds: Sequence[int]) -> None:
         self.file, self.began = folder / "study.yaml", 0.0
@@ -319,7 +319,7 @@ class Study:
 
     @property
     def end(self) -> float:
-        """When the last run was done."""
+        """Time at which the last run finished."""
         return max(RunDir(run).summary.stat().st_mtime for run in self.runs)
 
     def run(self, environment: dict[str, str], due: Callable[[float, int], bool]) -> list[tuple[int, float]]:
@@ -339,7 +339,7 @@ class Study:
         return kills
 
     def seconds(self, kill: float) -> Seconds:
-        """From the records, whose every step has its time; `kill`: seconds after the command, of one run."""
+        """Times from the records, which have one per step; `kill`: seconds from the command to the only kill."""
         lives = {run: [_life(part) for part in parts(run)] for run in self.runs}
         broken = next(run for run in self.runs if len(lives[run]) == 2)
         unbroken = [run for run in self.runs if run != broken]
@@ -368,18 +368,18 @@ def _life(part: Path) -> list[Point]:
 
 
 def _worker_of(node: int) -> psutil.Process | None:
-    """The training worker on a node, known by its core; None while there is none."""
+    """The training worker on a node, identified by its core; None if there is none."""
     for process in psutil.Process().children(recursive=True):
         try:
             if "RayTrainWorker" in " ".join(process.cmdline()) and process.cpu_affinity() == [node]:
                 return process
-        except psutil.Error:  # it has just ended
+        except psutil.Error:  # ended in the meantime
             continue
     return None
 
 
 def _one_kill(study: Study) -> Callable[[float, int], bool]:
-    """Once, on node 0, when its first run is past its middle."""
+    """Kill once, on node 0, after half of its first run."""
     done = False
 
     def due(_seconds: float, node: int) -> bool:
@@ -393,7 +393,7 @@ def _one_kill(study: Study) -> Callable[[float, int], bool]:
 
 
 def _whenever(drawn: list[list[float]]) -> Callable[[float, int], bool]:
-    """At the drawn seconds of each node."""
+    """Kill at the drawn times of each node."""
 
     def due(seconds: float, node: int) -> bool:
         if seconds < drawn[node][0]:
@@ -405,13 +405,13 @@ def _whenever(drawn: list[list[float]]) -> Callable[[float, int], bool]:
 
 
 def _draw(random: np.random.Generator) -> list[list[float]]:
-    """Seconds of the interruptions of both nodes, as a Poisson process has them."""
+    """Times of the interruptions of both nodes in seconds, from a Poisson process."""
     gaps = random.exponential(3600 / INTERRUPTIONS_PER_HOUR, size=(2, 100))
     return [list(node) for node in gaps.cumsum(1)]
 
 
 def expected(costs: Seconds, per_hour: float) -> float:
-    """What the model behind `--plan` says, start-up added to each run."""
+    """Prediction of the model of `--plan`, with the start-up time added to each run."""
     spot = Interruptions(per_hour, EVERY * costs.step / 3600, costs.checkpoint / 3600, costs.restart / 3600)
     training = RUN_STEPS * costs.step + costs.end - costs.checkpoint
     run = 3600 * spot.spent(training / 3600).total
@@ -419,7 +419,7 @@ def expected(costs: Seconds, per_hour: float) -> float:
 
 
 def play(kills: Sequence[Sequence[float]], costs: Seconds) -> float:
-    """Seconds until all runs are done when the nodes are interrupted at these times."""
+    """Seconds until all runs finish if the nodes are interrupted at these times."""
     free = [costs.first_start - costs.next_start] * 2
     for _ in range(RUNS):
         node = free.index(min(free))
@@ -433,7 +433,7 @@ def play(kills: Sequence[Sequence[float]], costs: Seconds) -> float:
 
 
 def _started(now: float, length: float, kills: Sequence[float], restart: float) -> float:
-    """When a run trains whose start takes `length`; an interruption begins a restart in its place."""
+    """Time at which a run trains whose start takes `length`; an interruption starts a restart instead."""
     for kill in kills:
         if now <= kill < now + length:
             now, length = kill, restart
@@ -441,7 +441,7 @@ def _started(now: float, length: float, kills: Sequence[float], restart: float) 
 
 
 def _trained(now: float, length: float, kills: Sequence[float], restart: float) -> float:
-    """When a segment of `length` with its checkpoint is done; an interruption throws it away."""
+    """Time at which a segment of `length` and its checkpoint are done; an interruption discards it."""
     for kill in kills:
         if now <= kill < now + length:
             now = _started(kill, restart, [later for later in kills if later > kill], restart)

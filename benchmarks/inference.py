@@ -1,9 +1,9 @@
-"""Times inference with instance post-processing: ours beside transformers' Mask2Former.
+"""Benchmark of inference with instance post-processing: ours and transformers' Mask2Former.
 
     OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/inference.py
 
-From a normalised or a byte image to the masks of the best 100 (query, class) pairs at the image's size.
-Random weights would keep nothing above a usual threshold, so both keep all 100.
+From a normalised or uint8 image to the masks of the best 100 (query, class) pairs at the image's size. With
+random weights no score reaches a usual threshold, so both keep all 100.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _recording(run: Pass, taken: list[dict[str, float]]) -> Callable[[], None]:
 
 
 def main() -> None:
-    """Prints the tables."""
+    """Print the tables."""
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--objects", type=int, default=5, help="unused objects of the generated scenes")
     given = parser.parse_args()

@@ -1,12 +1,12 @@
-"""Whether two commits, or two settings of one, train to the same losses: same seeds, equal to rounding.
+"""Compare the losses of two commits, or of two settings: same seeds, equal up to rounding.
 
     python benchmarks/same_losses.py HEAD~3 .                       a commit and the working tree
     python benchmarks/same_losses.py . . --b train.compile=true     a setting
 
-Small models train a few steps on generated scenes, for every way of training in CASES; whatever else is
-given as `--a` and `--b` is laid over the settings of one side. Printed is the largest relative difference of
-any loss and of the gradient norm, in the first step and in all. Exit code 1 where one is above the tolerance.
-Later steps amplify rounding: a point or a match that is a tie to rounding may fall out either way.
+Small models train a few steps on generated scenes for every configuration in CASES; settings given as `--a`
+and `--b` override those of one side. Prints the largest relative difference of any loss and of the gradient
+norm, in the first step and in all steps. Exit code 1 if one is above the tolerance. Later steps amplify
+rounding: points or matches that are tied up to rounding may be decided differently.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ CLASSES, SIZE, OBJECTS = 5, 128, (4, 0, 17)
 
 
 def run(recipe: Path, overrides: list[str], steps: int) -> list[dict[str, float]]:
-    """The losses and the gradient norm of each step. Uses nothing that an old commit may lack."""
+    """The losses and the gradient norm of each step. Uses only what old commits have, too."""
     import torch
 
     import mpformer
@@ -87,7 +87,7 @@ def run(recipe: Path, overrides: list[str], steps: int) -> list[dict[str, float]
 
 @contextmanager
 def tree(commit: str) -> Iterator[Path]:
-    """A folder with the files of a commit; '.' is the working tree itself."""
+    """A folder with the files of a commit; '.' is the working tree."""
     if commit == ".":
         yield REPOSITORY
         return
@@ -100,7 +100,7 @@ def tree(commit: str) -> Iterator[Path]:
 
 
 def run_in(folder: Path, cases: dict[str, list[str]], steps: int) -> dict[str, list[dict[str, float]]]:
-    """`run` of every case in a process that imports mpformer from that folder."""
+    """`run` of every case in a process that imports mpformer from the folder."""
     with tempfile.TemporaryDirectory() as scratch:
         job = Path(scratch) / "job.json"
         job.write_text(json.dumps({"cases": cases, "steps": steps}))
@@ -110,7 +110,7 @@ def run_in(folder: Path, cases: dict[str, list[str]], steps: int) -> dict[str, l
 
 
 def work(job: Path) -> None:
-    """What a process of `run_in` does."""
+    """Entry point of the process of `run_in`."""
     recipe = job.with_name("recipe.yaml")
     recipe.write_text(RECIPE)
     task = json.loads(job.read_text())
@@ -119,8 +119,8 @@ def work(job: Path) -> None:
 
 
 def largest_difference(a: list[dict[str, float]], b: list[dict[str, float]]) -> tuple[float, str]:
-    """The largest relative difference and where it is; infinite where only one side has a loss, and not a
-    number where a loss is none."""
+    """The largest relative difference and its place; infinite if only one side has a loss, NaN if a loss
+    is NaN."""
     worst = (0.0, "")
     for step, (one, other) in enumerate(zip(a, b, strict=True)):
         for name in one.keys() | other.keys():
@@ -136,7 +136,7 @@ def largest_difference(a: list[dict[str, float]], b: list[dict[str, float]]) -> 
 
 
 def main() -> int:
-    """Compares, prints a table; 1 where the losses differ."""
+    """Compare, print a table; 1 if the losses differ."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("first", nargs="?", default="HEAD", metavar="A", help="a commit, or . (working tree)")
     parser.add_argument("second", nargs="?", default=".", metavar="B")

@@ -1,13 +1,13 @@
-"""Times a whole training step: our Mask2Former and MP-Former beside transformers' Mask2Former.
+"""Benchmark of a training step: our Mask2Former and MP-Former, and transformers' Mask2Former.
 
     OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/train_step.py
     PYTHONPATH=. python benchmarks/train_step.py --device cuda --size 1024 --images 8 --precision bfloat16
 
 A step is forward, matching, losses, backward, clipping and AdamW, on the same images and objects. Every
-repetition starts from the same weights and random numbers. Ours is `mpformer.train.step.train_step` itself.
-The parts are those of further, instrumented steps. With `--kernels`, and always on a GPU, the parts are
-kernels instead, beside the rate of arithmetic and that of a large matrix product. Needed are torch,
-torchvision, timm, transformers, scipy, PyYAML and pydantic; neither Ray nor a data set.
+repetition starts from the same weights and random numbers. Ours is `mpformer.train.step.train_step`. Times of
+parts are from additional, instrumented steps. With `--kernels`, and always on a GPU, the parts are kernels,
+and the arithmetic rate is compared with that of a large matrix product. Requires torch, torchvision, timm,
+transformers, scipy, PyYAML and pydantic, but neither Ray nor a data set.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ COMPILED = {f"compiled {name}": {**settings, "train": {"compile": True}} for nam
 REFERENCES |= {f"compiled {name}": name for name in OURS}
 
 Step = Callable[[], dict[str, float]]
-"""One training step; it returns the seconds of its parts."""
+"""Run a training step; returns the seconds of its parts."""
 
 
 def our_step(settings: dict[str, Any], batch: Batch, tiny: bool, autocast: bool) -> Step:
@@ -143,7 +143,7 @@ def _recording(step: Step, taken: list[dict[str, float]], device: torch.device) 
 
 
 def print_rates(steps: dict[str, Step], times: dict[str, list[float]], given: argparse.Namespace) -> None:
-    """Images per second, arithmetic beside what the device can do, and the kernels."""
+    """Print images per second, the arithmetic rate compared with the device's, and the kernels."""
     device = torch.device(given.device)
     limit = matmul_rate(device, getattr(torch, given.precision))
     print(f"\nA large matrix product in {given.precision}: {limit / 1e12:.1f} TFLOP/s")
@@ -161,7 +161,7 @@ def print_rates(steps: dict[str, Step], times: dict[str, list[float]], given: ar
 
 
 def main() -> None:
-    """Prints the tables."""
+    """Print the tables."""
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--objects", default="5,20", help="objects per image, comma-separated")
     parser.add_argument("--compile", action="store_true", help="ours with train.compile, too")
