@@ -28,6 +28,9 @@ from mpformer.types import InputError
 REFERENCE = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 """What a reference looks like: `package.module:Name`."""
 
+LIBRARIES = ("torch",)
+"""Packages that mpformer itself is built on: their versions enter no run's identity."""
+
 FOLDER_VARIABLE = "MPFORMER_PLUGIN_FOLDER"
 """Environment variable: the folder to import plug-ins from; the working folder if it is not set."""
 
@@ -37,6 +40,11 @@ _Contract = TypeVar("_Contract")
 def is_reference(value: object) -> bool:
     """Whether a setting's value names a plug-in."""
     return isinstance(value, str) and re.match(REFERENCE, value) is not None
+
+
+def is_library(reference: str) -> bool:
+    """Whether a reference names a part of one of the `LIBRARIES`."""
+    return re.split("[.:]", reference)[0] in LIBRARIES
 
 
 def plugin_folder() -> str:
@@ -129,7 +137,7 @@ def build(
 
 def shared(reference: str, options: Mapping[str, Any], contract: type[_Contract], place: str) -> _Contract:
     """As `build`, but made once per process for the same reference and options: for plug-ins without state
-    that are asked for again and again."""
+    that are used for every sample or step."""
     key = (reference, json.dumps(options, sort_keys=True), contract)
     if key not in _made:
         _made[key] = build(reference, options, contract, place)
@@ -158,7 +166,7 @@ def source_hash(reference: str, place: str) -> str:
 
 
 def _make_importable() -> None:
-    """At the end of the search path, so that nothing in the folder stands in for an installed package."""
+    """At the end of the search path, so that nothing in the folder shadows an installed package."""
     if (folder := plugin_folder()) not in sys.path:
         sys.path.append(folder)
         importlib.invalidate_caches()

@@ -34,6 +34,7 @@ def test_the_guide_s_settings_are_those_of_the_schema():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_examples_train_from_a_folder_outside_of_the_package(tmp_path):
     """As a user does it: modules beside the recipe, the console script's search path, workers of Ray."""
     for path in EXAMPLES:
@@ -56,7 +57,7 @@ def test_the_examples_train_from_a_folder_outside_of_the_package(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
     )
     assert done.returncode == 0, done.stderr
     (summary,) = tmp_path.glob("runs/*/summary.json")

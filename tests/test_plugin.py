@@ -7,6 +7,7 @@ import pytest
 from pydantic import Discriminator, Tag, TypeAdapter
 
 from mpformer import plugin
+from mpformer.config import Config, identity_settings, run_name
 from mpformer.config.plugins import BY_NAME, PLUGIN_TAG, Plugin, kind, references
 from mpformer.config.section import Section
 from mpformer.types import InputError
@@ -87,6 +88,25 @@ def test_the_hash_follows_the_source_and_imports_nothing(folder):
     assert plugin.source_hash("changes:Doubled", "key") != first
     with pytest.raises(InputError, match="nowhere"):
         plugin.source_hash("nowhere.there:Name", "key")
+
+
+def test_a_run_is_another_with_another_name_other_options_or_another_source(folder):
+    def name(kind="changes:tripled", **options):
+        schedule = {"kind": kind, "options": options}
+        return run_name(Config.model_validate({"train": {"schedule": schedule}}))
+
+    names = {name(), name("changes:Doubled"), name(offset=1), name(offset=2)}
+    before = name()
+    (folder / "changes.py").write_text(SOURCE + "\n# another version\n")
+    assert len(names | {name(), name(offset=1)}) == 6
+    (folder / "changes.py").write_text(SOURCE)
+    assert name() == before
+
+
+def test_the_version_of_torch_enters_no_identity():
+    config = Config.model_validate({"train": {"optimizer": "torch.optim:SGD"}})
+    assert identity_settings(config)["train.optimizer.kind"] == "torch.optim:SGD"
+    assert not any(key.endswith(".source") for key in identity_settings(config))
 
 
 class Point(Section):

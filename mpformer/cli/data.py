@@ -85,9 +85,7 @@ def data_show(place: str, out: str, settings: Sequence[str]) -> None:
     splits = {name: open_split(config.data, name) for name in ("train", "val")}
     sheets = {name: catalog_sheet(split) for name, split in splits.items()}
     inline = config.data.model_copy(update={"loader": "inline"})
-    [packed] = train_batches(
-        inline, splits["train"], seed=0, batch_size=8, start_step=0, stop_step=1, rank=0, world=1
-    )
+    [packed] = train_batches(inline, splits["train"], seed=0, batch_size=8, steps=range(1), rank=0, world=1)
     batch = packed.to("cpu")
     samples = batch_pictures(batch, splits["train"].classes)
     sheets["samples"] = side_by_side(samples, batch.image_ids, columns=4)

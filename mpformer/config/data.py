@@ -1,4 +1,4 @@
-"""Settings of the data: where it lies, in which form, how it is augmented and read. No torch, no files."""
+"""Settings of the data: location, format, augmentation and loading. Imports no torch, opens no files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _default_tag(key: str, default: str) -> BeforeValidator:
 
 
 class Split(Section):
-    """Where one split of a COCO data set lies, relative to `data.root`."""
+    """Files of one split of a COCO data set, relative to `data.root`."""
 
     images: str
     """Folder of the images."""
@@ -33,12 +33,12 @@ class Split(Section):
     panoptic_masks: str | None = None
     """COCO panoptic only: folder of the id PNGs."""
     instances: str | None = None
-    """COCO panoptic only: the JSON of the same images' instances, which may overlap as segments cannot: AP of
-    a panoptic model is measured against it; null: against the things among the panoptic segments."""
+    """COCO panoptic only: the JSON of the same images' instances, which may overlap. AP of a
+    panoptic model is measured against it; null: against the things among the panoptic segments."""
 
 
 class DataSet(Section):
-    """COCO's form: classes, and so their number, come from the JSON."""
+    """COCO's format; the classes are those of the JSON."""
 
     name: str = "coco"
     format: Literal["coco_instance", "coco_panoptic"] = "coco_instance"
@@ -47,7 +47,7 @@ class DataSet(Section):
 
 
 class ClassEntry(Section):
-    """One class of a data set whose files name no classes."""
+    """One class of a data set whose files do not name the classes."""
 
     name: str
     id: Annotated[int, Field(ge=0)]
@@ -57,21 +57,21 @@ class ClassEntry(Section):
     color: tuple[int, int, int] | None = None
     """RGB 0..255; a distinct one if not given."""
     instance_id: Annotated[int, Field(ge=1)] | None = None
-    """Its value in separate instance maps, where these count otherwise (ADE20K)."""
+    """Its value in separate instance maps, where these number the classes differently (ADE20K)."""
 
 
 def _check_classes(classes: tuple[ClassEntry, ...]) -> None:
     ids = [c.id for c in classes]
     if double := next((i for i in ids if ids.count(i) > 1), None):
-        raise ValueError(f"classes: id {double} stands there a second time")
+        raise ValueError(f"classes: duplicate id {double}")
 
 
 class LabelSplit(Section):
-    """Where one split of images and label maps lies, relative to `data.root`."""
+    """Files of one split of images and label maps, relative to `data.root`."""
 
     images: str
     labels: str
-    """Folder of the label maps, with the same folders and names inside but for the suffixes."""
+    """Folder of the label maps, whose relative paths are those of the images but for the suffix."""
     instances: str | None = None
     """Folder of separate instance maps (ADE20K)."""
     names: str | None = None
@@ -93,7 +93,7 @@ class LabelMaps(Section):
     R // 10 x 256 + G, object B."""
     classes: Annotated[tuple[ClassEntry, ...], Field(min_length=1)]
     ignore: tuple[int, ...] | Literal["others"] = ()
-    """Values that are no class; a value that is neither is an error. others: whatever is no class."""
+    """Values without a class; any other value is an error. others: every value that is no class."""
 
     @model_validator(mode="after")
     def _check(self) -> LabelMaps:
@@ -111,7 +111,7 @@ class MaskSplit(Section):
     masks: str
     """The object files of an image, a pattern relative to its folder, such as `../masks/*.png`."""
     share: tuple[Fraction, Fraction] = (0.0, 1.0)
-    """The part of the images, by a hash of their names, that belongs to the split: from, to."""
+    """Range [from, to) within 0..1: an image belongs to the split if the hash of its name lies in it."""
 
 
 class MaskFiles(Section):
@@ -188,16 +188,16 @@ class ShortEdgeJitter(Section):
     size: Size = (512, 512)
     """(height, width) of the crop; multiples of 32."""
     short: Count = 512
-    """The short side is brought to this times the factor that is drawn."""
+    """Length of the short side at factor 1."""
     scale: tuple[Positive, Positive] = (0.5, 2.0)
     steps: Annotated[int, Field(ge=2)] | None = 16
-    """How many evenly spaced factors there are; null: any in the range."""
+    """Number of evenly spaced factors; null: continuous."""
     long: Count = 2048
-    """The long side is never brought beyond this."""
+    """Upper limit of the long side."""
     colors: bool = True
     """Jitter brightness, contrast, saturation and hue as SSD does."""
     max_category_area: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Crops in which one class has a larger share are drawn anew, up to ten times; 1: not at all."""
+    """Crops in which one class has a larger share are drawn again, up to ten times; 1: never."""
     flip: Fraction = 0.5
 
     @model_validator(mode="after")
@@ -215,7 +215,7 @@ class ShortestEdge(Section):
     kind: Literal["shortest_edge"] = "shortest_edge"
     shorts: Annotated[tuple[Count, ...], Field(min_length=1)] = (640, 672, 704, 736, 768, 800)
     long: Count = 1333
-    """The long side is never brought beyond this."""
+    """Upper limit of the long side."""
     crop: Fraction = 0.0
     """Probability of a crop first: short side to one of `crop_shorts`, then a crop within `crop_size`."""
     crop_shorts: Annotated[tuple[Count, ...], Field(min_length=1)] = (400, 500, 600)
@@ -254,7 +254,7 @@ class Data(Section):
     test_resize: TestResize = TestResize()
     on_bad_sample: Literal["error", "skip"] = "error"
     loader: Literal["ray", "torch", "inline"] = setting("ray")
-    """Ray Data, torch's DataLoader, or the training process itself; all give the very same batches."""
+    """Ray Data, torch's DataLoader, or the training process itself; all yield identical batches."""
     loader_processes: Count = setting(2)
     """Processes of the torch loader in each training worker."""
     prefetch: Annotated[int, Field(ge=0)] = setting(2)

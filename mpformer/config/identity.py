@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from mpformer.config.plugins import references
 from mpformer.config.run import Config
-from mpformer.plugin import source_hash
+from mpformer.plugin import is_library, source_hash
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -40,12 +40,13 @@ def dump_yaml(config: Config) -> str:
 
 def identity_settings(config: Config) -> dict[str, Any]:
     """Settings of model, data and train that differ from their defaults and change what is computed; for a
-    plug-in, a hash of its source as well. `InputError` where there is no such plug-in."""
+    plug-in, a hash of its source, too. Raises `InputError` where there is no such plug-in."""
     neutral = set(_neutral_keys(Config))
-    neutral.add("train.seed")  # the seed stands in the run's name by itself
+    neutral.add("train.seed")  # a part of its own in the run's name
     changed = {key: value for key, (value, _) in diff(config, Config()).items() if _computes(key)}
-    sources = {key: found for key, found in references(config) if _computes(key)}
-    changed |= {f"{key}.source": source_hash(found, key) for key, found in sources.items()}
+    for key, reference in references(config):
+        if _computes(key) and not is_library(reference):
+            changed[f"{key}.source"] = source_hash(reference, key)
     return {key: value for key, value in sorted(changed.items()) if key not in neutral}
 
 

@@ -93,7 +93,7 @@ def build_config(source: Source) -> Config:
 
 
 def _explain(error: ValidationError, source: Source) -> str:
-    # of a name or a section, such as `train.optimizer`, both are tried: a section is told of as one
+    # where a name or a section may stand, both are tried: an error in a section is reported as such
     errors = error.errors()
     first = next(e for e in errors if e["type"] != "literal_error" or not isinstance(e["input"], Mapping))
     keys = _written_keys(first["loc"], source.tree, first["type"] == "missing")

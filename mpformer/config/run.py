@@ -61,8 +61,8 @@ class Train(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     init: str | None = None
     """Weights of a whole model to start from: a run, a checkpoint, or what `mpformer weights import` wrote.
-    What does not fit, such as the class head for other classes, starts anew and is listed. null: a random
-    model with the backbone that `model.backbone.pretrained` says."""
+    What does not fit, such as the class head for other classes, is initialised randomly and listed. null: a
+    random model with the backbone of `model.backbone.pretrained`."""
     length: Duration = "50 epochs"
     batch_size: Count = 16
     """Images of the global batch, whatever the number of workers."""
@@ -145,22 +145,21 @@ class Cluster(Section):
     workers: Count = 1
     """Training workers; the global batch does not change with them."""
     cpus_per_worker: Positive = 0.5
-    """Logical CPUs a worker claims; the rest is Ray Data's."""
+    """Logical CPUs of a worker; the rest is Ray Data's."""
     gpu: Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)] = "auto"
     """Whether each worker takes a GPU; auto: when the cluster has one for each."""
     threads: Count | None = None
     """CPU threads of a worker that trains on the CPU; null: the machine's cores shared among the workers."""
     min_workers: Count | None = None
-    """With how many workers a run may start, or go on after a loss; null: with `workers` only."""
+    """Fewest workers with which a run may start, or continue after a loss; null: `workers`."""
     evaluators: Annotated[int, Field(ge=0)] = 0
-    """Tasks that evaluate beside training, each claiming what a worker claims; 0: training waits, and its
-    workers evaluate. A run's last evaluation is its workers' either way."""
+    """Ray tasks that evaluate in the background, each with the resources of a worker; 0: training pauses, and
+    its workers evaluate. The last evaluation of a run is always done by its workers."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Restarts of a run after worker failures; -1: without limit. Machines that the cloud takes back do not
-    count."""
+    """Restarts of a run after worker failures; -1: unlimited. Preempted machines do not count."""
     mirror: str | None = None
     """Folder or URI (s3://bucket/path, gs://bucket/path) that each run is copied to at its checkpoints, and
-    fetched from where the storage folder lacks it; null: none."""
+    restored from where it is not in the storage folder; null: none."""
 
     @model_validator(mode="after")
     def _check(self) -> Cluster:
@@ -189,7 +188,7 @@ class Tracking(Section):
 
 
 def _without_password(key: str, uri: str) -> None:
-    """Settings are written to run folders and to MLflow: a secret in them would be, too."""
+    """Settings are written to run folders and to MLflow, which must not hold secrets."""
     parts = urlsplit(uri)
     secret = {"access_key", "secret_key", "password", "token", "session_token"} & set(parse_qs(parts.query))
     if parts.password is not None or secret:

@@ -19,7 +19,7 @@ from mpformer.types import InputError
 
 @dataclass
 class Source:
-    """A tree of settings and where each dotted key was written."""
+    """A tree of settings and the file and line of each dotted key."""
 
     path: Path
     tree: dict[str, Any]
@@ -65,14 +65,14 @@ class Source:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number (YAML 1.1 wants a dot) and a key given twice is an error."""
+    """Safe YAML in which 1e-4 is a number (YAML 1.1 requires a dot) and a duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key.value}' stands here a second time", key.start_mark
+                    None, None, f"duplicate key '{key.value}'", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -91,7 +91,7 @@ def parse_scalar(text: str) -> Any:
 
 
 def read_yaml(path: Path, named_by: str = "", among: tuple[str, ...] = RECIPES) -> Source:
-    """A YAML file that holds a mapping. `InputError` where it is missing or no such thing.
+    """Read a YAML file that holds a mapping; `InputError` where it is missing or holds something else.
 
     `among`: the folders of shipped files whose names are proposed in the place of a missing one.
     """
@@ -150,7 +150,7 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def nearest(wrong: str, names: Iterable[str], sections: bool = False) -> str:
-    """The name most like `wrong`; with `sections`, the dotted prefixes of the names are candidates, too."""
+    """The name most similar to `wrong`; with `sections`, dotted prefixes of names are candidates, too."""
     candidates = set(names)
     if sections:
         for name in list(candidates):
@@ -165,6 +165,16 @@ def nearest(wrong: str, names: Iterable[str], sections: bool = False) -> str:
         return (whole + end, -abs(name.count(".") - depth), name)
 
     return max(candidates, key=likeness, default="none")
+
+
+def nearest_path(path: Path, *, folder: bool = False) -> str:
+    """The end of a message on a missing path: the most similar file of its suffix, or folder, beside it."""
+    parent = path.parent
+    if not parent.is_dir():
+        return f" (there is no folder {parent})"
+    names = [p.name for p in parent.iterdir() if (p.is_dir() if folder else p.suffix == path.suffix)]
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
+    return f"; nearest: {parent / close[0]}" if close else ""
 
 
 def _nearest_file(path: Path, among: tuple[str, ...]) -> str:

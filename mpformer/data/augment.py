@@ -1,7 +1,7 @@
 """Training augmentation and resizing for evaluation, as pure functions of a counter-based random generator.
 
 Every augmentation first draws a `Placement` from the image's size alone: which part is kept, at what scale,
-where it lies on the canvas, mirrored or not. Only then are pixels and masks made, the kept ones only.
+mirrored or not. Only then are pixels and masks made, and only those that are kept.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BLOCK = 8
 
 @dataclass(frozen=True)
 class Placement:
-    """How a training sample is made from its image; it lies in the canvas's upper left corner."""
+    """How a training sample is made from its image; it fills the canvas from the upper left corner."""
 
     window: Window
     """The part of the image that is kept, and the size that it is resized to."""

@@ -85,8 +85,7 @@ def throughput(data: Data, catalog: Catalog, batch_size: int, steps: int, seed: 
         catalog,
         seed=seed,
         batch_size=batch_size,
-        start_step=0,
-        stop_step=max(2, steps),
+        steps=range(max(2, steps)),
         rank=0,
         world=1,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from mpformer import plugin
 from mpformer.config import Data, DataSet, LabelMaps, MaskFiles, Packed, PluginDataSet, Split
 from mpformer.config.section import Section
+from mpformer.config.yamlfile import nearest_path
 from mpformer.data import coco, labelmaps
 from mpformer.data.packed import open_packed
 from mpformer.data.records import Catalog, Reader, Record, Records, RecordTable, build_table
@@ -116,7 +116,7 @@ def check_root(data: Data) -> None:
     """Raise `InputError` unless `data.root` is a folder; not for a packed set, which may lie elsewhere."""
     root = Path(data.root).expanduser()
     if not isinstance(data.dataset, Packed) and not root.is_dir():
-        raise InputError(f"data.root: there is no folder {root}{_near_folder(root)}")
+        raise InputError(f"data.root: there is no folder {root}{nearest_path(root, folder=True)}")
 
 
 def _instances_of(root: Path, place: Split, classes: ClassTable, image_ids: Sequence[str]) -> RecordTable:
@@ -207,12 +207,3 @@ def _note_missing_images(root: Path, records: list[Record]) -> list[Record]:
             record = replace(record, problem=f"{root / file}: no such file (image {record.image_id}){near}")
         noted.append(record)
     return noted
-
-
-def _near_folder(path: Path) -> str:
-    parent = path.parent
-    if not parent.is_dir():
-        return f" (nor {parent})"
-    names = [p.name for p in parent.iterdir() if p.is_dir()]
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
-    return f"; nearest: {parent / close[0]}" if close else ""

@@ -1,4 +1,4 @@
-"""A data set in words: what is in it, and what is wrong with it, item by item."""
+"""Report on a data set: its contents and its faults, item by item."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _UNUSABLE = "cannot be used"
 _OTHER_TABLE = "category tables that differ"
 _CHANGED_SHARD = "shards that have changed since they were written"
 _LISTED = 10
-"""Findings of a kind that the text spells out."""
+"""Findings of a kind that the text lists."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong or doubtful."""
+    """One fault, or doubtful annotation."""
 
     kind: str
     text: str
-    """File, id, what is the matter."""
+    """File, id, fault."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class _Checked:
-    """What one record tells."""
+    """The check of one record."""
 
     usable: bool
     size: tuple[int, int]
@@ -109,9 +109,9 @@ def _verify(data: Data, split: str) -> tuple[Finding, ...]:
 
 
 def check_split(catalog: Catalog, data: Data, seen: dict[bytes, str] | None = None) -> SplitReport:
-    """The report of one split. `seen` gathers the digests of images, to find the same file in two splits."""
+    """The report of one split. `seen` collects the digests of images, to find the same file in two splits."""
     seen = {} if seen is None else seen
-    with ThreadPoolExecutor(usable_cores()) as pool:  # decoding and rasterising run outside Python's lock
+    with ThreadPoolExecutor(usable_cores()) as pool:  # decoding and rasterising release the GIL
         checked = list(pool.map(lambda i: _check_record(catalog.records[i]), range(len(catalog))))
     findings: list[Finding] = []
     names: set[str] = set()
@@ -122,9 +122,7 @@ def check_split(catalog: Catalog, data: Data, seen: dict[bytes, str] | None = No
         names.add(where)
         if one.digest:
             if one.digest in seen:
-                findings.append(
-                    Finding("the same image twice", f"{where}: the same file as {seen[one.digest]}")
-                )
+                findings.append(Finding("duplicate images", f"{where}: the same file as {seen[one.digest]}"))
             seen.setdefault(one.digest, f"{where} ({catalog.name})")
     usable = [one for one in checked if one.usable]
     areas = np.array([a for one in usable for a in one.areas], np.int64)
@@ -171,11 +169,11 @@ def _check_record(record: Record) -> _Checked:
         areas=tuple(int(m.pixels.sum()) for _, m in kept),
         crowds=sum(s.crowd for s in record.segments),
         digest=digest,
-        findings=tuple(_look_at_masks(record, found, where)),
+        findings=tuple(_mask_findings(record, found, where)),
     )
 
 
-def _look_at_masks(record: Record, found: Sequence[BoxMask | None], where: str) -> Iterator[Finding]:
+def _mask_findings(record: Record, found: Sequence[BoxMask | None], where: str) -> Iterator[Finding]:
     twins: dict[tuple[object, ...], int] = {}
     size = np.array([record.width, record.height])
     for segment, mask in zip(record.segments, found):
@@ -195,7 +193,7 @@ def _look_at_masks(record: Record, found: Sequence[BoxMask | None], where: str) 
         digest = hashlib.blake2b(np.packbits(mask.pixels).tobytes(), digest_size=16).digest()
         key = (segment.label, mask.x, mask.y, mask.pixels.shape, digest)
         if key in twins:
-            yield Finding("the same object twice", f"{named}: the same class and mask as {twins[key]}")
+            yield Finding("duplicate objects", f"{named}: the same class and mask as {twins[key]}")
         twins.setdefault(key, segment.id)
     if any(isinstance(s.mask, MapId) for s in record.segments) and not isinstance(
         record.label_map, np.ndarray
@@ -221,7 +219,7 @@ def _images_beside(paths: set[str]) -> set[str]:
     return beside
 
 
-# --- in words -------------------------------------------------------------------------------------
+# --- as text --------------------------------------------------------------------------------------
 
 
 def report_text(reports: dict[str, SplitReport]) -> str:
@@ -249,12 +247,12 @@ def _split_text(report: SplitReport) -> str:
             f"  classes without an object: {', '.join(missing[:_LISTED])}{_more(len(missing) - _LISTED)}"
         )
     if report.unlisted:
-        lines.append(f"  {report.unlisted} image files beside these are named by no annotation")
+        lines.append(f"  {report.unlisted} further image files are not annotated")
     by_kind: dict[str, list[str]] = defaultdict(list)
     for finding in report.findings:
         by_kind[finding.kind].append(finding.text)
     if not by_kind:
-        lines.append("  nothing wrong was found")
+        lines.append("  no problems found")
     for kind, texts in by_kind.items():
         lines.append(f"  {kind}: {len(texts)}")
         lines += [f"    {text}" for text in texts[:_LISTED]]
@@ -268,7 +266,7 @@ def _more(count: int) -> str:
 
 
 def obstacle(reports: Mapping[str, SplitReport], on_bad_sample: str) -> str | None:
-    """Why training on such data would end with an error, in one line; None where it would not."""
+    """Why training on such data would fail, in one line; None if it would not."""
     found = Counter(f.kind for report in reports.values() for f in report.findings)
     stops = [f"{kind}: {found[kind]}" for kind in (_OTHER_TABLE, _CHANGED_SHARD) if found[kind]]
     if found[_UNUSABLE] and on_bad_sample == "error":

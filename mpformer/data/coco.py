@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from mpformer.config import Split
-from mpformer.config.yamlfile import nearest
+from mpformer.config.yamlfile import nearest, nearest_path
 from mpformer.data import masks
 from mpformer.data.records import MapId, Mask, Polygons, Record, Rle, Segment, safe_relative_path
 from mpformer.types import ClassInfo, ClassTable, InputError, distinct_color
@@ -22,8 +22,7 @@ _LARGEST_ID = 2**63 - 1
 def read_instance(root: Path, split: Split) -> tuple[ClassTable, list[Record]]:
     """COCO instance annotations: classes in the order of their ids, records in the order of the file.
 
-    A record that is wrong by itself carries its `problem`; `InputError` is raised where the file as a whole
-    is.
+    A fault of a single record becomes its `problem`; `InputError` is raised for a fault of the whole file.
     """
     path = root / split.annotations
     content = _read_json(path)
@@ -38,7 +37,7 @@ def read_instance(root: Path, split: Split) -> tuple[ClassTable, list[Record]]:
         try:
             segment = _instance(annotation, images[key], classes, labels)
             if segment.id in seen:
-                raise _Wrong("this id stands here a second time; annotation ids are expected to differ")
+                raise _Wrong("duplicate annotation id")
             seen.add(segment.id)
             segments[key].append(segment)
         except _Wrong as wrong:
@@ -63,7 +62,7 @@ def read_instance(root: Path, split: Split) -> tuple[ClassTable, list[Record]]:
 def read_panoptic(root: Path, split: Split) -> tuple[ClassTable, list[Record]]:
     """COCO panoptic annotations: one PNG of ids per image and the segments that its ids stand for.
 
-    As `read_instance`; the PNGs themselves are read with the samples.
+    As `read_instance`; the PNGs are decoded later, with the samples.
     """
     path = root / split.annotations
     if split.panoptic_masks is None:
@@ -108,14 +107,14 @@ def read_panoptic(root: Path, split: Split) -> tuple[ClassTable, list[Record]]:
 
 
 class _Wrong(Exception):
-    """What is wrong with one annotation; the caller names file and annotation."""
+    """A fault of one annotation; the caller adds the file and the annotation's id."""
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise InputError(f"no file {path}{_near_json(path)}") from None
+        raise InputError(f"no file {path}{nearest_path(path)}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -133,13 +132,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _near_json(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f" (there is no folder {path.parent})"
-    names = [p.name for p in path.parent.glob("*.json")]
-    return f"; nearest: {path.parent / nearest(path.name, names)}" if names else ""
-
-
 def _class_table(path: Path, categories: list[dict[str, Any]]) -> ClassTable:
     by_id: dict[int, dict[str, Any]] = {}
     for index, category in enumerate(categories):
@@ -148,7 +140,7 @@ def _class_table(path: Path, categories: list[dict[str, Any]]) -> ClassTable:
         if not _is_int(source_id) or not isinstance(name, str):
             raise InputError(f"{what}: an integer 'id' and a 'name' are expected")
         if source_id in by_id:
-            raise InputError(f"{what}: id {source_id} stands here a second time")
+            raise InputError(f"{what}: duplicate id {source_id}")
         by_id[source_id] = category
     if not by_id:
         raise InputError(f"{path}: 'categories' is empty: at least one class is expected")
@@ -181,7 +173,7 @@ def _images(path: Path, listed: list[dict[str, Any]]) -> dict[object, dict[str, 
         if not (_is_int(key) or isinstance(key, str)):
             raise InputError(f"{path}: images[{index}]: an 'id' is expected")
         if key in images:
-            raise InputError(f"{path}: images[{index}]: id {key} stands here a second time")
+            raise InputError(f"{path}: images[{index}]: duplicate id {key}")
         for side in ("width", "height"):
             if not _is_int(image.get(side)) or not 0 < image[side] < 2**31:
                 raise InputError(
@@ -277,8 +269,8 @@ def _polygons(given: list[Any], height: int, width: int) -> Polygons:
         if not np.isfinite(points).all():
             raise _Wrong(f"polygon {number} has a coordinate that is no finite number")
         points = points.reshape(-1, 2)
-        # one image size beyond the border is careless drawing; further out it is another image's polygon,
-        # and pycocotools' memory grows with the distance
+        # up to one image size beyond the border is imprecise annotation; more is another image's polygon, and
+        # pycocotools' memory grows with the distance
         size = np.array([width, height])
         if (points < -size).any() or (points > 2 * size).any():
             x, y = points[((points < -size) | (points > 2 * size)).any(1)][0].tolist()
@@ -319,7 +311,7 @@ def _panoptic_segments(
                 f"segment {identity}: an id of 1 to 16777215 is expected (R + 256 G + 65536 B, 0 is void)"
             )
         if identity in segments:
-            raise _Wrong(f"segment {identity} stands here a second time")
+            raise _Wrong(f"duplicate segment id {identity}")
         try:
             label, crowd, area = _label(item, classes, labels), _crowd(item), _area(item, lambda: 0.0)
         except _Wrong as wrong:

@@ -1,4 +1,4 @@
-"""What a folder holds: finds shards, or COCO annotations and images, where no settings describe it."""
+"""Finding shards, or COCO annotations and images, in a folder that no settings describe."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mpformer.data.packed import is_packed
 from mpformer.types import InputError
 
 _DEPTH = 3
-"""Folders below the root that are looked into."""
+"""Depth of the folders that are searched."""
 _WORDS = {"train": r"train", "val": r"val|test"}
 
 
 def detect(place: str | Path) -> DataSet | Packed:
     """The packed data set at a place, or the COCO data set in a folder.
 
-    COCO's JSON files are told apart by "train" and "val" in their paths. Raises `InputError` that says what
-    was looked for and what was found.
+    The splits of COCO's JSON files are told by "train" and "val" in their paths. Raises `InputError` where
+    nothing is found.
     """
     if is_packed(str(place)):
         return Packed()
@@ -62,7 +62,7 @@ def _coco_content(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
-        return None  # some other JSON; what is expected is said where none is left
+        return None  # no annotations; `detect` reports where there are none at all
     if not isinstance(content, dict) or not all(
         isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
     ):

@@ -1,4 +1,4 @@
-"""Image files to arrays: whatever the file holds becomes RGB, and what is no whole image is named."""
+"""Decoding image files of all kinds to RGB arrays; a damaged file is an error that names it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PIXEL_MEAN = (124, 116, 104)
 """RGB 0..255: ImageNet's mean 123.675, 116.28, 103.53, rounded; what padding is filled with."""
 
 _ORIENTATION = 0x0112
-"""EXIF's tag; from 5 on the image lies on its side."""
+"""EXIF's tag; from 5 on, width and height are swapped."""
 
 _JPEG = b"\xff\xd8\xff"
 _REDUCED = {
@@ -53,11 +53,11 @@ def load_reduced_image(record: Record, factor: int) -> tuple[np.ndarray, int]:
     """The record's image, [h,w,3] uint8 RGB, and the factor by which it was decoded smaller.
 
     A JPEG is decoded at 1/`factor` of its size (2 or 4) from its lowest frequencies: faster, and close to
-    averaging its pixels (tested: within 5 of 255 in the mean). Other files come at full size, factor 1.
+    the mean of its pixels (tested: within 5 of 255 on average). Other files come at full size, factor 1.
 
     Grey, palette, 16-bit, CMYK and RGBA files (alpha dropped) become 8-bit RGB; of an animation the first
     frame is taken. A rotation noted in EXIF is applied, unless only the image as stored has the annotated
-    size. Raises `InputError` for a file that is no image, is cut short or has another size.
+    size. Raises `InputError` for a file that is no image, is truncated or has another size.
     """
     name = record.image if isinstance(record.image, str) else f"image {record.image_id}"
     data = read_bytes(record.image)
@@ -85,7 +85,7 @@ def read_image(source: str | bytes) -> np.ndarray:
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """(height, width) of an image file as `load_image` gives it, from its head. `InputError` if damaged."""
+    """(height, width) of an image file once decoded, from its header. `InputError` if damaged."""
     try:
         with Image.open(io.BytesIO(read_bytes(path))) as image:
             width, height = image.size
@@ -102,7 +102,7 @@ def load_ids(record: Record) -> np.ndarray:
         return record.label_map
     name = record.label_map if isinstance(record.label_map, str) else f"label map of image {record.image_id}"
     if record.label_map is None:
-        raise InputError(f"{name}: there is none")
+        raise InputError(f"{name}: missing")
     rgb = load_rgb_map(record.label_map, name)
     if rgb.shape[:2] != (record.height, record.width):
         raise InputError(
@@ -133,7 +133,7 @@ def load_index_map(source: str | bytes, name: str) -> np.ndarray:
 def decode(data: bytes, name: str, flags: int) -> np.ndarray:
     """An encoded image as cv2 decodes it; `InputError`, which begins with `name`, if it is not whole."""
     if _is_cut_short(data):
-        raise InputError(f"{name}: the image file is cut short (after {len(data)} bytes)")
+        raise InputError(f"{name}: the image file is truncated (after {len(data)} bytes)")
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:

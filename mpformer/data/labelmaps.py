@@ -1,7 +1,7 @@
-"""Readers of folders without a JSON: images beside label maps, or beside one file per object.
+"""Readers of images with label maps, or with one mask file per object, instead of a JSON.
 
-Only names are read when such a folder is opened. The maps are read with their record, each time it is asked
-for; what is wrong with one of them is then the record's `problem`.
+Opening such a folder reads names only. The maps are read with their record, on each access; a fault of one of
+them is then the record's `problem`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read_label_maps(
     place = dataset.train if split == "train" else dataset.val
     if task != "semantic" and dataset.encoding == "classes" and place.instances is None:
         raise InputError(
-            f"data.task: '{task}' needs objects that are told apart, but the label maps of '{dataset.name}' "
+            f"data.task: '{task}' needs separate objects, but the label maps of '{dataset.name}' "
             "hold classes only; expected: semantic"
         )
     names = _names_with_suffix(root, place.images, dataset.image_suffix)

@@ -1,6 +1,6 @@
 """Masks between their compact forms and pixels, at the image's size or in a crop of it.
 
-The only place in the data part that knows pycocotools, whose rasterisation is the rule everywhere.
+The only module of the data part that uses pycocotools, whose rasterisation is used throughout.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Writing a data set as Parquet shards: encoded images and compact annotations, for disks and object stores.
 
-The manifest is rewritten after each shard, so an interrupted packing goes on where it was. Rows of the
+The manifest is rewritten after each shard, so an interrupted packing can be continued. Rows of the
 training split are shuffled once, so that a group is a sample of the whole, and an epoch then visits groups at
 random (`samples.sample_order`). `mpformer.data.packed` reads them.
 """
@@ -29,7 +29,7 @@ from mpformer.types import InputError
 def pack(data: Data, out: str, shard_bytes: int = 128 << 20) -> dict[str, int]:
     """Write both splits to a folder, local or `s3://`, `gs://`; the number of images of each.
 
-    The same call again finishes what was interrupted. Under `on_bad_sample: skip` a bad sample keeps its
+    The same call again continues an interrupted one. Under `on_bad_sample: skip` a bad sample keeps its
     place and its reason. Raises `InputError` for one otherwise, and for a place that holds other data.
     """
     counts = {}

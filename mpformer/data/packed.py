@@ -1,7 +1,7 @@
 """Reading a packed data set: Parquet shards of encoded images and compact annotations (`mpformer.data.pack`).
 
 A folder for each split holds its shards and a manifest: the class table, and for every shard its rows, bytes
-and SHA-256; it says `complete` when all is there. Rows lie in groups of 16.
+and SHA-256; `complete` marks a finished split. Rows lie in groups of 16.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mpformer.data.records import Record, Records, Segment, unpack_mask
 from mpformer.types import ClassTable, InputError
 
 GROUP = 16
-"""Rows of a group, the least that is read at a time: some 2 MB of COCO."""
+"""Rows of a group, the unit of reading: some 2 MB of COCO."""
 _OPEN_GROUPS = 16
 """Groups that a process keeps in memory."""
 MANIFEST = "manifest.json"
@@ -54,7 +54,7 @@ SCHEMA = pa.schema(
 
 
 def open_packed(root: str, folder: str, task: str) -> tuple[ClassTable, PackedRecords]:
-    """A packed split; `InputError` where it is missing, unfinished, cut short or cannot serve the task."""
+    """A packed split; `InputError` where it is missing, incomplete, truncated or cannot serve the task."""
     place = f"{root.rstrip('/')}/{folder}"
     store = Store(place)
     manifest = store.read_json(MANIFEST)
@@ -85,7 +85,7 @@ def is_packed(root: str) -> bool:
 
 
 def verify(root: str, folder: str) -> list[str]:
-    """Shards whose bytes are not those that were written: one line each."""
+    """One line for each shard whose checksum is not that of the manifest."""
     store = Store(f"{root.rstrip('/')}/{folder}")
     manifest = store.read_json(MANIFEST) or {"shards": []}
     wrong = []
@@ -97,7 +97,7 @@ def verify(root: str, folder: str) -> list[str]:
 
 @dataclass(frozen=True)
 class PackedRecords(Records):
-    """The records of a packed split; a group of rows is read when one of them is asked for."""
+    """The records of a packed split; a group of rows is read on access to one of them."""
 
     place: str
     shards: tuple[str, ...]
@@ -167,7 +167,7 @@ class Store:
             raise InputError(f"{place}: not a place that can be opened: {error}") from None
 
     def open(self, name: str) -> pa.NativeFile:
-        """A file for reading at any place; raises OSError."""
+        """A seekable file, opened for reading; raises OSError."""
         return self._files.open_input_file(f"{self._path}/{name}")
 
     def read(self, name: str) -> bytes:
@@ -192,7 +192,7 @@ class Store:
         return {name: info.size for name, info in zip(names, infos)}
 
     def write(self, name: str, content: bytes | pa.Buffer) -> None:
-        """The whole file or nothing: an object store shows it when closed, a local disk when moved."""
+        """Write a file atomically: an object store shows it when closed, a local disk when renamed."""
         local = isinstance(self._files, pafs.LocalFileSystem)
         if local:
             self._files.create_dir(self._path, recursive=True)

@@ -1,9 +1,8 @@
-"""Batches of a run: who makes the samples is a setting, what they are is not.
+"""Batches of a run. `data.loader` decides which processes make the samples, never what they are.
 
 Step s of a run with global batch B takes the positions s·B to (s+1)·B - 1 of the sample stream (see
-`mpformer.data.samples`), and rank r of `world` workers the r-th slice of them. A batch is therefore known by
-(seed, step, rank, world) alone: to resume, or to go on with another number of workers, is to ask for other
-positions.
+`mpformer.data.samples`), and rank r of `world` workers the r-th slice of them. A batch is therefore a
+function of (seed, step, rank, world): resuming, or another number of workers, only changes the positions.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _BLOCK_BYTES = 108 << 20
 _EXECUTION_BYTES = 324 << 20
 """Samples of one Ray Data execution together, at most."""
 _AHEAD = 2
-"""Executions that are made while one is consumed: the tasks of one run while the other begins or ends."""
+"""Executions prepared while one is consumed: the tasks of one run while the other starts or ends."""
 _FIRST_BLOCKS = 2
 """Blocks of the first execution; each one doubles, so that the first batch does not wait for many blocks."""
 _TASK_CPUS = 0.1
@@ -50,25 +49,24 @@ def train_batches(
     *,
     seed: int,
     batch_size: int,
-    start_step: int,
-    stop_step: int,
+    steps: range,
     rank: int,
     world: int,
 ) -> Iterator[PackedBatch]:
-    """This rank's slice of the global batch of `batch_size` images, for each step from `start_step` on.
+    """This rank's slice of the global batch of `batch_size` images, for each of the steps.
 
     The same batches bit for bit from each `data.loader`. A bad sample raises `InputError` at its step, or is
     replaced (`data.on_bad_sample`). Given as an object reference, the catalog is shared by all workers.
     """
-    steps = [rank_positions(step, batch_size, rank, world) for step in range(start_step, stop_step)]
-    if data.loader == "ray" and any(steps):
-        return _ray(data, catalog, seed, batch_size, steps, world)
+    slices = [rank_positions(step, batch_size, rank, world) for step in steps]
+    if data.loader == "ray" and any(slices):
+        return _ray(data, catalog, seed, batch_size, slices, world)
     here: Catalog = catalog if isinstance(catalog, Catalog) else ray.get(catalog)
     if data.loader == "torch":
         from mpformer.data.torch_loader import loader_batches
 
-        return loader_batches(data, here, seed, batch_size, steps)
-    return _inline(data, here, seed, batch_size, steps)
+        return loader_batches(data, here, seed, batch_size, slices)
+    return _inline(data, here, seed, batch_size, slices)
 
 
 def _inline(

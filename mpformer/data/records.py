@@ -1,8 +1,8 @@
-"""The one in-memory record of every data set: images, their segments, and masks that stay compact.
+"""In-memory records of all data sets: images, their segments, and masks in compact form.
 
 A `Catalog` holds a whole split. Its records lie in a few flat arrays (`RecordTable`), so that millions of
 segments cost their bytes and little more, and so that Ray's object store shares one copy per node; a `Record`
-with its `Segment` objects is made when it is asked for.
+with its `Segment` objects is made on access.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Segment:
     label: int
     """Contiguous label, an index into the catalog's `ClassTable`."""
     crowd: bool
-    """A group of objects drawn as one: no training target, and no error to predict in."""
+    """A group of objects annotated as one: no training target, and predictions in it are no errors."""
     mask: Mask
     area: float
     """As the source states it, in pixels."""
@@ -63,7 +63,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Record:
-    """One image and all that is known about it."""
+    """One image and its annotations."""
 
     image_id: str
     image: str | bytes
@@ -74,7 +74,7 @@ class Record:
     label_map: str | bytes | np.ndarray | None = None
     """What `MapId` masks refer to: path or encoded bytes of an id PNG (COCO panoptic), or [h,w] int32."""
     problem: str = ""
-    """Why the sample cannot be used, in one line that names file and annotation; empty when it can."""
+    """Why the sample cannot be used, in one line that names file and annotation; empty if it can."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Catalog:
     root: str
     """Folder of the data set."""
     group: int = 1
-    """Neighbouring records that are read together: an epoch's order keeps them close to each other."""
+    """Neighbouring records that are read together, and stay close to each other in an epoch's order."""
     instances: Records | None = None
     """The things of the same images from annotations of their own; see `mpformer.config.data.Split`."""
 
@@ -97,7 +97,7 @@ class Catalog:
 
 
 class Records(Sequence[Record]):
-    """Records that are made when they are asked for; `len` and `read` are left to each kind."""
+    """Records that are made on access; subclasses define `__len__`, `read` and `fingerprint`."""
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -112,15 +112,15 @@ class Records(Sequence[Record]):
 
     @abstractmethod
     def read(self, index: int) -> Record:
-        """The record at an index from 0 up; what is wrong with it is its `problem`."""
+        """The record at an index 0 <= index < len; a fault of it is its `problem`."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hexadecimal digits that change with what opening the split has read, wherever its folder lies."""
+        """Hexadecimal digits of all that opening the split has read, independent of the folder's path."""
 
 
 class NamedRecords(Records):
-    """Records known by the names of their files, each read when it is asked for."""
+    """Records identified by file names, each read on access."""
 
     names: tuple[str, ...]
 
@@ -159,9 +159,9 @@ class Reader(Protocol):
 
         root: the folder `data.root`. split: "train" or "val". task: "instance", "panoptic" or "semantic"; for
         "instance" stuff may be left in. Records may be listed, their paths relative to `root` and their masks
-        `Polygons` or `Rle`, or be `Records` (or `NamedRecords`), which make each one when it is asked for.
-        What is wrong with a single record is its `problem`; raises `InputError` where the split as a whole
-        is wrong or cannot serve the task.
+        `Polygons` or `Rle`, or be `Records` (or `NamedRecords`), which make each one on access.
+        A fault of a single record is its `problem`; raises `InputError` for a fault of the whole split, or a
+        task that it cannot serve.
         """
         ...
 

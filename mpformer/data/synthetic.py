@@ -1,8 +1,8 @@
 """A generated data set in COCO's layout: textured shapes that overlap on a few kinds of ground.
 
-Countable shapes (disk, box, triangle, star) lie on stuff (sky, grass, water); what lies on top hides what is
-below, as in photographs. Whole shapes are written as polygons, partly hidden ones as run lengths, now and
-then a swarm of small ones as a crowd. Every image depends on (seed, split, number) alone.
+Countable shapes (disk, box, triangle, star) lie on stuff (sky, grass, water); shapes occlude those below
+them, as in photographs. Whole shapes are written as polygons, partly occluded ones as run lengths, and
+occasionally a group of small ones as a crowd. An image is a function of (seed, split, number).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mpformer.types import InputError
 
 _MARKER = "synthetic.json"
 _VERSION = 2
-"""Changes with what is drawn, so that an older folder is not taken for the present one."""
+"""Changes with what is drawn, so that an outdated folder is recognised."""
 
 # name, id at the source (with gaps, as in COCO), hue in degrees, colour in panoptic pictures
 _THINGS = (
@@ -79,7 +79,7 @@ def generate(
 
 
 def arguments_of(root: Path) -> dict[str, Any] | None:
-    """With what the data set in a folder was generated, its version included; None for any other folder."""
+    """The arguments that a folder's data set was generated with, and its version; None for other folders."""
     marker = root / _MARKER
     return json.loads(marker.read_text())["arguments"] if marker.is_file() else None
 
@@ -93,7 +93,7 @@ class _Thing:
     outline: np.ndarray
     """[n,2] float64 (x, y)."""
     whole: np.ndarray
-    """[h,w] bool before anything hides it."""
+    """[h,w] bool, occluded parts included."""
     visible: np.ndarray
     color: np.ndarray
     crowd: bool = False

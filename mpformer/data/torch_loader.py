@@ -1,4 +1,4 @@
-"""Batches made by the processes of torch's DataLoader, where Ray Data is not wanted."""
+"""Batches from the processes of torch's DataLoader, as an alternative to Ray Data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def loader_batches(
 
 
 class _Steps(Dataset[PackedBatch | InputError]):
-    """Batches by their positions, as torch's map-style data sets are asked for items."""
+    """A map-style data set whose items are batches, indexed by their positions."""
 
     def __init__(self, data: Data, catalog: Catalog, seed: int, batch_size: int) -> None:
         self.data, self.catalog, self.seed, self.batch_size = data, catalog, seed, batch_size

@@ -1,4 +1,4 @@
-"""What tells the data of two runs apart, without reading an image."""
+"""A version of the data that a run reads, from annotations and file names, without decoding images."""
 
 from __future__ import annotations
 

@@ -111,12 +111,11 @@ def _write_model(path: Path, model: Segmenter, config: Config) -> None:
 
 def _write_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """State by parameter name, so that old checkpoints do not depend on the order of groups."""
-    names = _names(model)
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, float | None] = {}
-    for parameter, entries in optimizer.state.items():
-        for key, value in entries.items():
-            name = f"{names[parameter]}/{key}"
+    for parameter_name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            name = f"{parameter_name}/{key}"
             if isinstance(value, torch.Tensor):
                 tensors[name] = value.detach().contiguous()
             elif isinstance(value, int | float | None):
@@ -136,7 +135,7 @@ def _read_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     for name, value in stored.items():
         parameter, _, key = name.rpartition("/")
         entries.setdefault(parameter, {})[key] = value
-    names = _names(model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
     content = optimizer.state_dict()
     # a state dict counts parameters over all groups
     ordered = (parameter for group in optimizer.param_groups for parameter in group["params"])
@@ -146,7 +145,3 @@ def _read_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         if names[parameter] in entries
     }
     optimizer.load_state_dict(content)
-
-
-def _names(model: nn.Module) -> dict[nn.Parameter, str]:
-    return {parameter: name for name, parameter in model.named_parameters()}

@@ -237,8 +237,7 @@ class _Run:
             self.job.train,
             seed=self.config.train.seed,
             batch_size=self.config.train.batch_size,
-            start_step=start,
-            stop_step=self.plan.total,
+            steps=range(start, self.plan.total),
             rank=self.rank,
             world=self.world,
         )

@@ -61,7 +61,7 @@ def test_no_seeds(study, capsys, seeds):
         ("", "study.yaml:6: rows: lines `name: value` are expected (given: None)"),
         (
             "  plain: {}\n  plain: {}\n",
-            "study.yaml:8: not valid YAML: the key 'plain' stands here a second time",
+            "study.yaml:8: not valid YAML: duplicate key 'plain'",
         ),
     ],
 )

@@ -122,7 +122,7 @@ def test_a_data_set_file_of_the_command_line_is_relative_to_the_working_folder(r
         (
             "lr: 5e-4",
             "lr: 5e-4\n  lr: 1",
-            r"recipe\.yaml:7: not valid YAML: the key 'lr' stands here a second time",
+            r"recipe\.yaml:7: not valid YAML: duplicate key 'lr'",
         ),
         ("train:", "train: [", r"recipe\.yaml:\d+: not valid YAML"),
         (RECIPE, "- a list", "a mapping of settings is expected, not a list"),

@@ -82,8 +82,8 @@ def test_everything_that_was_put_wrong_is_found(tmp_path):
         by_kind.setdefault(finding.kind, []).append(finding.text)
     assert {kind: len(texts) for kind, texts in by_kind.items()} == {
         "cannot be used": 3,
-        "the same image twice": 1,
-        "the same object twice": 1,
+        "duplicate images": 1,
+        "duplicate objects": 1,
         "areas that contradict the mask": 1,
         "polygons that reach outside the image": 1,
         "objects without a pixel in the image": 2,
@@ -91,7 +91,7 @@ def test_everything_that_was_put_wrong_is_found(tmp_path):
     assert "annotation 6 (image 3): polygon 1 has 2 points" in " ".join(by_kind["cannot be used"])
     assert "missing.png: no such file" in " ".join(by_kind["cannot be used"])
     assert "5.png: not an image" in " ".join(by_kind["cannot be used"])
-    assert by_kind["the same object twice"][0].endswith("1.png: object 2: the same class and mask as 1")
+    assert by_kind["duplicate objects"][0].endswith("1.png: object 2: the same class and mask as 1")
     assert "object 2: 3000 pixels stated, 300 drawn" in by_kind["areas that contradict the mask"][0]
     assert {t[-1] for t in by_kind["objects without a pixel in the image"]} == {"4", "5"}
     assert "object 3: 15 pixels" in by_kind["polygons that reach outside the image"][0]
@@ -110,10 +110,10 @@ def test_images_in_both_splits_and_tables_that_differ(tmp_path):
     data = data.model_copy(update={"dataset": data.dataset.model_copy(update={"val": split})})
     reports = check(data)
     assert kinds(reports["train"]) == []
-    assert kinds(reports["val"]) == ["category tables that differ", "the same image twice"]
+    assert kinds(reports["val"]) == ["category tables that differ", "duplicate images"]
     assert "(small train)" in reports["val"].findings[0].text
     assert obstacle(reports, "skip") == "category tables that differ: 1"
-    assert "nothing wrong was found" in report_text(reports)
+    assert "no problems found" in report_text(reports)
 
 
 def test_panoptic_ids_that_contradict_the_json(tmp_path):
@@ -223,7 +223,7 @@ def test_a_pilot_beside_its_ground_truth(tmp_path):
     data = coco_folder(tmp_path, [annotation(1, 1)], images=1)
     data = data.model_copy(update={"augment": LargeScaleJitter(size=(64, 96), scale=(1.0, 1.0), flip=0.0)})
     catalog = open_split(data, "train")
-    (packed,) = train_batches(data, catalog, seed=0, batch_size=1, start_step=0, stop_step=1, rank=0, world=1)
+    (packed,) = train_batches(data, catalog, seed=0, batch_size=1, steps=range(1), rank=0, world=1)
     batch = packed.to("cpu")
     layers = {1: np.zeros((1, 1, 2 * 3), bool), 2: np.ones((1, 1, 4 * 6), bool)}
     objects, labels = np.zeros((1, 1), int), np.ones((1, 1), int)
@@ -252,8 +252,7 @@ def test_pictures_show_every_sample(tmp_path):
         catalog.__class__(catalog.name, catalog.classes, catalog.records[:2], catalog.root),
         seed=0,
         batch_size=2,
-        start_step=0,
-        stop_step=1,
+        steps=range(1),
         rank=0,
         world=1,
     )

@@ -158,7 +158,7 @@ BAD_ANNOTATIONS = {
     "area": (annotation(12, 2, area="big"), "'area' is 'big'"),
     "id": (annotation("x", 2), "'id' is 'x'"),
     "huge id": (annotation(2**63, 2), "below 2\\^63"),
-    "duplicate id": (annotation(11, 2), "a second time"),
+    "duplicate id": (annotation(11, 2), "duplicate annotation id"),
     "RLE size": (
         annotation(12, 2, segmentation={"size": [60, 40], "counts": [2400]}),
         r"size \[60, 40\], but the image is \[40, 60\]",
@@ -207,11 +207,11 @@ BAD_FILES = {
     "no list": ({"annotations": {"a": 1}}, "'annotations': a list of objects"),
     "no images": ({"images": [], "annotations": []}, "no images: at least one"),
     "no classes": ({"categories": []}, "'categories' is empty"),
-    "duplicate class": ({"categories": [{"id": 3, "name": "a"}] * 2}, r"categories\[1\]: id 3 stands"),
+    "duplicate class": ({"categories": [{"id": 3, "name": "a"}] * 2}, r"categories\[1\]: duplicate id 3"),
     "class without name": ({"categories": [{"id": 3}]}, r"categories\[0\]: an integer 'id' and a 'name'"),
     "duplicate image": (
         {"images": [{"id": 1, "file_name": "1.png", "width": 60, "height": 40}] * 2, "annotations": []},
-        r"images\[1\]: id 1 stands here a second time",
+        r"images\[1\]: duplicate id 1",
     ),
     "image without size": (
         {"images": [{"id": 1, "file_name": "1.png", "height": 40}], "annotations": []},
@@ -281,7 +281,7 @@ def panoptic_folder(root, segments, pixels, **changes):
     [
         ([{"id": 0, "category_id": 3}], "segment 0: an id of 1 to 16777215"),
         ([{"id": 2**24, "category_id": 3}], "segment 16777216: an id of 1 to"),
-        ([{"id": 5, "category_id": 3}] * 2, "segment 5 stands here a second time"),
+        ([{"id": 5, "category_id": 3}] * 2, "duplicate segment id 5"),
         ([{"id": 5, "category_id": 4}], "segment 5: unknown category 4; nearest: 3"),
         (None, "no 'segments_info'"),
     ],

@@ -37,8 +37,7 @@ def stream(data, catalog, start=0, stop=9, batch_size=4, rank=0, world=1, seed=5
         catalog,
         seed=seed,
         batch_size=batch_size,
-        start_step=start,
-        stop_step=stop,
+        steps=range(start, stop),
         rank=rank,
         world=world,
     )
@@ -108,7 +107,7 @@ def test_slices_of_a_batch_cover_it_once():
 def test_a_worker_without_a_share_gets_empty_batches(tmp_path):
     data = coco_folder(tmp_path)
     (batch,) = train_batches(
-        data, open_split(data, "train"), seed=0, batch_size=1, start_step=0, stop_step=1, rank=0, world=2
+        data, open_split(data, "train"), seed=0, batch_size=1, steps=range(1), rank=0, world=2
     )
     assert (len(batch), tuple(batch.images.shape)) == (0, (0, 3, 64, 96))
 
@@ -116,7 +115,7 @@ def test_a_worker_without_a_share_gets_empty_batches(tmp_path):
 def test_a_batch_is_what_the_model_takes(tmp_path):
     data = coco_folder(tmp_path, [annotation(11, 1), annotation(12, 1, category_id=7), annotation(13, 2)])
     catalog = open_split(data, "train")
-    (batch,) = train_batches(data, catalog, seed=0, batch_size=4, start_step=3, stop_step=4, rank=0, world=1)
+    (batch,) = train_batches(data, catalog, seed=0, batch_size=4, steps=range(3, 4), rank=0, world=1)
     assert batch.images.dtype == torch.uint8
     assert tuple(batch.images.shape) == (4, 3, 64, 96)
     assert batch.positions == (12, 13, 14, 15)
@@ -160,9 +159,7 @@ def test_a_global_batch_has_one_size_for_all_ranks(real):
     shares = [stream(data, catalog, stop=7, batch_size=6, rank=r, world=4) for r in range(4)]
     assert joined(shares) == whole
     shapes = set()
-    for batch in train_batches(
-        data, catalog, seed=5, batch_size=6, start_step=0, stop_step=7, rank=0, world=1
-    ):
+    for batch in train_batches(data, catalog, seed=5, batch_size=6, steps=range(7), rank=0, world=1):
         height, width = batch.images.shape[2:]
         shapes.add((height, width))
         largest = [max(side) for side in zip(*batch.valid_sizes)]
@@ -211,7 +208,7 @@ def test_a_bad_sample_is_an_error_at_its_step(tmp_path):
     catalog = open_split(data, "train")
     break_image(tmp_path, 3)
     bad_step = sample_order(5, 0, 8).tolist().index(2) // 2
-    batches = train_batches(data, catalog, seed=5, batch_size=2, start_step=0, stop_step=4, rank=0, world=1)
+    batches = train_batches(data, catalog, seed=5, batch_size=2, steps=range(4), rank=0, world=1)
     for _ in range(bad_step):
         next(batches)
     with pytest.raises(InputError, match=r"images/3\.png: not an image"):
@@ -228,7 +225,7 @@ def test_a_skipped_sample_never_shifts_the_others(tmp_path):
     flat, other = [s for b in whole for s in b], [s for b in broken for s in b]
     assert [i for i, (a, b) in enumerate(zip(flat, other)) if a != b] == orders
     assert stream(data, catalog, stop=8, batch_size=2) == broken
-    batches = train_batches(data, catalog, seed=5, batch_size=2, start_step=0, stop_step=8, rank=0, world=1)
+    batches = train_batches(data, catalog, seed=5, batch_size=2, steps=range(8), rank=0, world=1)
     skipped = [(p, line) for b in batches for line in b.skipped for p in b.positions if p in orders]
     assert [p for p, _ in skipped] == orders
     assert all("images/3.png: not an image" in line for _, line in skipped)
@@ -240,7 +237,7 @@ def test_a_bad_annotation_is_skipped_alike(tmp_path):
     )
     data = data.model_copy(update={"on_bad_sample": "skip"})
     catalog = open_split(data, "train")
-    (batch,) = train_batches(data, catalog, seed=0, batch_size=2, start_step=0, stop_step=1, rank=0, world=1)
+    (batch,) = train_batches(data, catalog, seed=0, batch_size=2, steps=range(1), rank=0, world=1)
     assert batch.image_ids == ("2", "2")
     assert len(batch.skipped) == 1
     assert "annotation 11 (image 1): polygon 1 has 2 points" in batch.skipped[0]

@@ -67,7 +67,7 @@ def test_three_ranks_that_wait_for_each_other(tmp_path):
 
     def worker(rank):
         batches = train_batches(
-            with_ray(data), catalog, seed=5, batch_size=4, start_step=0, stop_step=40, rank=rank, world=3
+            with_ray(data), catalog, seed=5, batch_size=4, steps=range(40), rank=rank, world=3
         )
         for batch in batches:
             shares[rank].append(digests(batch))
@@ -86,9 +86,7 @@ def test_a_bad_sample_is_an_error_at_its_step(tmp_path):
     catalog = open_split(data, "train")
     break_image(tmp_path, 3)
     bad_step = sample_order(5, 0, 8).tolist().index(2) // 2
-    batches = train_batches(
-        with_ray(data), catalog, seed=5, batch_size=2, start_step=0, stop_step=4, rank=0, world=1
-    )
+    batches = train_batches(with_ray(data), catalog, seed=5, batch_size=2, steps=range(4), rank=0, world=1)
     for _ in range(bad_step):
         next(batches)
     with pytest.raises(InputError, match=r"images/3\.png: not an image"):

@@ -127,9 +127,7 @@ def test_a_voc_split_that_is_not_there_is_named(folder):
 
 
 def batches(settings, catalog, world=1, rank=0):
-    return train_batches(
-        settings, catalog, seed=3, batch_size=2, start_step=0, stop_step=3, rank=rank, world=world
-    )
+    return train_batches(settings, catalog, seed=3, batch_size=2, steps=range(3), rank=rank, world=world)
 
 
 def test_an_augmentation_of_one_s_own_gives_the_same_samples_to_any_number_of_workers(folder):
