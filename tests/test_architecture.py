@@ -34,7 +34,7 @@ ALLOWED = {
 
 FENCES = {
     "ray": {
-        *("data/pipeline", "evaluate/inference", "train/worker", "train/launch", "train/beside"),
+        *("data/pipeline", "evaluate/inference", "train/worker", "train/launch", "train/background"),
         *("ablation/tune", "cli/doctor"),
     },
     "mlflow": {"tracking/mlflow_store", "tracking/tracker", "ablation/results", "cli/doctor"},
@@ -49,7 +49,7 @@ FENCES = {
     "pydantic": {"config/*", "ablation/spec", "ablation/studyfile", "ablation/cost"},
     "yaml": {"config/identity", "config/yamlfile"},
     "safetensors": {"model/*", "train/checkpoint"},
-    "psutil": {"cli/doctor", "train/worker"},
+    "psutil": {"cli/doctor"},
     "rich": {"cli/live"},
 }
 """The only files that may import a third party."""

@@ -40,7 +40,7 @@ class RunDir:
 
     @property
     def evaluations(self) -> Path:
-        """Folder of weights that have yet to be evaluated (`mpformer.train.beside`)."""
+        """Folder of weights that have yet to be evaluated (`mpformer.train.background`)."""
         return self.path / EVALUATIONS
 
     @property

@@ -1,5 +1,4 @@
-"""How a model is executed in training: compiled, or with activations computed twice. Neither changes what it
-computes."""
+"""How a model is executed in training: compiled, with activation checkpointing, in which precision."""
 
 from __future__ import annotations
 
@@ -15,8 +14,8 @@ from mpformer.model.segmenter import Segmenter
 def prepare(model: Segmenter, config: TrainConfig) -> None:
     """Apply `train.activation_checkpointing` and `train.compile` to the parts of a model, in place.
 
-    Parameters keep their names. A part is compiled when it first meets a shape, and once more for shapes of
-    any size; fixed crops need no more than that.
+    Neither changes what the model computes; parameters keep their names. A part is compiled for the first
+    shape that it gets and once more for dynamic shapes; fixed crops need no more than that.
     """
     parts = [model.backbone, model.encoder, model.pixel_decoder, model.decoder]
     if config.activation_checkpointing:
@@ -29,8 +28,15 @@ def prepare(model: Segmenter, config: TrainConfig) -> None:
                 part.compile()
 
 
+def use_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether the forward runs in bfloat16 autocast: as set, or with `auto` on GPUs that support it."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision == "bfloat16"
+
+
 def _computed_again(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A layer's forward that keeps nothing but its inputs for the backward pass."""
+    """A layer's forward that stores only its inputs for the backward pass."""
 
     def run(*inputs: object) -> torch.Tensor:
         if not torch.is_grad_enabled():

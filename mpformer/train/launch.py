@@ -27,7 +27,7 @@ from mpformer.tracking.run_dir import RunDir
 from mpformer.tracking.tracker import Entry, close_run
 from mpformer.train import plugins
 from mpformer.train.capacity import Capacity, Node, uses_gpus
-from mpformer.train.mirror import Mirror
+from mpformer.train.mirror import open_mirror
 from mpformer.types import InputError, RunError
 
 # Before ray is imported anywhere in this process; its workers inherit them.
@@ -47,7 +47,8 @@ import ray  # noqa: E402
 from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: E402
 from ray.train.torch import TorchTrainer  # noqa: E402
 
-from mpformer.train.worker import Job, run_worker  # noqa: E402
+from mpformer.train.job import Job  # noqa: E402
+from mpformer.train.worker import run_worker  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -106,12 +107,10 @@ def fit(
     where the run fails or another process is at work on it.
     """
     run_dir = run_directory(config)
-    mirror = Mirror(config.cluster.mirror, run_dir) if config.cluster.mirror else None
-    if mirror:
-        mirror.pull()
+    mirror = open_mirror(config.cluster.mirror, run_dir)
+    mirror.pull()
     if (summary := read_summary(run_dir)) is not None:
-        if mirror:
-            mirror.finish()
+        mirror.finish()
         return summary
     plugins.check(config)
     splits = {name: open_split(config.data, name) for name in ("train", "val")}
@@ -162,8 +161,7 @@ def fit(
             _raise_noted_failure(run_dir, job.token)
             raise RunError(f"{run_dir.name}: {_reason(error)}") from error
         _raise_noted_failure(run_dir, job.token)
-        if mirror:
-            mirror.pull()
+        mirror.pull()
         summary = read_summary(run_dir)
     if summary is None:
         raise RunError(f"{run_dir}: the workers ended without a summary")

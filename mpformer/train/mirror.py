@@ -1,9 +1,9 @@
-"""A copy of a run's folder on another file system: object storage or a shared disk, whatever pyarrow opens.
+"""A copy of a run's folder on another file system: object storage or a shared disk, any that pyarrow opens.
 
-The run itself is written to its storage folder. After each checkpoint what is new there is copied, a
-checkpoint's `state.json` last: one without it is not complete. A folder that lacks the run fetches it from
-the copy. A store that refuses stops no training; what it missed goes there with the next checkpoint, at the
-latest at the end.
+The run itself is written to its storage folder. After each checkpoint new files are copied, a checkpoint's
+`state.json` last: a checkpoint without it is incomplete. A machine whose storage folder lacks the run fetches
+it from the copy. A store that cannot be reached never stops training; what it lacks is copied with the next
+checkpoint, at the latest at the end of the run.
 """
 
 from __future__ import annotations
@@ -25,14 +25,32 @@ _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
-SECONDS_OF_PATIENCE = 600.0
-"""How long the end of a run waits for a store that refuses."""
+RETRY_SECONDS = 600.0
+"""For how long the end of a run retries a store that cannot be reached."""
 _UNCHANGED = "nothing was changed"
+
+
+def open_mirror(uri: str | None, run_dir: Path) -> Mirror | NoMirror:
+    """The mirror of a run; without `uri`, one that does nothing. Raises as `Mirror`."""
+    return Mirror(uri, run_dir) if uri else NoMirror()
+
+
+class NoMirror:
+    """The mirror of a run that has none."""
+
+    def push(self) -> bool:
+        return True
+
+    def finish(self) -> None:
+        pass
+
+    def pull(self) -> None:
+        pass
 
 
 class Mirror:
     """The copy of one run at `uri/RUN`. Raises `InputError` for a URI that pyarrow does not know, and
-    `RunError` as `finish` does: to open a bucket is to ask where it lies."""
+    `RunError` as `finish` does: opening a bucket asks the store for its region."""
 
     def __init__(self, uri: str, run_dir: Path) -> None:
         self.run_dir = Path(run_dir)
@@ -41,7 +59,7 @@ class Mirror:
         self._rewritten = (self._run.config, self._run.mlflow, self._run.failure)
         self.uri = f"{uri.rstrip('/').partition('?')[0]}/{self.run_dir.name}"
         if "://" in uri:
-            self._files, base = self._patiently(lambda: self._open(uri), _UNCHANGED)
+            self._files, base = self._retried(lambda: self._open(uri), _UNCHANGED)
         else:
             self._files, base = fs.LocalFileSystem(), str(Path(uri).resolve())
         self._base = f"{base.rstrip('/')}/{self.run_dir.name}"
@@ -55,7 +73,7 @@ class Mirror:
             raise InputError(f"cluster.mirror: {self.uri}: {_line(error)}") from None
 
     def push(self) -> bool:
-        """Copy what is new; False, with a warning, where the store refuses."""
+        """Copy new files; False, with a warning, where that fails."""
         try:
             self._push()
         except OSError as error:
@@ -64,16 +82,16 @@ class Mirror:
         return True
 
     def finish(self) -> None:
-        """Copy all that is left. Raises `RunError` where the store refuses for ten minutes on end."""
-        hint = f"the run is whole in {self.run_dir}; the same command copies the rest"
-        self._patiently(self._push, hint)
+        """Copy all remaining files. Raises `RunError` after ten minutes of failures."""
+        hint = f"the run is complete in {self.run_dir}; the same command copies the rest"
+        self._retried(self._push, hint)
 
     def pull(self) -> None:
-        """Fetch the run where the copy is further than the folder. Raises `RunError` as `finish` does."""
-        self._patiently(self._pull, _UNCHANGED)
+        """Fetch the run where the copy is ahead of the folder. Raises `RunError` as `finish` does."""
+        self._retried(self._pull, _UNCHANGED)
 
-    def _patiently(self, act: Callable[[], _T], hint: str) -> _T:
-        deadline, pause = time.monotonic() + SECONDS_OF_PATIENCE, 1.0
+    def _retried(self, act: Callable[[], _T], hint: str) -> _T:
+        deadline, pause = time.monotonic() + RETRY_SECONDS, 1.0
         while True:
             try:
                 return act()
@@ -95,7 +113,7 @@ class Mirror:
         for name in there:
             if not name.startswith(f"{CHECKPOINTS}/") and name != SUMMARY_FILE:
                 self._fetch(name)
-        # by these others see that something is complete
+        # last: these files mark a checkpoint, or the run, as complete
         if theirs > mine:
             self._fetch_checkpoint(theirs, there)
         if finished:
@@ -136,14 +154,14 @@ class Mirror:
             if path.is_file():
                 self._send(path)
         self._delete_measured({path.name for path in waiting})
-        folder = f"{self._base}/{CHECKPOINTS}"
-        for info in self._files.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
-            # only what is older than all that is kept: another start of the run may be ahead of this folder
+        there = fs.FileSelector(f"{self._base}/{CHECKPOINTS}", allow_not_found=True)
+        for info in self._files.get_file_info(there):
+            # only those older than all that are kept: another start of the run may be ahead of this folder
             if kept and info.base_name < kept[0].name:
                 self._files.delete_dir(info.path)
 
     def _delete_measured(self, waiting: Set[str]) -> None:
-        """The weights whose figures are in the record, which is there by now."""
+        """Delete weights whose figures are in the record, which has been copied by now."""
         folder = fs.FileSelector(f"{self._base}/{EVALUATIONS}", allow_not_found=True)
         for info in self._files.get_file_info(folder):
             if info.base_name not in waiting:

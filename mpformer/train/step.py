@@ -134,10 +134,12 @@ def _losses(
     for name, head, matches, drawn in zip(names, output.heads, matching.heads, matching.points):
         terms = matching_losses(head, targets, matches, normalizers, settings, drawn.losses, valid_sizes)
         losses.update({f"{name}loss_{kind}": value for kind, value in terms.items()})
-    piloted = zip(names, output.pilots or (), matching.pilots, matching.pilot_points)
-    for name, head, objects, drawn in piloted:
-        terms = pilot_losses(head, pilots, objects, targets, normalizers, settings, drawn.losses, valid_sizes)
-        losses.update({f"{name}pilot_loss_{kind}": value for kind, value in terms.items()})
+    if pilots is not None and output.pilots is not None:
+        piloted = zip(names, output.pilots, matching.pilots, matching.pilot_points)
+        for name, head, objects, drawn in piloted:
+            points = drawn.losses
+            terms = pilot_losses(head, pilots, objects, targets, normalizers, settings, points, valid_sizes)
+            losses.update({f"{name}pilot_loss_{kind}": value for kind, value in terms.items()})
     if settings.consistency_weight:
         size = (batch.images.shape[2], batch.images.shape[3])
         values = consistency_losses(output.heads, normalizers, settings, draws, valid_sizes, size)
@@ -194,8 +196,10 @@ def _stop_unless_finite(checks: Sequence[_Check], grad_norm: Tensor) -> None:
 
 @contextlib.contextmanager
 def _gradients_stay_local(model: nn.Module, *, unless: bool) -> Iterator[None]:
-    distributed = isinstance(model, nn.parallel.DistributedDataParallel)
-    with model.no_sync() if distributed and not unless else contextlib.nullcontext():
+    if isinstance(model, nn.parallel.DistributedDataParallel) and not unless:
+        with model.no_sync():
+            yield
+    else:
         yield
 
 

@@ -1,4 +1,4 @@
-"""`RUN/summary.json`: what a finished run came to, and with what it was made."""
+"""`RUN/summary.json`: final metrics, versions and resources of a finished run."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mpformer import atomic
 from mpformer.config import Config, config_hash
+from mpformer.evaluate.evaluation import peak_memory
 from mpformer.tracking.commit import git_commit
 from mpformer.tracking.record import read_metrics
 from mpformer.tracking.run_dir import RunDir
+from mpformer.train.group import Group
 from mpformer.train.timing import Timers
 
 _PACKAGES = ("torch", "ray", "timm", "mlflow", "numpy", "pycocotools")
@@ -24,7 +28,7 @@ def write_summary(
 ) -> dict[str, Any]:
     """Write the summary of a run that has reached its last step.
 
-    The metrics come from the run's record, so a run cut off after its last step is summed up all the same.
+    The metrics come from the run's record, so they are complete for a run interrupted after its last step.
     """
     measured = [(step, _val(values)) for step, values in read_metrics(run_dir) if _val(values)]
     first = [values for step, values in measured if step == 0]
@@ -45,6 +49,24 @@ def write_summary(
     }
     atomic.write_text(RunDir(run_dir).summary, json.dumps(summary, indent=1))
     return summary
+
+
+def measured_resources(group: Group, seconds: float, images: int, skipped: list[str]) -> dict[str, Any]:
+    """What a run used, for its summary, as rank 0 measures it.
+
+    seconds: of training; images: seen in them, over all workers; skipped: one line per bad sample.
+    """
+    on_gpu = group.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(group.device) if on_gpu else "cpu",
+        "workers": group.world,
+        "threads": torch.get_num_threads(),
+        "train_seconds": seconds,
+        "images_per_second": images / max(seconds, 1e-9),
+        "peak_memory_bytes": peak_memory(),
+        "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(group.device) if on_gpu else None,
+        "bad_samples": skipped,
+    }
 
 
 def _val(values: dict[str, float]) -> dict[str, float]:

@@ -33,3 +33,36 @@ class Timers:
         """Seconds per name since the last call."""
         recent, self._recent = self._recent, {}
         return recent
+
+
+class Clock:
+    """Seconds of training: pauses for evaluations, checkpoints and logging are left out. Starts stopped."""
+
+    def __init__(self, total: float = 0.0) -> None:
+        self.total = total
+        """Seconds over the whole life of the run, up to the last pause."""
+        self._lap = 0.0
+        self._since: float | None = None
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds between the last call and the last pause."""
+        lap, self._lap = self._lap, 0.0
+        return lap
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock while the body runs; a stopped clock stays stopped."""
+        running = self._since is not None
+        if self._since is not None:
+            seconds = time.perf_counter() - self._since
+            self.total += seconds
+            self._lap += seconds
+            self._since = None
+        try:
+            yield
+        finally:
+            if running:
+                self.start()

@@ -11,8 +11,7 @@ import pytest
 from mpformer import atomic
 from mpformer.config import Config, Data
 from mpformer.data.synthetic import generate
-from mpformer.train import launch
-from mpformer.train import worker as loop
+from mpformer.train import launch, worker
 from mpformer.train.capacity import Capacity, Node
 from mpformer.types import InputError, RunError
 
@@ -36,7 +35,9 @@ def test_a_second_driver_waits_for_an_orphan_s_end_but_not_for_ever(tmp_path, mo
 def test_a_full_disk_tears_no_note_of_a_failure(tmp_path, caplog):
     """An empty note would stop every later start of the run, with room on the disk or without."""
     atomic._partial(tmp_path / "failure.json").symlink_to("/dev/full")
-    loop._note(tmp_path / "failure.json", {"token": "a", "message": "step 7: the loss is not finite"})
+    worker._write_failure(
+        tmp_path / "failure.json", {"token": "a", "message": "step 7: the loss is not finite"}
+    )
     assert not (tmp_path / "failure.json").exists()
     assert "No space left on device" in caplog.text
 

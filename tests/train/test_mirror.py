@@ -130,9 +130,9 @@ def test_a_store_that_refuses_is_waited_for_and_then_an_error(tmp_path, monkeypa
     write(tmp_path / "run", 1)
     waited = []
     monkeypatch.setattr(mirror.time, "sleep", waited.append)
-    monkeypatch.setattr(mirror, "SECONDS_OF_PATIENCE", 5.0)
+    monkeypatch.setattr(mirror, "RETRY_SECONDS", 5.0)
     monkeypatch.setattr(mirror.time, "monotonic", lambda: sum(waited))
-    with pytest.raises(RunError, match="the run is whole in"):
+    with pytest.raises(RunError, match="the run is complete in"):
         copy.finish()
     assert waited == [1.0, 2.0]
 

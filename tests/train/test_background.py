@@ -1,4 +1,4 @@
-"""Evaluations beside training: each is in the record once, whenever the run is cut off."""
+"""Evaluations in the background: each is in the record once, whenever the run is cut off."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from mpformer.model.segmenter import build_model
 from mpformer.model.weights.loading import load_checkpoint
 from mpformer.tracking.record import read_metrics
 from mpformer.tracking.tracker import Entry, Tracker
-from mpformer.train import beside, checkpoint
-from mpformer.train.beside import Beside
+from mpformer.train import background, checkpoint
+from mpformer.train.background import BackgroundEvaluator
 from mpformer.types import InputError
+
+Opened = Callable[[int], tuple[BackgroundEvaluator, Tracker]]
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +35,19 @@ def one_cpu_ray() -> Iterator[None]:
 
 
 @pytest.fixture
-def opened(one_cpu_ray, tmp_path, tiny_config, monkeypatch) -> Callable[[int], tuple[Beside, Tracker]]:
+def opened(one_cpu_ray, tmp_path, tiny_config, monkeypatch) -> Opened:
     """A start of the run: `opened(start)`. Evaluation is replaced: its figure is a bias of the weights."""
     import ray
 
     def bias(_val, _config, weights: Path) -> dict[str, float]:
         return {"val/PQ": float(load_checkpoint(weights)[0].decoder.class_embed.bias[0])}
 
-    monkeypatch.setattr(beside, "_measure", bias)
+    monkeypatch.setattr(background, "_evaluate", bias)
     names = {"entry": Entry("tiny"), "mlflow_uri": None, "run_name": "tiny"}
 
-    def start(step: int) -> tuple[Beside, Tracker]:
+    def start(step: int) -> tuple[BackgroundEvaluator, Tracker]:
         tracker = Tracker.open(tmp_path, tiny_config, start_step=step, **names)
-        return Beside(tmp_path, tiny_config, ray.put(None), tracker), tracker
+        return BackgroundEvaluator(tmp_path, tiny_config, ray.put(None), tracker), tracker
 
     return start
 
@@ -106,7 +108,7 @@ def test_what_an_evaluation_raises_is_raised_where_it_is_waited_for(opened, tiny
     def refuses(*_arguments) -> None:
         raise InputError("val/image-3.jpg: no image")
 
-    monkeypatch.setattr(beside, "_measure", refuses)
+    monkeypatch.setattr(background, "_evaluate", refuses)
     evaluations, _ = opened(0)
     evaluations.submit(4, weights(tiny_config, 0.0))
     with pytest.raises(InputError, match=r"image-3\.jpg: no image"):
