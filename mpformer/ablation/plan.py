@@ -7,8 +7,8 @@ from typing import Any
 
 from mpformer.ablation.cost import Costs, PlanOptions, cost_lines
 from mpformer.ablation.spec import Study, Trial
+from mpformer.capacity import Capacity
 from mpformer.config import Config, diff
-from mpformer.train.capacity import FEW_CORES_DATA_CPUS, Capacity, uses_gpus
 from mpformer.types import InputError
 
 
@@ -90,44 +90,16 @@ def show_value(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-# --- what fits ------------------------------------------------------------------------------------
-
-
-DRIVER_CPUS = 0.01
-"""A trial's driver only waits; Tune refuses zero, and its default of 1 would starve the workers."""
-
-
 def trials_at_once(trials: Sequence[Trial], capacity: Capacity) -> int:
     """How many trials of a study fit into the cluster together, at least 1 and at most all.
 
-    A trial claims `cluster.cpus_per_worker` CPUs for each of its workers and evaluators, and a GPU each where
-    it trains on GPUs; on CPUs each has a core of its own. What is left must hold a task of Ray Data, which
-    would else wait for ever: one CPU, or a tenth per worker on a machine of few cores. Raises `InputError`,
-    with the arithmetic, where not even one trial fits.
+    Raises `InputError`, with the row and the arithmetic, for a trial that does not fit even alone.
     """
-    return min(len(trials), *(_fitting(trial, capacity) for trial in trials))
+    return min(len(trials), *(_copies(trial, capacity) for trial in trials))
 
 
-def _fitting(trial: Trial, capacity: Capacity) -> int:
-    cluster = trial.config.cluster
-    members = cluster.workers + cluster.evaluators
-    claim = members * cluster.cpus_per_worker + DRIVER_CPUS
-    if capacity.cpus >= 4 * cluster.workers:
-        by_cpus = int((capacity.cpus - 1) / claim + 1e-9)
-    else:
-        by_cpus = int(capacity.cpus / (claim + FEW_CORES_DATA_CPUS * cluster.workers) + 1e-9)
-    fitting = min(by_cpus, capacity.members(trial.config) // members)
-    what = "GPU"
-    if not uses_gpus(trial.config, capacity):
-        fitting, what = min(fitting, int(capacity.cpus) // members), "core"
-    if fitting < 1:
-        who = f"{cluster.workers} workers"
-        if cluster.evaluators:
-            who = f"({who} + {cluster.evaluators} evaluators)"
-        raise InputError(
-            f"row {trial.row} cannot run here: {who} x {cluster.cpus_per_worker:g} CPU + "
-            f"{DRIVER_CPUS} for their driver = {claim:g} CPUs, some more for data on one machine, and a "
-            f"{what} per worker = {members}; the cluster has {capacity}: "
-            "lower cluster.workers or cluster.cpus_per_worker"
-        )
-    return fitting
+def _copies(trial: Trial, capacity: Capacity) -> int:
+    try:
+        return capacity.runs_at_once(trial.config)
+    except InputError as error:
+        raise InputError(f"row {trial.row} cannot run here: {error}") from None

@@ -26,22 +26,27 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+import ray  # noqa: E402
 from ray import tune  # noqa: E402
 from ray.tune.integration.ray_train import TuneReportCallback  # noqa: E402
 from ray.tune.progress_reporter import TrialProgressCallback  # noqa: E402
 from ray.tune.schedulers import ASHAScheduler  # noqa: E402
 
-from mpformer.ablation.plan import DRIVER_CPUS, trials_at_once  # noqa: E402
+from mpformer.ablation.plan import trials_at_once  # noqa: E402
 from mpformer.ablation.spec import Trial  # noqa: E402
 from mpformer.ablation.studyfile import Search, split_column  # noqa: E402
+from mpformer.capacity import Capacity, with_shared_cores  # noqa: E402
 from mpformer.config import Config, duration_in_steps  # noqa: E402
 from mpformer.data.catalog import check_root  # noqa: E402
 from mpformer.tracking.run_dir import RunDir  # noqa: E402
 from mpformer.tracking.tracker import Entry, close_run  # noqa: E402
 from mpformer.train import plugins  # noqa: E402
-from mpformer.train.capacity import threads_per_worker  # noqa: E402
-from mpformer.train.launch import cluster_capacity, fit, only_driver, start_ray  # noqa: E402
+from mpformer.train.launch import fit, only_driver, start_ray  # noqa: E402
 from mpformer.types import InputError, RunError  # noqa: E402
+
+DRIVER_RESOURCES = {"memory": 1}
+"""A trial's driver only waits, so it claims no CPU: a run that fits alone fits as a trial, too. Tune requires
+some resource; this is one byte."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +130,9 @@ def run_trials(
     start_ray(trial.config for trial in pending)
     # a trial's failure is told in one line and not as a traceback
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    capacity = cluster_capacity()
-    at_once = trials_at_once(trials, capacity)
-    configs = [threads_per_worker(trial.config, capacity, at_once) for trial in pending]
+    capacity = Capacity.of(ray.nodes())
+    at_once = trials_at_once(pending, capacity)
+    configs = [with_shared_cores(trial.config, capacity, at_once) for trial in pending]
     entries = [Entry(experiment, tracking_parent, bases[trial.part], trial.tags) for trial in pending]
 
     asha = _asha(search, pending[0]) if search else None
@@ -144,7 +149,7 @@ def run_trials(
 
     endings = _Endings(pending, on_failure)
     tuner = tune.Tuner(
-        tune.with_resources(drive, {"CPU": DRIVER_CPUS}),
+        tune.with_resources(drive, DRIVER_RESOURCES),
         param_space={"trial": tune.grid_search(list(range(len(pending))))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=at_once,

@@ -161,6 +161,11 @@ class Cluster(Section):
     """Folder or URI (s3://bucket/path, gs://bucket/path) that each run is copied to at its checkpoints, and
     restored from where it is not in the storage folder; null: none."""
 
+    @property
+    def least_workers(self) -> int:
+        """With how many workers a run may start."""
+        return self.min_workers or self.workers
+
     @model_validator(mode="after")
     def _check(self) -> Cluster:
         if self.min_workers is not None and self.min_workers > self.workers:

@@ -19,6 +19,7 @@ import ray
 import ray.data
 from ray.data.collate_fn import ArrowBatchCollateFn
 
+from mpformer.capacity import Capacity
 from mpformer.config import Data
 from mpformer.data.packing import from_table, to_table
 from mpformer.data.records import Catalog
@@ -33,8 +34,6 @@ _AHEAD = 2
 """Executions prepared while one is consumed: the tasks of one run while the other starts or ends."""
 _FIRST_BLOCKS = 2
 """Blocks of the first execution; each one doubles, so that the first batch does not wait for many blocks."""
-_TASK_CPUS = 0.1
-"""What a data task claims where CPUs are scarce; see `_task_options`."""
 
 
 def rank_positions(step: int, batch_size: int, rank: int, world: int) -> range:
@@ -172,18 +171,14 @@ def _dataset(
 
 
 def _task_options(world: int, blocks: int) -> dict[str, Any]:
-    """Resources of a data task.
-
-    A cluster with CPUs to spare gets tasks of one CPU, so that Ray's own accounting keeps all runs within it.
-    On a small one the training workers may leave less than one CPU, and a task of one CPU would never start:
-    there a task claims next to nothing and the number of tasks is bounded instead.
-    """
-    cpus = ray.cluster_resources().get("CPU", 1.0)
-    if cpus >= 4 * world:
-        return {"num_cpus": 1}
+    """Resources of a data task, and on a small cluster the number of tasks, which their CPUs do not bound."""
+    capacity = Capacity.of(ray.nodes())
+    cpus = capacity.data_task_cpus(world)
+    if cpus == 1:
+        return {"num_cpus": cpus}
     # all executions together one more than the share of CPUs: a core need not wait for its next block
-    tasks = ray.data.TaskPoolStrategy(size=min(blocks, int(cpus / world / _AHEAD) + 1))
-    return {"num_cpus": _TASK_CPUS, "compute": tasks}
+    tasks = ray.data.TaskPoolStrategy(size=min(blocks, int(capacity.cpus / world / _AHEAD) + 1))
+    return {"num_cpus": cpus, "compute": tasks}
 
 
 def _make_block(block: pa.Table, data: Data, catalog: ray.ObjectRef, seed: int) -> pa.Table:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mpformer.capacity import Capacity
 from mpformer.config import Config, dump_yaml, run_name
 from mpformer.cores import usable_cores
 from mpformer.data.catalog import check_same_classes, open_split
@@ -26,7 +27,6 @@ from mpformer.tracking.record import read_summary
 from mpformer.tracking.run_dir import RunDir
 from mpformer.tracking.tracker import Entry, close_run
 from mpformer.train import plugins
-from mpformer.train.capacity import Capacity, Node, uses_gpus
 from mpformer.train.mirror import open_mirror
 from mpformer.types import InputError, RunError
 
@@ -127,9 +127,9 @@ def fit(
         # a run that has begun does without the file, which may be gone
         init = model_file(Path(config.train.init)).resolve() if config.train.init and not begun else None
         start_ray([config])
-        scaling = _scaling(config, cluster_capacity())
+        capacity = Capacity.of(ray.nodes())
+        scaling = _scaling(config, capacity)
         entry = entry or Entry(config.name)
-        nodes = sum(node["Alive"] for node in ray.nodes())
         job = Job(
             config,
             run_dir,
@@ -137,7 +137,7 @@ def fit(
             ray.put(splits["val"]),
             uuid.uuid4().hex,
             replace(entry, tags={**entry.tags, **data_version(config.data, splits)}),
-            prepare_store(config, entry.experiment, nodes),
+            prepare_store(config, entry.experiment, len(capacity.nodes)),
             init,
         )
         trainer = TorchTrainer(
@@ -168,36 +168,11 @@ def fit(
     return summary
 
 
-def cluster_capacity() -> Capacity:
-    """The machines that the cluster has now."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return Capacity(tuple(Node(have.get("CPU", 0.0), have.get("GPU", 0.0)) for have in alive))
-
-
 def _scaling(config: Config, capacity: Capacity) -> ScalingConfig:
-    cluster = config.cluster
-    if cluster.workers > config.train.batch_size:
-        raise InputError(
-            f"cluster.workers: {cluster.workers} workers cannot share a global batch of "
-            f"{config.train.batch_size} images; at most {config.train.batch_size}"
-        )
-    least = cluster.min_workers or cluster.workers
-    claims = least + cluster.evaluators
-    who = f"{least} workers" + (f" and {cluster.evaluators} evaluators" if cluster.evaluators else "")
-    use_gpu = uses_gpus(config, capacity)
-    if use_gpu and capacity.gpus < claims:
-        raise InputError(f"cluster.workers: {who} need a GPU each; the cluster has {capacity.gpus:g}")
-    needed = claims * cluster.cpus_per_worker
-    if needed + 1 > capacity.cpus:
-        raise InputError(
-            f"cluster.workers: {who} x {cluster.cpus_per_worker:g} CPU + 1 for data "
-            f"= {needed + 1:g} CPUs, but the cluster has {capacity.cpus:g}"
-        )
-    if capacity.members(config) < claims:
-        raise InputError(
-            f"cluster.workers: {who} x {cluster.cpus_per_worker:g} CPU leave no machine enough for data; "
-            f"the cluster has {capacity}: lower cluster.cpus_per_worker"
-        )
+    """Raises `InputError`, with the arithmetic, where the run does not fit into the cluster."""
+    capacity.check_fits(config)
+    cluster, use_gpu = config.cluster, capacity.uses_gpus(config.cluster)
+    least = cluster.least_workers
     return ScalingConfig(
         num_workers=cluster.workers if least == cluster.workers else (least, cluster.workers),
         use_gpu=use_gpu,

@@ -4,8 +4,8 @@ import pytest
 
 from mpformer.ablation.plan import trials_at_once
 from mpformer.ablation.spec import Trial
+from mpformer.capacity import Capacity, Node
 from mpformer.config import Config
-from mpformer.train.capacity import Capacity, Node, threads_per_worker
 from mpformer.types import InputError
 
 
@@ -20,18 +20,19 @@ def trials(count: int, **cluster) -> list[Trial]:
 @pytest.mark.parametrize(
     ("cluster", "capacity", "expected"),
     [
-        ({}, machine(2, 0), 2),  # 2 x (0.51 + 0.1) = 1.22 CPUs; a core each
+        ({}, machine(2, 0), 2),  # 2 x (0.5 + 0.1) = 1.2 CPUs; a core each
         ({}, machine(1, 0), 1),
-        ({"cpus_per_worker": 1}, machine(2, 0), 1),  # 2 x (1.01 + 0.1) = 2.22 CPUs
+        ({"cpus_per_worker": 1}, machine(2, 0), 1),  # 2 x (1 + 0.1) = 2.2 CPUs
         ({"workers": 2}, machine(4, 0), 2),  # a core of its own for each of 2 x 2 workers
-        ({"cpus_per_worker": 1}, machine(4, 0), 2),  # 3 x 1.01 would leave 0.97 for data
+        ({"cpus_per_worker": 1}, machine(4, 0), 3),  # one is left for data
+        ({"cpus_per_worker": 1.1}, machine(4, 0), 2),  # 3 x 1.1 would leave 0.7 for data
         ({"workers": 4, "cpus_per_worker": 1}, machine(64, 8), 2),  # 8 GPUs, 4 a trial
-        ({"workers": 1, "cpus_per_worker": 4}, machine(16, 8), 3),  # 8 GPUs, but (16 - 1) / 4.01 CPUs
+        ({"workers": 1, "cpus_per_worker": 4}, machine(16, 8), 3),  # 8 GPUs, but (16 - 1) / 4 CPUs
         ({"workers": 2, "gpu": "no"}, machine(16, 8), 8),
         ({"workers": 1, "evaluators": 1}, machine(64, 8), 4),  # a GPU for each
         ({"workers": 1, "evaluators": 1}, machine(4, 0), 2),  # a core for each
         ({}, machine(1000, 0), 10),  # never more than there are
-        # each of four machines holds one worker, and data need one of them: 15 / 3.51 = 4 in all
+        # each of four machines holds one worker, and data need one of them: 15 / 3.5 = 4 in all
         ({"cpus_per_worker": 3.5, "gpu": "no"}, Capacity((Node(4),) * 4), 3),
         # a head without GPUs prepares data, so that each GPU can have all of its machine's CPUs
         ({"cpus_per_worker": 16, "gpu": "yes"}, Capacity((Node(4), *[Node(16, 1)] * 3)), 3),
@@ -47,23 +48,22 @@ def test_trials_at_once(cluster, capacity, expected):
         (
             {"workers": 4},
             machine(2, 0),
-            "4 workers x 0.5 CPU + 0.01 for their driver = 2.01 CPUs, some more for data",
+            "4 workers x 0.5 CPU + 0.4 for data = 2.4 CPUs, but the cluster has 2",
         ),
         (
             {"workers": 1, "evaluators": 2, "gpu": "yes"},
             machine(16, 2),
-            "(1 workers + 2 evaluators) x 0.5 CPU + 0.01 for their driver = 1.51 CPUs, some more for data on "
-            "one machine, and a GPU per worker = 3",
+            "1 workers and 2 evaluators need a GPU each; the cluster has 2",
         ),
         (
             {"workers": 2, "gpu": "yes"},
             machine(16, 1),
-            "a GPU per worker = 2; the cluster has 16 CPUs + 1 GPUs",
+            "2 workers need a GPU each; the cluster has 1",
         ),
         (
             {"workers": 2, "cpus_per_worker": 3.5},
             Capacity((Node(4), Node(4))),
-            "some more for data on one machine, and a core per worker = 2; the cluster has 2 x (4 CPUs)",
+            "2 workers x 3.5 CPU leave no machine enough for data; the cluster has 2 x (4 CPUs)",
         ),
     ],
 )
@@ -71,12 +71,4 @@ def test_a_study_that_cannot_fit_is_refused_with_the_arithmetic(cluster, capacit
     with pytest.raises(InputError) as refused:
         trials_at_once(trials(2, **cluster), capacity)
     assert arithmetic in str(refused.value)
-    assert "row0" in str(refused.value)
-
-
-def test_cores_are_shared_among_the_workers_that_train_at_once():
-    [trial] = trials(1, workers=2)
-    assert threads_per_worker(trial.config, machine(16, 0), at_once=2).cluster.threads == 4
-    assert threads_per_worker(trial.config, machine(16, 2), at_once=1).cluster.threads is None  # GPUs
-    [said] = trials(1, threads=3)
-    assert threads_per_worker(said.config, machine(16, 0), at_once=2).cluster.threads == 3
+    assert str(refused.value).startswith("row row0 cannot run here: ")

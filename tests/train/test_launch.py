@@ -9,10 +9,10 @@ import time
 import pytest
 
 from mpformer import atomic
+from mpformer.capacity import Capacity, Node
 from mpformer.config import Config, Data
 from mpformer.data.synthetic import generate
 from mpformer.train import launch, worker
-from mpformer.train.capacity import Capacity, Node
 from mpformer.types import InputError, RunError
 
 
@@ -64,7 +64,7 @@ def test_splits_with_different_classes_are_refused_before_anything_starts(tmp_pa
             [Node(4), Node(16, 1)],
             "2 workers need a GPU each; the cluster has 1",
         ),
-        ({"workers": 4}, [Node(2)], "4 workers x 0.5 CPU + 1 for data = 3 CPUs, but the cluster has 2"),
+        ({"workers": 4}, [Node(2)], "4 workers x 0.5 CPU + 0.4 for data = 2.4 CPUs, but the cluster has 2"),
         # enough CPUs in all, but half a one is left on each machine, and data need a whole one
         (
             {"workers": 2, "cpus_per_worker": 3.5},
