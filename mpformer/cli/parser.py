@@ -1,32 +1,31 @@
-"""The whole surface of the command line: commands, their arguments, and `key=value` settings."""
+"""The whole surface of the command line: commands, their arguments, and `key=value` settings.
+
+A command names its function and has an argument for each of the function's parameters, with the same name.
+"""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mpformer import __version__
+from mpformer.cli import checkpoints, data, runs, studies, weights
 from mpformer.config.yamlfile import nearest
 from mpformer.types import InputError
 
+RECIPE = "a recipe: a file, or the name of a shipped one, such as coco-tiny"
+STUDY = "a study: a file, or the name of a shipped one, such as mpformer-table8"
+RUN = "a run's folder, runs/NAME-HASH-sSEED"
+CHECKPOINT = "a run's folder, one of its checkpoints, or a .safetensors file of ours"
+DATA = "a data folder, or a recipe"
+OTHER_DATA = "a data folder, or a recipe to take the data of"
 SETTINGS = "settings to change, for instance train.lr=2e-4"
-BENCH = "how fast the data comes, stage by stage and through the loader, with no model"
-CHECK = "what a data set holds and what is wrong with it, in words"
-PACK = "a data set as Parquet shards, for disks and object stores"
-SAMPLES = "pictures of images with their masks, and of training samples as the model gets them"
-IMPORT = "an official Mask2Former, MP-Former or MaskFormer file, or a Hugging Face folder, as our checkpoint"
-EXPORT = "a checkpoint as a Hugging Face folder"
 IMAGES = "image files or folders; and key=value settings, for instance evaluate.batch=8"
-SYNTH = "generate a data set in COCO's layout: train=400 val=60 seed=0 size=128 things=5"
-PLACES = {
-    "RECIPE": "a recipe: a file, or the name of a shipped one, such as coco-tiny",
-    "STUDY": "a study: a file, or the name of a shipped one, such as mpformer-table8",
-    "RUN": "a run's folder, runs/NAME-HASH-sSEED",
-    "CHECKPOINT": "a run's folder, one of its checkpoints, or a .safetensors file of ours",
-}
 
+if TYPE_CHECKING:
+    _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _SETTING = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 
@@ -44,81 +43,133 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole surface; a test freezes it. Settings are `key=value`: there are hardly any flags."""
     parser = _Parser(prog="mpformer", description="Experiments with mask-piloted segmentation transformers.")
     parser.add_argument("--version", action="version", version=f"mpformer {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, help: str, *places: str) -> argparse.ArgumentParser:
-        added = subparsers.add_parser(name, help=help, description=help)
-        for place in places:
-            added.add_argument(place.lower(), metavar=place, help=PLACES[place])
-        return added
+    help = "a small generated data set, then Mask2Former against MP-Former on it"
+    quickstart = _command(commands, "quickstart", studies.quickstart, help)
+    _add_settings(quickstart)
 
-    quickstart = command("quickstart", "a small generated data set, then Mask2Former against MP-Former on it")
-    train = command("train", "one run; the same command again resumes it", "RECIPE")
-    ablate = command("ablate", "a table; the same command again resumes it", "STUDY")
+    train = _command(commands, "train", runs.train, "one run; the same command again resumes it")
+    train.add_argument("recipe", metavar="RECIPE", help=RECIPE)
+    _add_settings(train)
+
+    ablate = _command(commands, "ablate", studies.ablate, "a table; the same command again resumes it")
+    ablate.add_argument("study_file", metavar="STUDY", help=STUDY)
     ablate.add_argument("--plan", action="store_true", help="only say what would be done")
     ablate.add_argument("--only", metavar="ROW", help="the runs of one row, or of several: A,B")
-    report = command("report", "tables, training-speed curves, one HTML page; of a study or a run", "STUDY")
-    command("sync", "bring to MLflow what it could not take", "RUN")
-    evaluate = command("evaluate", "AP / PQ / mIoU, images/s, peak memory", "CHECKPOINT")
-    evaluate.add_argument("--data", metavar="D", help="a data folder, or a recipe to take the data of")
-    diagnose = command(
-        "diagnose", "the layers' consistency: Table 1 of the paper, Figure 1 pictures", "CHECKPOINT"
-    )
-    diagnose.add_argument("--data", metavar="D", help="a data folder, or a recipe to take the data of")
-    predict = command("predict", "overlay PNG and COCO-style JSON of image files or folders", "CHECKPOINT")
+    _add_settings(ablate)
+
+    help = "tables, training-speed curves, one HTML page; of a study or a run"
+    report = _command(commands, "report", studies.report, help)
+    report.add_argument("place", metavar="STUDY", help=f"{STUDY}; or {RUN}")
+    _add_settings(report)
+
+    sync = _command(commands, "sync", runs.sync, "bring to MLflow what it could not take")
+    sync.add_argument("run", metavar="RUN", help=RUN)
+
+    help = "AP / PQ / mIoU, images/s, peak memory"
+    evaluate = _command(commands, "evaluate", checkpoints.evaluate, help)
+    evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
+    evaluate.add_argument("--data", metavar="D", help=OTHER_DATA)
+    _add_settings(evaluate)
+
+    help = "the layers' consistency: Table 1 of the paper, Figure 1 pictures"
+    diagnose = _command(commands, "diagnose", checkpoints.diagnose, help)
+    diagnose.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
+    diagnose.add_argument("--data", metavar="D", help=OTHER_DATA)
+    _add_settings(diagnose)
+
+    help = "overlay PNG and COCO-style JSON of image files or folders"
+    predict = _command(commands, "predict", checkpoints.predict, help)
+    predict.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     predict.add_argument("images", metavar="IMAGE", nargs="+", help=IMAGES)
     predict.add_argument("--out", metavar="DIR", required=True)
     predict.set_defaults(settings=[])  # key=value, too, but argparse allows one open-ended list only
-    data = command("data", "data sets").add_subparsers(dest="data_command", required=True, metavar="COMMAND")
-    synth = data.add_parser("synth", help=SYNTH, description=SYNTH)
-    synth.add_argument("out", metavar="OUT")
-    check = data.add_parser("check", help=CHECK, description=CHECK)
-    check.add_argument("data", metavar="D", help="a data folder, or a recipe")
-    pack = data.add_parser("pack", help=PACK, description=PACK)
-    pack.add_argument("data", metavar="D", help="a data folder, or a recipe")
-    pack.add_argument("out", metavar="OUT", help="a folder, or s3://bucket/folder")
-    samples = data.add_parser("show", help=SAMPLES, description=SAMPLES)
-    samples.add_argument("data", metavar="D", help="a data folder, or a recipe")
-    samples.add_argument("--out", metavar="DIR", required=True)
-    bench = data.add_parser("bench", help=BENCH, description=BENCH)
-    bench.add_argument("data", metavar="D", help="a data folder, or a recipe")
-    weights = command("weights", "other programs' models")
-    forms = weights.add_subparsers(dest="weights_command", required=True, metavar="COMMAND")
-    take = forms.add_parser("import", help=IMPORT, description=IMPORT)
-    take.add_argument("source", metavar="SRC")
-    take.add_argument("out", metavar="OUT.safetensors")
-    give = forms.add_parser("export", help=EXPORT, description=EXPORT)
-    give.add_argument("checkpoint", metavar="CHECKPOINT", help=PLACES["CHECKPOINT"])
-    give.add_argument("folder", metavar="DIR")
-    command("doctor", "what is installed, which deformable-attention kernel runs here and why")
-    show = command("show", "the resolved settings of a recipe, or the difference of two", "RECIPE")
-    show.add_argument("recipe2", metavar="RECIPE2", nargs="?")
-    for takes_settings in (
-        quickstart,
-        train,
-        ablate,
-        report,
-        evaluate,
-        diagnose,
-        synth,
-        check,
-        pack,
-        samples,
-        bench,
-        show,
-    ):
-        takes_settings.add_argument("settings", metavar="key=value", nargs="*", help=SETTINGS)
+
+    _add_data_commands(_group(commands, "data", "data sets"))
+    _add_weights_commands(_group(commands, "weights", "other programs' models"))
+
+    help = "what is installed, which deformable-attention kernel runs here and why"
+    _command(commands, "doctor", runs.doctor, help)
+
+    help = "the resolved settings of a recipe, or the difference of two"
+    show = _command(commands, "show", runs.show, help)
+    show.add_argument("recipe", metavar="RECIPE", help=RECIPE)
+    show.add_argument("other", metavar="RECIPE2", nargs="?")
+    _add_settings(show)
     return parser
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Arguments of a command line; `key=value` settings may stand anywhere after the command.
+def _add_data_commands(commands: _Commands) -> None:
+    help = "generate a data set in COCO's layout: train=400 val=60 seed=0 size=128 things=5"
+    synth = _command(commands, "synth", data.data_synth, help)
+    synth.add_argument("out", metavar="OUT")
+    _add_settings(synth)
 
-    Raises `InputError` for what is no command line of ours.
+    help = "what a data set holds and what is wrong with it, in words"
+    check = _command(commands, "check", data.data_check, help)
+    check.add_argument("place", metavar="D", help=DATA)
+    _add_settings(check)
+
+    help = "a data set as Parquet shards, for disks and object stores"
+    pack = _command(commands, "pack", data.data_pack, help)
+    pack.add_argument("place", metavar="D", help=DATA)
+    pack.add_argument("out", metavar="OUT", help="a folder, or s3://bucket/folder")
+    _add_settings(pack)
+
+    help = "pictures of images with their masks, and of training samples as the model gets them"
+    show = _command(commands, "show", data.data_show, help)
+    show.add_argument("place", metavar="D", help=DATA)
+    show.add_argument("--out", metavar="DIR", required=True)
+    _add_settings(show)
+
+    help = "how fast the data comes, stage by stage and through the loader, with no model"
+    bench = _command(commands, "bench", data.data_bench, help)
+    bench.add_argument("place", metavar="D", help=DATA)
+    _add_settings(bench)
+
+
+def _add_weights_commands(commands: _Commands) -> None:
+    help = (
+        "an official Mask2Former, MP-Former or MaskFormer file, or a Hugging Face folder, as our checkpoint"
+    )
+    import_ = _command(commands, "import", weights.weights_import, help)
+    import_.add_argument("source", metavar="SRC")
+    import_.add_argument("out", metavar="OUT.safetensors")
+
+    export = _command(commands, "export", weights.weights_export, "a checkpoint as a Hugging Face folder")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
+    export.add_argument("folder", metavar="DIR")
+
+
+def _command(
+    commands: _Commands, name: str, function: Callable[..., None], help: str
+) -> argparse.ArgumentParser:
+    added = commands.add_parser(name, help=help, description=help)
+    added.set_defaults(function=function, prog=added.prog)
+    return added
+
+
+def _group(commands: _Commands, name: str, help: str) -> _Commands:
+    added = commands.add_parser(name, help=help, description=help)
+    return added.add_subparsers(required=True, metavar="COMMAND")
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument("settings", metavar="key=value", nargs="*", help=SETTINGS)
+
+
+def parse(argv: Sequence[str]) -> tuple[Callable[..., None], dict[str, Any]]:
+    """The function that a command line calls, and its arguments.
+
+    `key=value` settings may stand anywhere after the command. Raises `InputError` for a line that is none of
+    ours.
     """
     settings = [text for text in argv if _SETTING.fullmatch(text)]
-    arguments = build_parser().parse_args([text for text in argv if text not in settings])
-    if settings and not hasattr(arguments, "settings"):
-        raise InputError(f"setting '{settings[0]}': `mpformer {arguments.command}` takes no settings")
-    arguments.settings = [*getattr(arguments, "settings", []), *settings]
-    return arguments
+    arguments = vars(build_parser().parse_args([text for text in argv if text not in settings]))
+    function, prog = arguments.pop("function"), arguments.pop("prog")
+    if "settings" in arguments:
+        arguments["settings"] = [*arguments["settings"], *settings]
+    elif settings:
+        raise InputError(f"setting '{settings[0]}': `{prog}` takes no settings")
+    return function, arguments

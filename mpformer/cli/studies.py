@@ -55,7 +55,7 @@ def ablate(study_file: str, settings: Sequence[str], only: str | None, plan: boo
     _diagnose_pilots(study, trials)
     if study.file.search and only is None:
         failures += _search(study)
-    report(study, collect(study))
+    _write_report(study, collect(study))
     for trial in trials:
         tell_mlflow_problem(trial.run_dir)
     for failure in failures:
@@ -157,7 +157,7 @@ def _generate_data(study: Study) -> None:
     say(f"data in {generate.root}" + (", generated" if fresh else ", as it was"))
 
 
-def report(study: Study, results: Results) -> None:
+def _write_report(study: Study, results: Results) -> None:
     """A study's table and curves, from what its runs have measured so far."""
     from mpformer.ablation.report import write_report
     from mpformer.tracking.tracker import attach_report
@@ -175,7 +175,7 @@ def _say_where(files: Sequence[Path]) -> None:
     say("beside it: " + ", ".join(path.name for path in files if path != page))
 
 
-def report_file(place: str, settings: Sequence[str]) -> None:
+def report(place: str, settings: Sequence[str]) -> None:
     """The report of a study file, with `from=mlflow` from its MLflow store alone; or of one run's folder."""
     if Path(place).is_dir():
         from mpformer.ablation.runpage import write_run_report
@@ -201,7 +201,7 @@ def report_file(place: str, settings: Sequence[str]) -> None:
         raise InputError(
             f"{where}: no run of this study, with these settings: mpformer ablate {place} starts them"
         )
-    report(study, results)
+    _write_report(study, results)
 
 
 def _load_study(path: str | Path, settings: Sequence[str]) -> Study:

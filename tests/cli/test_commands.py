@@ -1,6 +1,7 @@
 """The command line: its frozen surface, its exit codes, and what a user is told."""
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mpformer.cli import checkpoints, runs
+from mpformer.cli import checkpoints, runs, studies
 from mpformer.cli.main import main
 from mpformer.cli.parser import build_parser, parse
 from mpformer.types import InputError, RunError
@@ -62,12 +63,26 @@ def test_the_surface_is_frozen():
 
 
 def test_settings_may_stand_anywhere_after_the_command():
-    arguments = parse(["ablate", "train.lr=1", STUDY, "--plan", "profile=smoke", "--only", "row"])
-    assert (arguments.study, arguments.plan, arguments.only) == (STUDY, True, "row")
-    assert sorted(arguments.settings) == ["profile=smoke", "train.lr=1"]
+    function, arguments = parse(["ablate", "train.lr=1", STUDY, "--plan", "profile=smoke", "--only", "row"])
+    assert function is studies.ablate
+    assert sorted(arguments.pop("settings")) == ["profile=smoke", "train.lr=1"]
+    assert arguments == {"study_file": STUDY, "plan": True, "only": "row"}
 
-    arguments = parse(["predict", "run", "a.jpg", "evaluate.top_k=5", "b.jpg", "--out", "out"])
-    assert (arguments.images, arguments.settings) == (["a.jpg", "b.jpg"], ["evaluate.top_k=5"])
+    function, arguments = parse(["predict", "run", "a.jpg", "evaluate.top_k=5", "b.jpg", "--out", "out"])
+    assert function is checkpoints.predict
+    assert (arguments["images"], arguments["settings"]) == (["a.jpg", "b.jpg"], ["evaluate.top_k=5"])
+
+
+def commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    below = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return [one for a in below for sub in a.choices.values() for one in commands(sub)] or [parser]
+
+
+@pytest.mark.parametrize("command", commands(build_parser()), ids=lambda command: command.prog)
+def test_a_command_has_an_argument_for_each_parameter_of_its_function(command):
+    arguments = {action.dest for action in command._actions if action.dest != "help"}
+    defaults = command._defaults.keys() - {"function", "prog"}
+    assert arguments | defaults == set(inspect.signature(command.get_default("function")).parameters)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +129,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(line, message, capsys, tmp_path
 
 
 def test_a_failed_run_is_one_line_and_exit_code_1(capsys, monkeypatch):
-    def fail(*_):
+    def fail(recipe, settings):
         raise RunError("step 7: the loss\nis not finite")
 
     monkeypatch.setattr(runs, "train", fail)
@@ -132,7 +147,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_that_names_it(capsys, tmp_p
 
 
 def test_an_interrupted_run_says_how_it_goes_on(capsys, monkeypatch):
-    def interrupt(*_):
+    def interrupt(recipe, settings):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runs, "train", interrupt)
