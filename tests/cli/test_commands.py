@@ -14,6 +14,9 @@ import pytest
 from mpformer.cli import checkpoints, runs, studies
 from mpformer.cli.main import main
 from mpformer.cli.parser import build_parser, parse
+from mpformer.config import load_config, run_name
+from mpformer.data.catalog import open_split
+from mpformer.data.synthetic import generate
 from mpformer.types import InputError, RunError
 
 ROOT = Path(__file__).parents[2]
@@ -155,20 +158,24 @@ def test_an_interrupted_run_says_how_it_goes_on(capsys, monkeypatch):
     assert "the same command goes on" in capsys.readouterr().err
 
 
-def test_show_prints_settings_that_load_to_the_same_run(capsys, tmp_path):
-    from mpformer.config import load_config, run_name
-
+def test_show_prints_settings_that_load_to_the_same_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert main(["show", TINY, "train.lr=3e-4"]) == 0
-    printed = capsys.readouterr().out
-    assert re.search(
-        r"^# [0-9.]+ M parameters, [0-9.]+ G multiply-adds for an image of \d+ x \d+, 80 classes \(assumed",
-        printed,
-        re.MULTILINE,
-    )
     shown = tmp_path / "shown.yaml"
-    shown.write_text(printed)
+    shown.write_text(capsys.readouterr().out)
     assert load_config(shown) == load_config(TINY, ["train.lr=3e-4"])
     assert run_name(load_config(shown)) == run_name(load_config(TINY, ["train.lr=3e-4"]))
+
+
+def test_show_counts_the_model_for_the_classes_of_the_data_or_else_coco_s(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    size = r"^# [0-9.]+ M parameters, [0-9.]+ G multiply-adds for an image of 128 x 128, "
+    assert main(["show", TINY]) == 0
+    assert re.search(size + r"80 classes \(assumed", capsys.readouterr().out, re.MULTILINE)
+    generate(Path(load_config(TINY).data.root), {"train": 1, "val": 1}, size=64)
+    classes = len(open_split(load_config(TINY).data, "val").classes)
+    assert main(["show", TINY]) == 0
+    assert re.search(size + f"{classes} classes$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_show_of_two_recipes_prints_their_difference(capsys, tmp_path):
@@ -226,8 +233,6 @@ def test_data_commands_understand_a_folder(capsys, tmp_path, monkeypatch):
 
 
 def test_evaluation_takes_its_data_from_the_run_a_folder_or_a_recipe(tmp_path):
-    from mpformer.config import load_config
-
     trained = load_config(TINY)
     run = checkpoints._for_evaluation(trained, "run", None, ["evaluate.limit=3"])
     assert (run.data, run.evaluate.limit) == (trained.data, 3)
