@@ -1,20 +1,20 @@
 """The report of a study: its table (Markdown, CSV), training-speed curves (PNG) and one HTML page.
 
 A cell is the mean over the seeds with its 95 % confidence interval. A difference to the baseline is taken
-seed by seed, on the seeds that both rows have: so what a seed does to both rows cancels.
+seed by seed, on the seeds that both rows have, so that the effect of a seed on both rows cancels.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mpformer import draw
 from mpformer.ablation.page import html_page
-from mpformer.ablation.results import Results, RunResult, values_by_seed
+from mpformer.ablation.results import Results, RunResult, runs_of, values_by_seed
 from mpformer.ablation.spec import Study
 from mpformer.ablation.statistics import (
     Estimate,
@@ -28,9 +28,9 @@ from mpformer.ablation.statistics import (
     reach,
 )
 from mpformer.ablation.studyfile import split_column
+from mpformer.ablation.tables import MISSING, figure_text, markdown_table
 from mpformer.tracking.run_dir import ReportDir, StudyDir
 
-MISSING = "–"
 NO_SUCH = "–†"
 UNTRAINED = "untrained"
 AXES = {
@@ -39,7 +39,7 @@ AXES = {
     "gpu_hours": "hours of all GPUs (of all workers, on CPUs)",
 }
 _WIDEST = 8
-"""A table of more columns is turned on its side: metrics down, rows across."""
+"""A table of more columns is transposed: metrics down, rows across."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Cell:
     difference: Estimate | None
     """To the baseline, on the same seeds; None for the baseline itself."""
     paper: tuple[float, str] | None
-    """The paper's figure and where it stands."""
+    """The paper's figure and its table, row and column."""
     without: int = 0
     """Runs that were evaluated to the end and have no such figure (AP of large objects, where the data have
     none)."""
@@ -61,12 +61,12 @@ class Cell:
 
     @property
     def n(self) -> int:
-        """Runs that the cell speaks of."""
+        """Number of runs behind the cell."""
         return self.ours.n if self.ours else self.without
 
     @property
     def no_such(self) -> bool:
-        """No run can bring this figure, or those that have ended did not."""
+        """No run can have this figure, or the finished ones do not."""
         return not self.exists or (self.ours is None and self.without > 0)
 
 
@@ -76,7 +76,7 @@ def cells(study: Study, results: Results) -> list[Cell]:
     for column in study.file.columns:
         # rows may change the model, so "the" untrained model is the baseline's
         part, metric = split_column(column)
-        runs = results.get((study.file.baseline, part), {}).values()
+        runs = runs_of(results, study.file.baseline, column).values()
         before = [value for run in runs if (value := run.untrained(metric)) is not None]
         without = sum(run.evaluated_untrained and run.untrained(metric) is None for run in runs)
         exists = part in study.file.parts_of(study.file.baseline)
@@ -88,7 +88,7 @@ def cells(study: Study, results: Results) -> list[Cell]:
             difference = None if row == study.file.baseline else paired_difference(ours, baseline)
             paper = study.paper_figure(row, column)
             part, metric = split_column(column)
-            runs = results.get((row, part), {}).values()
+            runs = runs_of(results, row, column).values()
             without = sum(bool(run.metrics) and metric not in run.metrics for run in runs)
             exists = part in study.file.parts_of(row)
             table.append(Cell(row, column, estimate(ours.values()), difference, paper, without, exists))
@@ -96,7 +96,7 @@ def cells(study: Study, results: Results) -> list[Cell]:
 
 
 def orderings(study: Study, results: Results) -> dict[str, Ordering | None]:
-    """By column: whether the rows stand to each other as in the paper."""
+    """By column: whether the rows are in the order of the paper."""
     found = {}
     for column in study.file.columns:
         paper = {row: figure[0] for row in study.rows if (figure := study.paper_figure(row, column))}
@@ -107,10 +107,10 @@ def orderings(study: Study, results: Results) -> dict[str, Ordering | None]:
 
 def reaches(study: Study, results: Results, column: str) -> dict[str, Reach | None]:
     """By row: images until a row is as good as the baseline at its end; finished runs only."""
-    part, metric = split_column(column)
+    _, metric = split_column(column)
 
     def curves(row: str) -> dict[int, list[tuple[float, float]]]:
-        runs = results.get((row, part), {}).items()
+        runs = runs_of(results, row, column).items()
         return {seed: run.curve(metric, "images") for seed, run in runs if run.finished}
 
     return {row: reach(curves(row), curves(study.file.baseline)) for row in study.rows}
@@ -121,29 +121,39 @@ def reaches(study: Study, results: Results, column: str) -> dict[str, Reach | No
 
 def markdown(study: Study, table: Sequence[Cell], results: Results) -> str:
     """The tables as Markdown, columns aligned so that they read well in a terminal, too."""
-    header, *lines = table_lines(study, table)
     finished = sum(run.finished for runs in results.values() for run in runs.values())
     seeds = f"seed{'s' if len(study.seeds) > 1 else ''} {', '.join(map(str, study.seeds))}"
     state = f"{study.name}, {seeds}: {finished} of {len(study.trials())} runs finished."
-    text = [f"# {study.file.title}", "", state, "", *_aligned([header, *lines]), ""]
+    text = [f"# {study.file.title}", "", state, "", *markdown_table(table_lines(study, table)), ""]
+    text += _notes(study, table)
+    if sentences := ordering_sentences(study, results):
+        text += ["", "## Order of the rows", "", *(f"- {sentence}" for sentence in sentences)]
+    if len(speed := speed_lines(study, results)) > 1:
+        text += ["", "## Training images until the baseline's final value", "", *markdown_table(speed)]
+    if len(layers := layer_lines(study, results)) > 1:
+        text += [
+            "",
+            "## Consistency of the decoder's layers (MP-Former section 3)",
+            "",
+            *markdown_table(layers),
+        ]
+    return "\n".join(text) + "\n"
+
+
+def _notes(study: Study, table: Sequence[Cell]) -> list[str]:
+    """What the signs of the table mean, and where the paper's figures stand."""
     notes = ["Mean ± half width of the 95 % interval over n seeds; differences are taken on the same seeds."]
     if any(estimate and estimate.n == 1 for cell in table for estimate in (cell.ours, cell.difference)):
         notes.append("* one seed: no interval.")
     if any(cell.n == 0 and cell.exists for cell in table):
         notes.append(f"{MISSING} not measured.")
     if any(cell.no_such for cell in table):
-        notes.append(f"{NO_SUCH} not missing: there is no such figure of this model, or on these data.")
-    sources = sorted({cell.paper[1].split(", row")[0] for cell in table if cell.paper})
-    notes += [f"Paper: {'; '.join(sources)}."] if sources else []
-    notes += [study.file.note] if study.file.note else []
-    text += notes
-    if sentences := ordering_sentences(study, results):
-        text += ["", "## Order of the rows", "", *(f"- {sentence}" for sentence in sentences)]
-    if len(speed := speed_lines(study, results)) > 1:
-        text += ["", "## Training images until the baseline's final value", "", *_aligned(speed)]
-    if len(layers := layer_lines(study, results)) > 1:
-        text += ["", "## Consistency of the decoder's layers (MP-Former section 3)", "", *_aligned(layers)]
-    return "\n".join(text) + "\n"
+        notes.append(f"{NO_SUCH} not applicable: no such figure of this model, or on these data.")
+    if sources := sorted({cell.paper[1].split(", row")[0] for cell in table if cell.paper}):
+        notes.append(f"Paper: {'; '.join(sources)}.")
+    if study.file.note:
+        notes.append(study.file.note)
+    return notes
 
 
 def table_lines(study: Study, table: Sequence[Cell]) -> list[list[str]]:
@@ -163,7 +173,7 @@ def table_lines(study: Study, table: Sequence[Cell]) -> list[list[str]]:
             shown = NO_SUCH if cell.no_such else value_text(cell.ours, digits)
             line += [shown, _signed(cell.difference, digits)]
             if metric in with_paper:
-                line += [f"{cell.paper[0]:.{digits}f}" if cell.paper else MISSING, _to_paper(cell, digits)]
+                line += _paper_texts(cell, digits)
         lines.append(line)
     return [list(column) for column in zip(*lines)] if len(study.file.columns) > _WIDEST else lines
 
@@ -178,9 +188,9 @@ def ordering_sentences(study: Study, results: Results) -> list[str]:
             continue
         verdict = "as in the paper" if found.reproduced else "not as in the paper"
         sentences.append(
-            f"{title}: {verdict}: {found.as_in_paper} of {found.pairs} pairs of rows stand as there; "
-            f"{found.resolved_as_in_paper} of these with an interval that leaves out zero, "
-            f"{found.resolved_against} pairs stand the other way round with such an interval."
+            f"{title}: {verdict}: {found.as_in_paper} of {found.pairs} pairs of rows are in the paper's "
+            f"order, {found.resolved_as_in_paper} of these with an interval that excludes zero; "
+            f"{found.resolved_against} pairs are in the opposite order with such an interval."
         )
     return sentences
 
@@ -263,36 +273,21 @@ def value_text(value: Estimate | None, digits: int) -> str:
     """ "41.0 ± 0.7"; "41.0 *" for one seed; a dash for none."""
     if value is None:
         return MISSING
-    mean = f"{round(value.mean, digits) + 0.0:.{digits}f}"  # + 0.0: no minus before zero
+    mean = figure_text(value.mean, digits)
     return f"{mean} *" if value.half_width is None else f"{mean} ± {value.half_width:.{digits}f}"
 
 
 def _signed(value: Estimate | None, digits: int) -> str:
-    return (
-        MISSING
-        if value is None
-        else ("+" if round(value.mean, digits) >= 0 else "") + value_text(value, digits)
-    )
+    sign = "+" if value is not None and round(value.mean, digits) >= 0 else ""
+    return sign + value_text(value, digits)
 
 
-def _to_paper(cell: Cell, digits: int) -> str:
-    return f"{cell.ours.mean - cell.paper[0]:+.{digits}f}" if cell.ours and cell.paper else MISSING
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    padded = [
-        "| "
-        + " | ".join(
-            text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))
-        )
-        + " |"
-        for line in lines
-    ]
-    rule = (
-        "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    )
-    return [padded[0], rule, *padded[1:]]
+def _paper_texts(cell: Cell, digits: int) -> list[str]:
+    """The paper's figure, and ours minus it."""
+    if cell.paper is None:
+        return [MISSING, MISSING]
+    figure, _ = cell.paper
+    return [f"{figure:.{digits}f}", f"{cell.ours.mean - figure:+.{digits}f}" if cell.ours else MISSING]
 
 
 # --- curves ---------------------------------------------------------------------------------------
@@ -303,37 +298,34 @@ def write_curves(study: Study, results: Results, folder: Path) -> list[Path]:
 
     `curve-AP.png` is drawn against the study's own axis, `curve-AP-steps.png` against another.
     """
-
-    def runs_of(row: str, part: str) -> Collection[RunResult]:
-        return results.get((row, part), {}).values()
-
-    def band(line: Sequence[tuple[float, Estimate]]) -> list[tuple[float, float, float]]:
-        return [
-            (x, e.mean - e.half_width, e.mean + e.half_width) for x, e in line if e.half_width is not None
-        ]
-
     written = []
     for column, heading in study.file.columns.items():
-        part, metric = split_column(column)
-        for x in AXES:
-            join = aligned_curve if x == "gpu_hours" else mean_curve
+        for x, label in AXES.items():
             lines = {
-                study.title(row): join(
-                    [run.curve(metric, x) for run in results.get((row, part), {}).values()]
-                )
+                study.title(row): _joined(runs_of(results, row, column).values(), column, x)
                 for row in study.rows
-                if runs_of(row, part)
+                if runs_of(results, row, column)
             }
             if x != study.file.x and not any(lines.values()):
                 continue
-            series = {name: [(at, e.mean) for at, e in line] for name, line in lines.items()}
-            bands = {name: band(line) for name, line in lines.items()}
+            series = {name: [(at, value.mean) for at, value in line] for name, line in lines.items()}
+            bands = {name: _band(line) for name, line in lines.items()}
             stem = column.replace("val/", "").replace("/", "-").replace(":", "-")
-            name = stem if x == study.file.x else f"{stem}-{x.replace('_', '-')}"
-            path = ReportDir(folder).curve(name)
-            draw.curves(series, AXES[x], heading.title, study.file.title, path, bands=bands)
+            path = ReportDir(folder).curve(stem if x == study.file.x else f"{stem}-{x.replace('_', '-')}")
+            draw.curves(series, label, heading.title, study.file.title, path, bands=bands)
             written.append(path)
     return written
+
+
+def _joined(runs: Iterable[RunResult], column: str, x: str) -> list[tuple[float, Estimate]]:
+    """The mean curve of some runs against an axis of `AXES`."""
+    curves = [run.curve(split_column(column)[1], x) for run in runs]
+    return aligned_curve(curves) if x == "gpu_hours" else mean_curve(curves)
+
+
+def _band(line: Sequence[tuple[float, Estimate]]) -> list[tuple[float, float, float]]:
+    """(x, low, high) of the 95 % intervals, where there are any."""
+    return [(x, e.mean - e.half_width, e.mean + e.half_width) for x, e in line if e.half_width is not None]
 
 
 def write_report(study: Study, results: Results) -> tuple[str, list[Path]]:

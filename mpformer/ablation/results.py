@@ -1,4 +1,4 @@
-"""What the runs of a study have measured, read from their folders or from MLflow alone."""
+"""The measurements of a study's runs, read from their folders or from MLflow alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ History = list[tuple[int, dict[str, float]]]
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run: its record, and whether it has ended well."""
+    """The record of one run."""
 
     history: History
     finished: bool
@@ -67,7 +67,7 @@ Results = Mapping[tuple[str, str], Mapping[int, RunResult]]
 
 
 def collect(study: Study) -> Results:
-    """What exists of a study's runs in its folder; seeds without a run are absent."""
+    """The runs of a study that exist in its folder; seeds without a run are absent."""
     found: dict[tuple[str, str], dict[int, RunResult]] = {key: {} for key in study.runs}
     for trial in study.trials():
         if trial.run_dir.is_dir():
@@ -86,15 +86,15 @@ def read_run(run_dir: Path, batch_size: int) -> RunResult:
 
 
 def collect_mlflow(study: Study, uri: str) -> Results:
-    """The same from an MLflow store alone, also a remote one.
+    """As `collect`, from an MLflow store, also a remote one.
 
-    Raises `InputError` for an address that is none, `RunError` where the store cannot be asked or has no such
+    Raises `InputError` for a URI of no MLflow store, `RunError` where the store does not answer or lacks the
     study.
     """
     from mpformer.tracking.mlflow_store import check_uri, client, first_line, mlflow_failures
 
     if check_uri(uri) == "sqlite" and not Path(uri.partition(":///")[2]).is_file():
-        raise RunError(f"MLflow {uri}: there is no such file")  # asking for it would make one
+        raise RunError(f"MLflow {uri}: there is no such file")  # MLflow would create it
     found: dict[tuple[str, str], dict[int, RunResult]] = {key: {} for key in study.runs}
     try:
         store = client(uri)
@@ -129,8 +129,14 @@ def _by_step(points: Iterable[tuple[int, str, float]]) -> History:
     return sorted(steps.items())
 
 
+def runs_of(results: Results, row: str, column: str) -> Mapping[int, RunResult]:
+    """By seed: the runs that a row's value of a column comes from."""
+    part, _ = split_column(column)
+    return results.get((row, part), {})
+
+
 def values_by_seed(results: Results, row: str, column: str) -> dict[int, float]:
     """A column of the finished runs of a row; a run that did not measure it is absent."""
-    part, metric = split_column(column)
-    found = {seed: run.metrics.get(metric) for seed, run in results.get((row, part), {}).items()}
+    _, metric = split_column(column)
+    found = {seed: run.metrics.get(metric) for seed, run in runs_of(results, row, column).items()}
     return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}

@@ -1,8 +1,9 @@
-"""A study's search: samples of a space of settings, each a run like any other. No torch, no ray."""
+"""The search of a study: samples of a space of settings, each a run like any other. No torch, no ray."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from mpformer.ablation.spec import Study, Trial
 from mpformer.ablation.studyfile import Choice, Integers, LogUniform, Search, Uniform, split_column
+from mpformer.ablation.tables import figure_text, markdown_table
 from mpformer.tracking.run_dir import RunDir
 
 
@@ -23,13 +25,13 @@ class Sample:
 
     @property
     def stopped_at(self) -> int | None:
-        """The step at which the run was given up."""
+        """The step at which the scheduler stopped the run."""
         path = RunDir(self.trial.run_dir).stopped
         return json.loads(path.read_text())["step"] if path.exists() else None
 
 
 def draw(search: Search) -> list[dict[str, Any]]:
-    """The points of a random search: the same at every call, and fewer samples are the first of more."""
+    """The points of a random search: the same at every call, those of fewer samples the first of more."""
     points = []
     for number in range(search.samples):
         random = np.random.Generator(np.random.Philox(key=[search.seed, number]))
@@ -49,30 +51,28 @@ def _value(space: Choice | Uniform | LogUniform | Integers, random: np.random.Ge
             return int(random.integers(low, high, endpoint=True))
 
 
-def sample(study: Study, settings: Mapping[str, Any], number: int) -> Sample:
-    """The run of a point: the searched row with its settings, on the study's first seed."""
+def samples(study: Study) -> list[Sample]:
+    """The samples of a study's random search, in their order, on its first seed; none without a search."""
     search = study.file.search
+    return [] if search is None else [_sample(study, search, *point) for point in enumerate(draw(search))]
+
+
+def _sample(study: Study, search: Search, number: int, settings: Mapping[str, Any]) -> Sample:
+    """The searched row with the settings of a point."""
     part, _ = split_column(search.column)
     name = f"sample-{number:03d}"
     return Sample(settings, study.varied(name, search.row, part, settings, study.seeds[0]))
 
 
-def samples(study: Study) -> list[Sample]:
-    """The samples of a random search, in their order."""
-    return [sample(study, settings, number) for number, settings in enumerate(draw(study.file.search))]
-
-
 def table(found: Sequence[tuple[Sample, float | None]], metric: str) -> str:
-    """The samples as Markdown, best first; those that were stopped early have no figure."""
+    """The samples and their values of a metric as Markdown, best first; a stopped one shows its last step."""
     if not found:
         return "no samples yet"
-    keys = list(found[0][0].settings)
-    lines = ["| " + " | ".join(["sample", *keys, metric]) + " |", "|---" * (len(keys) + 2) + "|"]
-    best_first = sorted(found, key=lambda one: -float("inf") if one[1] is None else one[1], reverse=True)
+    lines = [["sample", *found[0][0].settings, metric]]
+    best_first = sorted(found, key=lambda one: -math.inf if one[1] is None else one[1], reverse=True)
     for one, value in best_first:
         shown = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in one.settings.values()]
-        figure = f"{value:.2f}" if value is not None else "–"
-        if value is None and one.stopped_at is not None:
-            figure = f"stopped at step {one.stopped_at}"
-        lines.append("| " + " | ".join([one.trial.config.name, *shown, figure]) + " |")
-    return "\n".join(lines)
+        stopped = value is None and one.stopped_at is not None
+        figure = f"stopped at step {one.stopped_at}" if stopped else figure_text(value, 2)
+        lines.append([one.trial.config.name, *shown, figure])
+    return "\n".join(markdown_table(lines))

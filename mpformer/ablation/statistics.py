@@ -26,16 +26,19 @@ class Estimate:
 
     @property
     def resolved(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """Whether the interval excludes zero."""
         return self.half_width is not None and abs(self.mean) > self.half_width
 
 
 def estimate(values: Iterable[float]) -> Estimate | None:
     """Mean and 95 % t interval of independent values; None without any."""
     array = np.asarray(list(values), dtype=np.float64)
+    return _estimate(array) if len(array) else None
+
+
+def _estimate(array: np.ndarray) -> Estimate:
+    """The same of at least one value."""
     n = len(array)
-    if n == 0:
-        return None
     if n == 1:
         return Estimate(float(array[0]), None, 1)
     spread = array.std(ddof=1) / math.sqrt(n)
@@ -49,12 +52,12 @@ def paired_difference(ours: Mapping[int, float], baseline: Mapping[int, float]) 
 
 @dataclass(frozen=True)
 class Ordering:
-    """How often two rows stand to each other as in the paper, of all pairs that the paper tells apart."""
+    """How many pairs of rows are in the paper's order, of all for which the paper's figures differ."""
 
     pairs: int
     as_in_paper: int
     resolved_as_in_paper: int
-    """Of these, those whose difference on the same seeds has an interval without zero."""
+    """Of these, those whose difference on the same seeds has an interval that excludes zero."""
     resolved_against: int
 
     @property
@@ -65,7 +68,7 @@ class Ordering:
 def ordering(ours: Mapping[str, Mapping[int, float]], paper: Mapping[str, float]) -> Ordering | None:
     """The order of the rows (means over the seeds that both rows of a pair have) against the paper's figures.
 
-    None where fewer than two rows that the paper tells apart have a common seed.
+    None where no two rows with different figures in the paper have a common seed.
     """
     pairs = agree = resolved = against = 0
     for a, b in itertools.combinations([row for row in paper if ours.get(row)], 2):
@@ -81,7 +84,7 @@ def ordering(ours: Mapping[str, Mapping[int, float]], paper: Mapping[str, float]
 
 
 def first_reach(curve: Curve, target: float) -> float | None:
-    """Where a curve first reaches `target`, on the straight line between two points; None if nowhere."""
+    """Where a curve, interpolated linearly, first reaches `target`; None if nowhere."""
     earlier: tuple[float, float] | None = None
     for x, y in curve:
         if y >= target:
@@ -98,7 +101,7 @@ class Reach:
     """How far a row must train to be as good as the baseline at its end."""
 
     amount: Estimate | None
-    """None unless all seeds reach it: a mean over those that do would flatter the row."""
+    """None unless all seeds reach it: a mean over those that do would be biased in the row's favour."""
     share: Estimate | None
     """Of the baseline's own amount, on the same seeds."""
     reached: int
@@ -106,23 +109,20 @@ class Reach:
 
 
 def reach(curves: Mapping[int, Curve], baseline: Mapping[int, Curve]) -> Reach | None:
-    """Where a row's curve first has the baseline's final value of the same seed; None without such a seed.
+    """Where a row's curve first reaches the baseline's final value of the same seed; None without one.
 
-    A baseline that was measured untrained only has no final value.
+    A baseline that was only measured untrained has no final value.
     """
     both = sorted(curves.keys() & baseline.keys())
     seeds = [seed for seed in both if curves[seed] and baseline[seed] and baseline[seed][-1][0] > 0]
     if not seeds:
         return None
-    found = {seed: first_reach(curves[seed], baseline[seed][-1][1]) for seed in seeds}
-    all_reach = None not in found.values()
-    shares = (found[s] / baseline[s][-1][0] for s in seeds) if all_reach else ()
-    return Reach(
-        estimate(found.values()) if all_reach else None,
-        estimate(shares),
-        sum(value is not None for value in found.values()),
-        len(seeds),
-    )
+    found = (first_reach(curves[seed], baseline[seed][-1][1]) for seed in seeds)
+    reached = {seed: x for seed, x in zip(seeds, found) if x is not None}
+    if len(reached) < len(seeds):
+        return Reach(None, None, len(reached), len(seeds))
+    shares = (x / baseline[seed][-1][0] for seed, x in reached.items())
+    return Reach(estimate(reached.values()), estimate(shares), len(reached), len(seeds))
 
 
 def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, Estimate]]:
@@ -132,12 +132,12 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, Estimate]]:
         for x, y in curve:
             if math.isfinite(y):
                 by_x.setdefault(x, []).append(y)
-    return [(x, estimate(values)) for x, values in sorted(by_x.items())]
+    return [(x, _estimate(np.asarray(values))) for x, values in sorted(by_x.items())]
 
 
 def aligned_curve(curves: Sequence[Curve], points: int = 60) -> list[tuple[float, Estimate]]:
-    """The same for curves whose points lie at different x (hours): each is read on straight lines at evenly
-    spaced x that all of them have."""
+    """As `mean_curve`, for curves whose points lie at different x (hours): each is interpolated linearly at
+    evenly spaced x that all of them cover."""
     curves = [curve for curve in curves if len(curve) > 1]
     if not curves:
         return []
@@ -146,4 +146,4 @@ def aligned_curve(curves: Sequence[Curve], points: int = 60) -> list[tuple[float
         return []
     xs = np.linspace(low, high, points)
     read = [np.interp(xs, *np.transpose(curve)) for curve in curves]
-    return [(float(x), estimate(ys)) for x, ys in zip(xs, np.transpose(read))]
+    return [(float(x), _estimate(ys)) for x, ys in zip(xs, np.transpose(read))]

@@ -128,7 +128,7 @@ def test_the_table_has_means_differences_and_dashes(study):
     assert lines["untrained model"][0] == "3"
     assert lines["pilots"][0] == "2"
     assert "study, seeds 0, 1, 2: 5 of 9 runs finished." in text
-    assert "–† not missing: there is no such figure of this model, or on these data." in text
+    assert "–† not applicable: no such figure of this model, or on these data." in text
     assert "– not measured." in text  # the row `never`
     assert lines["never"] == ["0", "–", "–", "–", "–", "–", "–"]
     assert lines["pilots"][2].startswith("+2.5 ± ")
@@ -195,7 +195,7 @@ rows:
     assert lines()["per-pixel"] == ["1", "30.0 *", "+0.0 *", "–†", "–"]
     assert lines()["masks (baseline)"] == ["1", "30.0 *", "–", "30.0 *", "–"]
     text = markdown(study, cells(study, collect(study)), collect(study))
-    assert "–† not missing" in text
+    assert "–† not applicable" in text
     assert "study, seed 0: 3 of 3 runs finished." in text
 
 

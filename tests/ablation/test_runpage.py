@@ -18,8 +18,12 @@ def test_a_run_s_folder_gives_its_table_curves_and_page(tmp_path):
     part.add(10, {"val/AP": 12.5, "val/PQ": 20.0})
     part.add(20, {"val/AP": 25.0})
     text, files = write_run_report(tmp_path)
-    assert "| 10 | 40 | 12.50 | 20.00 |" in text
-    assert "| 20 | 80 | 25.00 | – |" in text
+    table = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    assert [[cell.strip() for cell in line] for line in (table[0], *table[2:])] == [
+        ["step", "images", "AP", "PQ"],
+        ["10", "40", "12.50", "20.00"],
+        ["20", "80", "25.00", "–"],
+    ]
     assert "Not finished: the record ends at step 20." in text
     assert [path.name for path in files] == ["table.md", "report.html", "curve-AP.png", "curve-PQ.png"]
     assert "<h1>mine, seed 3</h1>" in files[1].read_text()
