@@ -27,7 +27,7 @@ lint: $(TESTABLE)
 	$(BIN)/ruff format --check
 #	$(BIN)/mypy
 
-$(READY): pyproject.toml constraints.txt $(wildcard setup.py)
+$(READY): pyproject.toml constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "mpformer needs Python 3.11 to 3.13: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from mpformer.model.segmenter import build_model
     from mpformer.model.weights.loading import load_weights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+"""The one place of the version number; pyproject.toml reads it here."""
 
 _WHERE = {
     "load_config": "mpformer.config",
