@@ -1,4 +1,4 @@
-"""What `mpformer doctor` says: what is installed, what this machine has, and what will run on it."""
+"""The report of `mpformer doctor`: what is installed, what this machine has, and what will run on it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pathlib import Path
 import psutil
 
 from mpformer import __version__
+from mpformer.cores import usable_cores
 from mpformer.tracking.commit import git_commit
 from mpformer.tracking.mlflow_store import first_line
 
-# distribution, module to import, what it does here
+# distribution, module to import, what it is used for
 _PARTS = (
     ("torch", "torch", "tensors"),
     ("torchvision", "mpformer.model.backbone", "needed by timm"),
@@ -34,30 +35,31 @@ _PARTS = (
 )
 SCARCE_DISK = 5 * 2**30
 SCARCE_SHM = 2 * 2**30
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def lines() -> Iterator[str]:
-    """The report, line by line; the last one sums it up."""
-    troubles: list[str] = []
+    """The report, line by line; the last one lists the problems."""
+    problems: list[str] = []
     yield f"mpformer {__version__}, commit {git_commit() or 'unknown (not a git tree)'}"
     yield f"Python {platform.python_version()}, {platform.platform()}"
     yield ""
     for distribution, module, purpose in _PARTS:
-        version, trouble = _installed(distribution, module)
-        yield f"{distribution:24} {version:16} {trouble or purpose}"
-        if trouble:
-            troubles.append(f"{distribution}: {trouble}")
+        version, problem = _installed(distribution, module)
+        yield f"{distribution:24} {version:16} {problem or purpose}"
+        if problem:
+            problems.append(f"{distribution}: {problem}")
     yield ""
-    if not any(trouble.startswith("torch:") for trouble in troubles):
+    if not any(problem.startswith("torch:") for problem in problems):
         yield from _devices()
-        yield from _deformable_attention(troubles)
-    yield from _machine(troubles)
+        yield from _deformable_attention(problems)
+    yield from _machine(problems)
     yield ""
-    yield "all is well" if not troubles else "to be seen to: " + "; ".join(troubles)
+    yield "no problems found" if not problems else "problems: " + "; ".join(problems)
 
 
 def _installed(distribution: str, module: str) -> tuple[str, str]:
-    """(version, trouble in words or '')."""
+    """(version, problem in words or '')."""
     try:
         version = metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -81,32 +83,33 @@ def _devices() -> Iterator[str]:
         yield f"GPU {i}: {found.name}, {found.total_memory / 2**30:.0f} GiB, trains in {precision}"
 
 
-def _deformable_attention(troubles: list[str]) -> Iterator[str]:
+def _deformable_attention(problems: list[str]) -> Iterator[str]:
     from mpformer.ops.status import kernel_status
 
     for status in kernel_status():
         yield f"deformable attention on {status.device}: {status.kernel} ({status.reason})"
         if status.advice:
-            troubles.append(f"deformable attention on {status.device} is the slow one: {status.advice}")
+            problems.append(f"deformable attention on {status.device} is not compiled: {status.advice}")
 
 
-def _machine(troubles: list[str]) -> Iterator[str]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def _machine(problems: list[str]) -> Iterator[str]:
     memory = psutil.virtual_memory()
-    yield f"CPU: {usable} of {os.cpu_count()} cores usable"
+    yield f"CPU: {usable_cores()} of {os.cpu_count()} cores usable"
     yield f"memory: {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
-    shared = Path("/dev/shm")
-    if shared.is_dir():
-        free = shutil.disk_usage(shared).free
-        yield f"shared memory: {free / 2**30:.1f} GiB free, for Ray's object store"
-        if free < SCARCE_SHM:
-            troubles.append("shared memory is scarce, so Ray will go to the disk: docker run --shm-size=8g")
+    if SHARED_MEMORY.is_dir():  # Linux
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if free >= SCARCE_SHM:
+            yield f"shared memory: {free / 2**30:.1f} GiB free, for Ray's object store"
+        else:
+            yield f"shared memory: {free / 2**20:.0f} MiB free, so Ray's object store goes to /tmp"
+            problems.append(
+                f"{SHARED_MEMORY} is small, so samples pass through files in /tmp, slower on a disk: "
+                "docker run --shm-size=8g"
+            )
     free = shutil.disk_usage(".").free
     yield f"disk: {free / 2**30:.1f} GiB free in this folder"
     if free < SCARCE_DISK:
-        troubles.append("the disk is nearly full")
+        problems.append("the disk is nearly full")
     if not os.access(Path.home(), os.W_OK):
-        troubles.append(
-            f"{Path.home()} cannot be written, where Ray keeps its token: set HOME or RAY_AUTH_MODE"
-        )
+        problems.append(f"{Path.home()} is not writable, Ray keeps a token there: set HOME or RAY_AUTH_MODE")
     yield f"cluster: {os.environ.get('RAY_ADDRESS', 'this machine (RAY_ADDRESS is not set)')}"

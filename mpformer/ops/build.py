@@ -17,19 +17,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
-_FILES = ("deform_attn_cpu.h", "deform_attn_types.h", "deform_attn_cpu.cpp", "deform_attn_kernel.cpp")
-_FILES += ("mask_points.h", "mask_points_cpu.cpp", "mask_points_kernel.cpp", "threads.h")
+_FILES = (
+    *("deform_attn_cpu.h", "deform_attn_types.h", "deform_attn_cpu.cpp", "deform_attn_kernel.cpp"),
+    *("mask_points.h", "mask_points_cpu.cpp", "mask_points_kernel.cpp", "threads.h"),
+)
 
-# Errno and floating-point traps are not looked at by anyone, and both keep the compiler from vectorising.
+# Nothing reads errno or floating-point traps, and both keep the compiler from vectorising.
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
 _FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 
 # Only when tuning for such a processor does GCC turn a loop of look-ups into gather instructions.
-_OPERATORS = {"deform_attn": [], "mask_points": ["-mtune=icelake-server"]}
+_OPERATORS: dict[str, list[str]] = {"deform_attn": [], "mask_points": ["-mtune=icelake-server"]}
 
 # name of the kernel, floats per vector, flags
-_PLAIN = [("kernel_plain", 4, [])]
+_PLAIN: list[tuple[str, int, list[str]]] = [("kernel_plain", 4, [])]
 _X86 = [*_PLAIN, ("kernel_avx2", 8, ["-mavx2", "-mfma"]), ("kernel_avx512", 16, _AVX512)]
 
 
@@ -63,7 +65,7 @@ def find_compiler() -> list[str]:
 def compile_library(target: Path, extra_flags: tuple[str, ...] = ()) -> None:
     """Compiles and links the shared library `target`, replacing it atomically. Raises BuildError."""
     compiler = find_compiler()
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    x86 = _target(compiler).startswith(("x86_64", "amd64"))
     flags = [*_FLAGS, *extra_flags]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
@@ -85,6 +87,15 @@ def compile_library(target: Path, extra_flags: tuple[str, ...] = ()) -> None:
         built = os.path.join(folder, "library.so")
         _run([[*compiler, "-shared", *objects, "-o", built, "-pthread"]])
         os.replace(built, target)
+
+
+def _target(compiler: list[str]) -> str:
+    """What the compiler builds for, as "x86_64-linux-gnu": not this machine for a cross compiler."""
+    try:
+        done = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"{compiler[0]} could not be started: {error}") from error
+    return done.stdout.strip() or platform.machine().lower()
 
 
 def _run(commands: list[list[str]]) -> None:

@@ -2,9 +2,10 @@
 
 import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class Library:
         self.usable = [k for i, k in enumerate(self.kernels) if runs_here(i)]
         self.name = self.usable[-1]
 
-    def _function(self, name: str, result: type, *arguments: type) -> ctypes._CFuncPtr:
+    def _function(self, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
         function = getattr(self._library, f"mpformer_{name}")
         function.restype, function.argtypes = result, arguments
         return function
@@ -112,7 +113,7 @@ class Library:
 
     def _call(
         self,
-        function: ctypes._CFuncPtr,
+        function: Callable[..., int],
         shapes: Shapes,
         value: Tensor,
         reference: Tensor | None,

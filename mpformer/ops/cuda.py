@@ -2,7 +2,7 @@
 
 import ctypes
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import lru_cache
 from typing import Protocol
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpformer.ops import nvrtc
 from mpformer.ops.build import SOURCES
+from mpformer.ops.nvrtc import Argument
 from mpformer.ops.reference import Shapes
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -52,9 +53,7 @@ def lanes_of(channels: int, element_size: int) -> tuple[int, int]:
 class Launches(Protocol):
     """Compiled code of one variant; tests put an emulation here."""
 
-    def launch(
-        self, kernel: str, blocks: int, threads: int, arguments: Sequence[ctypes._SimpleCData]
-    ) -> None:
+    def launch(self, kernel: str, blocks: int, threads: int, arguments: Sequence[Argument]) -> None:
         """Starts a kernel of the source."""
 
 
@@ -72,7 +71,7 @@ class CudaKernel:
         """As mpformer.ops.deform_attn; the tensors are not empty."""
         call = _Call(value, shapes, reference, points, weights)
         output = call.value.new_empty(*weights.shape[:2], value.shape[2] * value.shape[3])
-        arguments = [*call.inputs(), _pointer(output), call.sizes]
+        arguments: list[Argument] = [*call.inputs(), _pointer(output), call.sizes]
         self._load(call.variant).launch("deform_attn_forward", call.blocks(call.pairs), _THREADS, arguments)
         return output
 
@@ -101,21 +100,21 @@ class CudaKernel:
         vector_add = self._architecture >= 90 and call.variant.VEC > 1
         if vector_add and not torch.are_deterministic_algorithms_enabled():
             total = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
-            arguments = [*inputs, _pointer(total), sizes]
-            code.launch("deform_attn_backward_add", call.blocks(call.pairs), _THREADS, arguments)
+            added: list[Argument] = [*inputs, _pointer(total), sizes]
+            code.launch("deform_attn_backward_add", call.blocks(call.pairs), _THREADS, added)
             grad_value = total.to(value.dtype)
         else:
             cells = torch.empty(weights.numel(), dtype=torch.int32, device=value.device)
             records = torch.empty(weights.numel(), 4, dtype=torch.float32, device=value.device)
-            arguments = [*inputs, _pointer(cells), _pointer(records), sizes]
-            code.launch("deform_attn_backward_record", call.blocks(call.pairs), _THREADS, arguments)
+            recorded: list[Argument] = [*inputs, _pointer(cells), _pointer(records), sizes]
+            code.launch("deform_attn_backward_record", call.blocks(call.pairs), _THREADS, recorded)
             cells, order = torch.sort(cells, stable=True)
             every = torch.arange(call.cells + 1, dtype=torch.int32, device=value.device)
             first = torch.searchsorted(cells, every, out_int32=True)
             grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-            arguments = [_pointer(t) for t in (grad, first, order, records, grad_value)]
+            collected = [_pointer(t) for t in (grad, first, order, records, grad_value)]
             owners = value.shape[0] * value.shape[1] * value.shape[2]
-            code.launch("deform_attn_backward_value", call.blocks(owners), _THREADS, [*arguments, sizes])
+            code.launch("deform_attn_backward_value", call.blocks(owners), _THREADS, [*collected, sizes])
         return grad_value, grad_points.to(points.dtype), grad_weights.to(weights.dtype)
 
 
@@ -131,8 +130,15 @@ class _Call:
         self.reference = None if reference is None else _ready(reference.float())
         vec, lanes = lanes_of(channels, value.element_size())
         self.variant = Variant(
-            *(_TYPES[t.dtype] for t in (self.value, self.points, self.weights)),
-            *(channels, levels, points_per_level, int(reference is not None), vec, lanes),
+            VALUE_TYPE=_TYPES[self.value.dtype],
+            POINT_TYPE=_TYPES[self.points.dtype],
+            WEIGHT_TYPE=_TYPES[self.weights.dtype],
+            CHANNELS=channels,
+            LEVELS=levels,
+            POINTS=points_per_level,
+            FUSED=int(reference is not None),
+            VEC=vec,
+            LANES=lanes,
         )
         cells = [(h + 1) * (w + 1) for h, w in shapes]
         self.pairs = batch * weights.shape[1] * heads
@@ -173,12 +179,12 @@ def _sizes_type(levels: int) -> type[ctypes.Structure]:
     )
 
 
-def _ints(numbers: Sequence[int]) -> ctypes.Array:
+def _ints(numbers: Iterable[int]) -> ctypes.Array:
     numbers = list(numbers)
     return (ctypes.c_int * len(numbers))(*numbers)
 
 
-def _starts(counts: Sequence[int]) -> list[int]:
+def _starts(counts: Iterable[int]) -> list[int]:
     return [0, *itertools.accumulate(counts)][:-1]
 
 

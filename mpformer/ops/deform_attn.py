@@ -5,6 +5,7 @@ rules: `torch.compile` sees one node. Which code runs is decided per device in m
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,8 +141,10 @@ def _operator_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (value, points, weights)
     if value.numel() == 0 or weights.numel() == 0:
-        grads = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in inputs]
-        return grads[0], grads[1], grads[2]
+        no_value, no_points, no_weights = (
+            torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in inputs
+        )
+        return no_value, no_points, no_weights
     pairs, kernel = _pairs(shapes), kernel_for(value)
     if kernel is not None:
         return kernel.backward(grad, value, pairs, reference, points, weights)
@@ -149,9 +152,12 @@ def _operator_backward(
         grads = ms_deform_attn_reference_backward(grad, value, pairs, points, weights)
     else:
         locations, softmax = sampling_from_logits(pairs, reference, points, weights)
-        grad_value, *grads = ms_deform_attn_reference_backward(grad, value, pairs, locations, softmax)
-        grads = grad_value, *sampling_from_logits_backward(pairs, softmax, *grads)
-    return tuple(g.to(t.dtype).contiguous() for g, t in zip(grads, inputs, strict=True))
+        grad_value, *of_sampling = ms_deform_attn_reference_backward(grad, value, pairs, locations, softmax)
+        grads = (grad_value, *sampling_from_logits_backward(pairs, softmax, *of_sampling))
+    grad_value, grad_points, grad_weights = (
+        g.to(t.dtype).contiguous() for g, t in zip(grads, inputs, strict=True)
+    )
+    return grad_value, grad_points, grad_weights
 
 
 @_operator_backward.register_fake
@@ -166,12 +172,12 @@ def _(
     return value.new_empty(value.shape), points.new_empty(points.shape), weights.new_empty(weights.shape)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     value, ctx.shapes, reference, points, weights = inputs
     ctx.save_for_backward(value, reference, points, weights)
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     value, reference, points, weights = ctx.saved_tensors
     grad_value, grad_points, grad_weights = _operator_backward(
         grad, value, ctx.shapes, reference, points, weights

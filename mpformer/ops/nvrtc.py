@@ -11,11 +11,15 @@ import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 
 from mpformer import atomic
 from mpformer.ops.build import cache_directory
+
+Argument: TypeAlias = "ctypes._SimpleCData[Any] | ctypes.Structure"
+"""Of a kernel: a number, a device pointer as c_void_p, or a structure by value."""
 
 
 class CudaError(Exception):
@@ -133,10 +137,8 @@ class Module:
             _context(device)
             _driver_check(_driver().cuModuleLoadData(ctypes.byref(self._handle), code))
 
-    def launch(
-        self, kernel: str, blocks: int, threads: int, arguments: Sequence[ctypes._SimpleCData]
-    ) -> None:
-        """Starts `kernel`; arguments are ctypes values, device pointers as c_void_p, structures by value."""
+    def launch(self, kernel: str, blocks: int, threads: int, arguments: Sequence[Argument]) -> None:
+        """Starts `kernel` on `blocks` blocks of `threads` threads."""
         pointers = (ctypes.c_void_p * len(arguments))(
             *(ctypes.cast(ctypes.byref(a), ctypes.c_void_p) for a in arguments)
         )

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -257,7 +258,7 @@ def test_doctor_ends_well_with_clear_words():
     )
     for word in ("torch ", "ray ", "deformable attention on cpu: ", "CPU: ", "GPU", "disk: "):
         assert word in done.stdout
-    assert done.stdout.splitlines()[-1].startswith(("all is well", "to be seen to: "))
+    assert done.stdout.splitlines()[-1].startswith(("no problems found", "problems: "))
 
 
 def test_doctor_names_what_is_broken(monkeypatch):
@@ -270,3 +271,17 @@ def test_doctor_names_what_is_broken(monkeypatch):
     version, trouble = doctor._installed("numpy", "no_such_module")
     assert version != "-"
     assert "cannot be imported: No module named 'no_such_module'" in trouble
+
+
+@pytest.mark.parametrize(("free", "named"), [(64 * 2**20, True), (8 * 2**30, False)])
+def test_doctor_names_a_small_shared_memory(monkeypatch, tmp_path, free, named):
+    from mpformer.cli import doctor
+
+    monkeypatch.setattr(doctor, "SHARED_MEMORY", tmp_path)  # not /dev/shm, which is not everywhere
+    usage = namedtuple("usage", "total used free")
+    sizes = {tmp_path: free}
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(0, 0, sizes.get(path, 2**40)))
+    problems = []
+    told = [line for line in doctor._machine(problems) if line.startswith("shared memory: ")]
+    assert ("64 MiB free, so Ray" in told[0]) == named
+    assert any("--shm-size" in problem for problem in problems) == named
