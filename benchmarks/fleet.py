@@ -339,7 +339,7 @@ class Study:
         return kills
 
     def seconds(self, kill: float) -> Seconds:
-        """Times from the records, which have one per step; `kill`: seconds from the command to the only kill."""
+        """Times from the records, which have one per step; `kill`: seconds until the only kill."""
         lives = {run: [_life(part) for part in parts(run)] for run in self.runs}
         broken = next(run for run in self.runs if len(lives[run]) == 2)
         unbroken = [run for run in self.runs if run != broken]
