@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 import mpformer.model.backbone  # noqa: F401  lets torchvision, which transformers imports, load with any build of torch
 from mpformer.config import Config
-from mpformer.model.segmenter import PIXEL_MEAN, PIXEL_STD, build_model
+from mpformer.model.architecture import build_model
 from mpformer.ops import kernel_status
-from mpformer.types import Batch, Target
+from mpformer.types import PIXEL_MEAN, PIXEL_STD, Batch, Target
 
 CLASSES = 80
 TRANSFORMERS = "transformers"

@@ -36,7 +36,7 @@ from mpformer.config import Data, DataSet, LargeScaleJitter, Split
 from mpformer.data.bench import Throughput, stages, throughput
 from mpformer.data.catalog import open_split
 from mpformer.data.collate import collate
-from mpformer.data.images import PIXEL_MEAN, load_image, read_bytes
+from mpformer.data.images import PAD_COLOR, load_image, read_bytes
 from mpformer.data.packing import from_table, to_table
 from mpformer.data.records import Catalog, Record
 from mpformer.data.samples import make_sample
@@ -92,7 +92,7 @@ def usual_sample(record: Record, random: np.random.Generator) -> tuple[np.ndarra
     x, y = int(random.random() * max(0, width - 1023)), int(random.random() * max(0, height - 1023))
     image = image[y : y + 1024, x : x + 1024]
     canvas = np.empty((1024, 1024, 3), np.uint8)
-    canvas[:] = PIXEL_MEAN
+    canvas[:] = PAD_COLOR
     canvas[: image.shape[0], : image.shape[1]] = image
     masks = []
     for segment in record.segments:

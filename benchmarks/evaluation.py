@@ -44,7 +44,7 @@ from mpformer.evaluate.metrics import score
 from mpformer.evaluate.postprocess import Sizes, View
 from mpformer.evaluate.truth import target_of
 from mpformer.evaluate.views import predict_views
-from mpformer.model.segmenter import build_model
+from mpformer.model.architecture import build_model
 from mpformer.types import ClassTable, Head, Output
 
 SIZES = Sizes((800, 1088), (800, 1067), (480, 640))
@@ -216,7 +216,7 @@ def stages(recipe: str, settings: list[str], images: int, first: int) -> None:
         sizes = views[0].sizes
         timed(
             "layers",
-            lambda r=record, h=heads, s=sizes: layer_metrics(h, target_of(r, s, task), s, model.config),
+            lambda r=record, h=heads, s=sizes: layer_metrics(h, target_of(r, s, task), s, model),
         )
     timed("metrics", lambda: score(predictions, split, task))
     print(f"{config.name}: {count} images from index {first}, {torch.get_num_threads()} threads")

@@ -48,7 +48,7 @@ RESTART_HOURS = 0.1
 def time_checkpoint(recipe: Path) -> None:
     import torch
 
-    from mpformer.model.segmenter import build_model
+    from mpformer.model.architecture import build_model
     from mpformer.model.weights import checkpoints
     from mpformer.train import checkpoint
     from mpformer.train.optim import build_optimizer

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mpformer.config import load_config
     from mpformer.evaluate.inference import segment
-    from mpformer.model.segmenter import build_model
+    from mpformer.model.architecture import build_model
     from mpformer.model.weights.loading import load_weights
 
 __version__ = "0.2.0"
@@ -19,7 +19,7 @@ __version__ = "0.2.0"
 
 _WHERE = {
     "load_config": "mpformer.config",
-    "build_model": "mpformer.model.segmenter",
+    "build_model": "mpformer.model.architecture",
     "load_weights": "mpformer.model.weights.loading",
     "segment": "mpformer.evaluate.inference",
 }

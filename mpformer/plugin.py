@@ -118,6 +118,8 @@ def build(
         if missing := next((name for name in required if name not in defined), None):
             method = _shown(missing, required[missing])
             raise InputError(f"{what} lacks the method {method} of {contract.__name__}")
+        if abstract := sorted(getattr(found, "__abstractmethods__", ())):
+            raise InputError(f"{what} lacks the methods of {contract.__name__}: {', '.join(abstract)}")
         _check_call(found, arguments, options, what)
         try:
             plugin = found(*arguments, **options)

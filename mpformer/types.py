@@ -27,8 +27,16 @@ if TYPE_CHECKING:
 Task = Literal["instance", "panoptic", "semantic"]
 """The segmentation task that a model is trained for and evaluated on."""
 
-STRIDE = 32
+FEATURE_STRIDES = (4, 8, 16, 32)
+"""Strides of a backbone's feature levels, finest first."""
+STRIDE = FEATURE_STRIDES[-1]
 """Stride of the coarsest feature level: height and width of a network input are multiples of it."""
+MEMORY_STRIDES = (32, 16, 8)
+"""Strides of the maps that a pixel decoder gives to the transformer decoder, coarsest first."""
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+"""ImageNet's statistics that the model normalises images by, RGB, 0..255."""
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -250,6 +258,20 @@ class Head:
     boxes: torch.Tensor | None = None
     """[B,Q,4] (centre x, centre y, width, height) in 0..1 of the padded input; None without a box head."""
 
+    @property
+    def query_classes(self) -> torch.Tensor:
+        """`class_logits` of a model that classifies queries; `ValueError` for a per-pixel model."""
+        if self.class_logits is None:
+            raise ValueError("a head of a per-pixel model has no class logits")
+        return self.class_logits
+
+    @property
+    def query_boxes(self) -> torch.Tensor:
+        """`boxes` of a model that predicts them; else `ValueError`."""
+        if self.boxes is None:
+            raise ValueError("a head without boxes")
+        return self.boxes
+
 
 @dataclass(frozen=True)
 class Output:
@@ -266,15 +288,15 @@ class Pilots:
     """The mask-piloted part's input (MP-Former section 4): what is fed, and what it has to reconstruct."""
 
     labels: torch.Tensor
-    """[B,P] int64: classes whose embeddings are fed as queries, label noise applied; -1, a zero query, in
-    padding slots."""
+    """[B,P] int64: classes whose embeddings are fed as queries, with label noise; -1, which stands for a zero
+    query, in padding slots."""
     objects: torch.Tensor
     """[B,P] int64: the object of its image that a slot has to reconstruct; 0 in padding slots."""
     groups: torch.Tensor
     """[B,P] int64: the slot's group within its image; -1 for padding. Padding slots of a group 0 or more are
-    seen by it and trained as no-object (released flavour)."""
+    attended to by it and trained as no-object (released flavour)."""
     counts: tuple[int, ...]
     """Slots in use per image: the first `counts[b]` of row b; the rest is padding."""
     attention_masks: tuple[torch.Tensor | None, ...]
-    """One per decoder layer: [B,P,h*w] bool, True where the slot may look, at that layer's level; None in
-    layers that are not piloted, where a pilot looks at its own prediction like any query."""
+    """One per attention layer: [B,P,S] bool, True where the slot may attend, over the cells of the maps that
+    the layer reads; None in layers that are not piloted, where a pilot attends as any query does."""

@@ -202,7 +202,7 @@ def test_a_training_step_needs_neither_ray_nor_mlflow_nor_a_data_set(tmp_path):
     code = """
 import torch
 from mpformer.config import load_config
-from mpformer.model.segmenter import build_model
+from mpformer.model.architecture import build_model
 from mpformer.train.optim import build_optimizer
 from mpformer.train.step import train_step
 from mpformer.train.timing import Timers

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from mpformer.data.records import Catalog
-    from mpformer.model.segmenter import Segmenter
+    from mpformer.model.architecture import Architecture
 
 
 def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None:
@@ -83,7 +83,7 @@ def predict(checkpoint: str, images: Sequence[str], out: str, settings: Sequence
 
 def open_checkpoint(
     file: Path, data: str | None, settings: Sequence[str]
-) -> tuple[Segmenter, Catalog, Config, torch.device]:
+) -> tuple[Architecture, Catalog, Config, torch.device]:
     """Model, validation split, settings and device for looking at a checkpoint."""
     from mpformer.data.catalog import check_same_classes, open_split
     from mpformer.model.weights.loading import load_checkpoint

@@ -101,13 +101,18 @@ def _pilot_sheet(batch: Batch, config: Config, classes: ClassTable) -> np.ndarra
 
     None where nothing is piloted: `model.pilot.queries` is 0, or no sample has an object.
     """
+    import torch
+
     from mpformer.data.pictures import pilot_sheet
+    from mpformer.model.architecture import build_model
     from mpformer.model.piloting import make_pilots
     from mpformer.model.streams import SampleRandom
 
     targets = batch.targets
     draws = SampleRandom(0, "pilots", batch.positions, batch.images.device)
-    pilots = make_pilots(targets, config.model, len(classes), draws)
+    with torch.device("meta"):  # only its structure is needed
+        model = build_model(config.model.without_pretrained(), classes)
+    pilots = make_pilots(targets, config.model.pilot, model.structure, draws)
     if pilots is None:
         return None
     layers = {i: m.numpy() for i, m in enumerate(pilots.attention_masks, 1) if m is not None}

@@ -6,9 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    field_serializer,
+    model_validator,
+)
 
+from mpformer.config.plugins import BY_NAME, PLUGIN_TAG, Plugin, Reference
+from mpformer.config.plugins import kind as by_kind
 from mpformer.config.section import Count, Fraction, NonNegative, Section
+from mpformer.config.yamlfile import nearest
+from mpformer.plugin import is_reference
+from mpformer.types import MEMORY_STRIDES
 
 
 class Backbone(Section):
@@ -27,9 +40,12 @@ class Backbone(Section):
 
 
 class PixelDecoder(Section):
-    kind: Literal["deformable", "fpn", "semantic_fpn", "bifpn", "fapn"] = "deformable"
+    kind: Literal["deformable", "fpn", "semantic_fpn", "bifpn", "fapn"] | Reference = "deformable"
     """Multi-scale deformable attention over strides 32, 16, 8, then one FPN step to stride 4; or one of the
-    convolutional pixel decoders of Mask2Former's Table 4e. `fpn` is MaskFormer's."""
+    convolutional pixel decoders of Mask2Former's Table 4e, of which `fpn` is MaskFormer's; or a plug-in
+    `package.module:Name`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of a plug-in."""
     layers: Annotated[int, Field(ge=0)] = 6
     """Layers of deformable attention; the convolutional decoders have none."""
     channels: Count = 256
@@ -42,6 +58,12 @@ class PixelDecoder(Section):
     """Kernel of the last convolution, which gives the mask features. MaskFormer prints 1; its released code,
     whose FLOPs both papers print, has 3. null: 1 for deformable, 3 for the others."""
 
+    @model_validator(mode="after")
+    def _check(self) -> PixelDecoder:
+        if self.options and not is_reference(self.kind):
+            raise ValueError(f"options: {self.kind} has none; they are those of a plug-in")
+        return self
+
 
 class Decoder(Section):
     queries: Count = 100
@@ -52,9 +74,10 @@ class Decoder(Section):
     heads: Count = 8
     ffn: Count = 2048
     dropout: Fraction = 0.0
-    attention: Literal["masked", "cross", "smca", "mask_pooling"] = "masked"
-    """What a query does with the memory (Mask2Former Table 4c): attend within its predicted mask; attend
-    everywhere; attend everywhere under a Gaussian of its own (SMCA); average its mask's features (K-Net)."""
+    attention: Annotated[Literal["masked", "cross", "smca", "mask_pooling"] | Plugin, BY_NAME] = "masked"
+    """Cross-attention to the memory (Mask2Former Table 4c): within the query's predicted mask; everywhere;
+    everywhere under a Gaussian of the query's own (SMCA); the mean of the mask's features (K-Net). Or a
+    plug-in: `package.module:Name`, or that as `kind` with `options`."""
     features: Literal["round_robin", "all_scales", "stride_32", "stride_16", "stride_8"] = "round_robin"
     """The map that a layer attends to: strides 32, 16, 8 in turn (coarse to fine), all three at once
     (Mask2Former's "naive m.s.", Table 4d), or one for all layers; `stride_8` is "all large" of MP-Former's
@@ -73,11 +96,13 @@ class Decoder(Section):
     """Transformer encoder layers (DETR's) on the backbone's stride-32 map, before pixel decoder and decoder;
     MaskFormer's panoptic ResNets have 6. Heads, ffn and dropout are the decoder's."""
 
-    def levels(self) -> tuple[tuple[int, ...], ...]:
-        """The memories that each layer reads: 0, 1, 2 for strides 32, 16, 8."""
-        each = {"all_scales": (0, 1, 2), "stride_32": (0,), "stride_16": (1,), "stride_8": (2,)}
-        fixed = each.get(self.features)
-        return tuple((i % 3,) if fixed is None else fixed for i in range(self.layers))
+    def strides(self) -> tuple[tuple[int, ...], ...]:
+        """For each layer the strides of the maps that it attends to."""
+        if self.features == "round_robin":
+            return tuple((MEMORY_STRIDES[i % len(MEMORY_STRIDES)],) for i in range(self.layers))
+        if self.features == "all_scales":
+            return (MEMORY_STRIDES,) * self.layers
+        return ((int(self.features.removeprefix("stride_")),),) * self.layers
 
     @property
     def heads_before_layers(self) -> int:
@@ -113,12 +138,20 @@ class ScaleNoise(Section):
     """The factor is uniform in 1 - ratio .. 1 + ratio; the paper prints no value."""
 
 
-Noise = Annotated[NoNoise | PointNoise | ShiftNoise | ScaleNoise, Field(discriminator="kind")]
+Noise = Annotated[
+    Annotated[NoNoise, Tag("none")]
+    | Annotated[PointNoise, Tag("point")]
+    | Annotated[ShiftNoise, Tag("shift")]
+    | Annotated[ScaleNoise, Tag("scale")]
+    | Annotated[Plugin, Tag(PLUGIN_TAG)],
+    Discriminator(by_kind),
+]
 
 
 def _as_noises(value: Any) -> Any:
     values = value if isinstance(value, list | tuple) else [value]
-    return tuple({"kind": "point", **v} if isinstance(v, Mapping) else v for v in values)
+    written = ({"kind": v} if is_reference(v) else v for v in values)
+    return tuple({"kind": "point", **v} if isinstance(v, Mapping) else v for v in written)
 
 
 @dataclass(frozen=True)
@@ -176,7 +209,8 @@ class Pilot(Section):
     layers: Literal["all", "first", "first_three"] | tuple[Count, ...] = "all"
     """Decoder layers, counted from 1, in which a pilot's attention mask is its noised ground truth."""
     noise: Annotated[tuple[Noise, ...], BeforeValidator(_as_noises)] = (PointNoise(),)
-    """Noise on the ground-truth masks: one kind, or a list of kinds that are applied one after the other."""
+    """Noise on the ground-truth masks: one kind, or a list of kinds that are applied one after the other. A
+    plug-in is named `package.module:Name`, as `kind` where it has `options`."""
     label_noise: Fraction = 0.2
     """Probability that a pilot is fed another class's embedding (MP-Former section 4.4)."""
     assignment: Literal["hard", "match"] = "hard"
@@ -225,13 +259,34 @@ class Pilot(Section):
             chosen["query_positions"] = True  # nothing but Mask2Former
         return PilotRules(**chosen)
 
+    @property
+    def moves_objects(self) -> bool:
+        """Whether the noise is, or includes, shift or scale: the released code treats their masks its way."""
+        return any(isinstance(noise, ShiftNoise | ScaleNoise) for noise in self.noise)
+
     def layer_numbers(self, decoder_layers: int) -> tuple[int, ...]:
-        """The piloted layers, counted from 1, for a decoder of that many layers."""
-        named = {"all": range(1, decoder_layers + 1), "first": (1,), "first_three": (1, 2, 3)}
+        """The piloted layers, counted from 1, of a model with that many attention layers."""
+        every = tuple(range(1, decoder_layers + 1))
+        named = {"all": every, "first": (1,), "first_three": (1, 2, 3)}
         if self.rules().named_layers == "first_four":
             named["first"] = named["first_three"] = (1, 2, 3, 4)
         chosen = named[self.layers] if isinstance(self.layers, str) else self.layers
         return tuple(sorted({i for i in chosen if i <= decoder_layers}))
+
+
+@dataclass(frozen=True)
+class PointCounts:
+    """The points of a mask in the loss (PointRend's importance sampling)."""
+
+    candidates: int
+    """Random points, of which the `important` least certain ones are taken."""
+    important: int
+    total: int
+
+    @property
+    def uniform(self) -> int:
+        """Random points that are taken whatever the prediction."""
+        return self.total - self.important
 
 
 class Loss(Section):
@@ -271,6 +326,14 @@ class Loss(Section):
     consistency_weight: NonNegative = 0.0
     """Weight of the layer-consistency loss (MP-Former equation 6), which the paper tried and dropped."""
 
+    def point_counts(self) -> PointCounts | None:
+        """How the points of a mask in the loss are drawn; None for losses on full masks."""
+        if self.points is None:
+            return None
+        return PointCounts(
+            int(self.oversample * self.points), int(self.importance * self.points), self.points
+        )
+
     def for_matching(self) -> Loss:
         """The same settings with `points` being those of matching."""
         if self.match_points == "as_loss":
@@ -278,7 +341,24 @@ class Loss(Section):
         return self.model_copy(update={"points": self.match_points, "match_points": "as_loss"})
 
 
+ARCHITECTURES = {"mask2former": "mpformer.model.segmenter:Segmenter"}
+"""The class of each `model.architecture`."""
+
+
+def _check_architecture(value: str | Plugin) -> str | Plugin:
+    if isinstance(value, str) and value not in ARCHITECTURES:
+        raise ValueError(
+            f"{', '.join(ARCHITECTURES)} or package.module:Name expected, not '{value}'; "
+            f"nearest: {nearest(value, ARCHITECTURES)}"
+        )
+    return value
+
+
 class Model(Section):
+    architecture: Annotated[str | Plugin, BY_NAME, AfterValidator(_check_architecture)] = "mask2former"
+    """mask2former: backbone, pixel decoder and transformer decoder, which with their settings make
+    Mask2Former, MP-Former and MaskFormer. Or a plug-in: `package.module:Name`, or that as `kind` with
+    `options`; the sections below are its own to read."""
     output: Literal["masks", "per_pixel"] = "masks"
     """Mask classification, or class scores of each pixel: MaskFormer's PerPixelBaseline (decoder.layers 0)
     and PerPixelBaseline+ (a decoder whose query k gives the map of class k)."""
@@ -297,13 +377,6 @@ class Model(Section):
         by_class = self.output == "per_pixel" or self.loss.assignment == "fixed"
         return classes if by_class else self.decoder.queries
 
-    @property
-    def heads(self) -> int:
-        """Predictions that training sees: one before the first layer (head 0), if any, and one per layer."""
-        if self.output == "per_pixel" and not self.decoder.layers:
-            return 1
-        return self.decoder.layers + self.decoder.heads_before_layers
-
     @model_validator(mode="after")
     def _check(self) -> Model:
         for part, heads in (("pixel_decoder", self.pixel_decoder.heads), ("decoder", self.decoder.heads)):
@@ -313,16 +386,18 @@ class Model(Section):
                 )
         if self.pixel_decoder.channels % 4:
             raise ValueError("pixel_decoder.channels: the sine position needs a multiple of 4")
-        if not isinstance(self.pilot.layers, str) and max(self.pilot.layers, default=0) > self.decoder.layers:
-            raise ValueError(f"pilot.layers: the decoder has layers 1 to {self.decoder.layers}")
-        self._check_family()
+        if self.architecture == "mask2former":
+            self._check_mask2former()
         return self
 
-    def _check_family(self) -> None:
+    def _check_mask2former(self) -> None:
         decoder, loss = self.decoder, self.loss
+        if not isinstance(self.pilot.layers, str) and max(self.pilot.layers, default=0) > decoder.layers:
+            raise ValueError(f"pilot.layers: the decoder has layers 1 to {decoder.layers}")
         if decoder.memory == "backbone" and decoder.features != "stride_32":
             raise ValueError("decoder.memory: backbone has one map: decoder.features must be stride_32")
-        if not self.heads:
+        no_head = not decoder.layers and not decoder.heads_before_layers
+        if no_head and self.output == "masks":
             raise ValueError("decoder.layers: without layers only supervised query_features predict")
         if decoder.query_features == "zero" and not self.pilot.rules().query_positions:
             raise ValueError("decoder.query_features: zero without positions: all queries the same")

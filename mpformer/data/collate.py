@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mpformer.data.images import PIXEL_MEAN
+from mpformer.data.images import PAD_COLOR
 from mpformer.data.samples import Sample
 from mpformer.types import PackedBatch, PackedTarget
 
 
 def collate(samples: Sequence[Sample], canvas: tuple[int, int]) -> PackedBatch:
-    """A batch of samples on a canvas (height, width): images padded with `PIXEL_MEAN`, masks packed.
+    """A batch of samples on a canvas (height, width): images padded with `PAD_COLOR`, masks packed.
 
     Empty `samples` make an empty batch.
     """
@@ -22,7 +22,7 @@ def collate(samples: Sequence[Sample], canvas: tuple[int, int]) -> PackedBatch:
     for out, sample in zip(images, samples):
         h, w = sample.image.shape[1:]
         out[:, :h, :w] = sample.image
-        for plane, mean in zip(out, PIXEL_MEAN):
+        for plane, mean in zip(out, PAD_COLOR):
             plane[h:] = mean
             plane[:h, w:] = mean
     return PackedBatch(

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from mpformer.data.records import Record
-from mpformer.types import InputError
+from mpformer.types import PIXEL_MEAN, InputError
 
-PIXEL_MEAN = (124, 116, 104)
-"""RGB 0..255: ImageNet's mean 123.675, 116.28, 103.53, rounded; what padding is filled with."""
+PAD_COLOR = tuple(round(mean) for mean in PIXEL_MEAN)
+"""RGB uint8 of padding: the pixel mean, which the model's normalisation turns into (almost) zero."""
 
 _ORIENTATION = 0x0112
 """EXIF's tag; from 5 on, width and height are swapped."""

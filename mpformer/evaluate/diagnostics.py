@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,6 @@ from mpformer.evaluate.layers import (
     flatten,
     layer_iou,
     layer_metrics,
-    layer_numbers,
     mean_over_images,
     query_utilization,
     without_padding,
@@ -39,7 +37,7 @@ from mpformer.model.streams import SampleRandom
 from mpformer.types import ClassInfo, ClassTable, Head, InputError, Target
 
 if TYPE_CHECKING:
-    from mpformer.model.segmenter import Segmenter
+    from mpformer.model.architecture import Architecture
 
 _TITLES = {
     "layer_iou": "mIoU-L",
@@ -51,9 +49,6 @@ _TITLES = {
     "PQ": "PQ",
     "AR100": "AR@100, any class",
 }
-
-_STRIDES = (32, 16, 8)
-"""Strides of the memories 0, 1, 2."""
 
 _HIGHLIGHT = ClassTable((ClassInfo("mask", 0, True, (235, 40, 90)),))
 
@@ -83,7 +78,7 @@ class Diagnostics:
 
 
 def diagnose(
-    model: Segmenter,
+    model: Architecture,
     catalog: Catalog,
     config: Config,
     indices: Iterable[int] | None = None,
@@ -100,7 +95,7 @@ def diagnose(
     `report` is called with (images done, of all). Switches the model to evaluation mode. Raises `InputError`
     for a per-pixel model.
     """
-    if model.config.output == "per_pixel":
+    if model.structure.per_pixel:
         raise InputError("diagnose: a per-pixel model has no object queries to compare between layers")
     device = torch.device(device) if device is not None else next(model.parameters()).device
     chosen = list(range(len(catalog.records)) if indices is None else indices)
@@ -124,10 +119,10 @@ class _HeadResults:
     """Class-agnostic instances."""
 
     def add(
-        self, model: Segmenter, heads: Sequence[Head], sizes: Sizes, record: Record, config: Config
+        self, model: Architecture, heads: Sequence[Head], sizes: Sizes, record: Record, config: Config
     ) -> None:
         truth = [replace(t, label=0) for t in true_instances(record)]
-        for layer, head in zip(layer_numbers(heads, model.config), heads):
+        for layer, head in zip(model.structure.layers_of(len(heads)), heads):
             view = view_of(head, sizes)
             if config.data.task == "panoptic":
                 results = postprocess_views([view], "panoptic", config.evaluate, model.classes)
@@ -148,24 +143,23 @@ class _HeadResults:
 
 @torch.inference_mode()
 def _image_metrics(
-    model: Segmenter, record: Record, config: Config, device: torch.device, results: _HeadResults | None
+    model: Architecture, record: Record, config: Config, device: torch.device, results: _HeadResults | None
 ) -> LayerMetrics:
     """The layer metrics of one image; its results are added to `results`."""
     image = load_image(record)
     tensor, sizes = prepare(image, config.data.test_resize)
     images, target = tensor.to(device), target_of(record, sizes, config.data.task).to(device)
-    with _recorded_attention(model) as attention:
+    with model.recorded_attention() as attention:
         heads = forward(model, images, all_heads=True)
-    metrics, matched = layer_metrics(heads, target, sizes, model.config)
+    metrics, matched = layer_metrics(heads, target, sizes, model)
     inside = {}
-    for layer, (weights, levels) in enumerate(zip(attention, model.config.decoder.levels()), 1):
-        strides = [_STRIDES[level] for level in levels]
-        share = attention_inside(weights, target.masks, matched, strides)
+    for layer, (weights, strides) in enumerate(zip(attention, model.structure.attention_strides), 1):
+        share = attention_inside(weights[0], target.masks, matched, strides)
         if share is not None:
             inside[layer] = share
     if inside:
         metrics["attention_inside"] = inside
-    if model.decoder.pilot_embed is not None and len(target.labels):
+    if model.structure.takes_pilots and len(target.labels):
         metrics |= _pilot_metrics(model, images, target, sizes)
     if results is not None:
         results.add(model, heads, sizes, record, config)
@@ -180,40 +174,22 @@ def _class_agnostic(view: View) -> View:
     return replace(view, class_logits=torch.stack((logits[:, :-1].logsumexp(1), logits[:, -1]), 1))
 
 
-def _pilot_metrics(model: Segmenter, images: Tensor, target: Target, sizes: Sizes) -> LayerMetrics:
+def _pilot_metrics(model: Architecture, images: Tensor, target: Target, sizes: Sizes) -> LayerMetrics:
     """Layer metrics of one group of pilots without noise; "hard" Util ties each pilot to its own object."""
     count = len(target.labels)
     pilot = model.config.pilot.model_copy(update={"queries": count, "noise": (), "label_noise": 0.0})
-    settings = model.config.model_copy(update={"pilot": pilot})
     draws = SampleRandom(0, "diagnostics", [0], images.device)
-    pilots = make_pilots([target], settings, len(model.classes), draws)
+    pilots = make_pilots([target], pilot, model.structure, draws)
     if pilots is None:
         return {}
     heads = model(images, pilots).pilots
-    metrics, _ = layer_metrics(heads, target, sizes, model.config, "pilot_")
+    metrics, _ = layer_metrics(heads, target, sizes, model, "pilot_")
     own = Match(torch.arange(count), pilots.objects[0].cpu())
     fixed = query_utilization([own] * len(heads))
     metrics["pilot_query_utilization_hard"] = {
-        i: u for i, u in zip(layer_numbers(heads, model.config), fixed) if i > 0
+        i: u for i, u in zip(model.structure.layers_of(len(heads)), fixed) if i > 0
     }
     return metrics
-
-
-@contextlib.contextmanager
-def _recorded_attention(model: Segmenter) -> Iterator[list[Tensor]]:
-    """A list of the cross-attention weights [Q,h*w] of each decoder layer that runs inside the context."""
-    weights: list[Tensor] = []
-
-    def record(attention: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        query, key, _, *where = inputs
-        weights.append(attention.weights(query, key, *where)[0])
-
-    hooks = [layer.cross_attn.register_forward_pre_hook(record) for layer in model.decoder.layers]
-    try:
-        yield weights
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # --- Figure 1 -------------------------------------------------------------------------------------
@@ -221,7 +197,7 @@ def _recorded_attention(model: Segmenter) -> Iterator[list[Tensor]]:
 
 @torch.inference_mode()
 def draw_layers(
-    model: Segmenter, record: Record, config: Config, device: torch.device | str, columns: int = 6
+    model: Architecture, record: Record, config: Config, device: torch.device | str, columns: int = 6
 ) -> np.ndarray | None:
     """One query's mask after each layer, as in MP-Former's Figure 1; [h,w,3] uint8 RGB.
 
@@ -232,7 +208,7 @@ def draw_layers(
     tensor, sizes = prepare(image, config.data.test_resize)
     target = target_of(record, sizes, config.data.task).to(device)
     heads = forward(model, tensor.to(device), all_heads=True)
-    _, matched = layer_metrics(heads, target, sizes, model.config)
+    _, matched = layer_metrics(heads, target, sizes, model)
     cropped, unpadded = without_padding(heads, target, sizes)
     objects = F.avg_pool2d(unpadded.masks[:, None].float(), 4)[:, 0] - 0.5  # positive inside, like logits
     min_cells = 0.01 * objects[0].numel() if len(objects) else 0
@@ -252,7 +228,7 @@ def draw_layers(
         image.mean(2, keepdims=True).astype(np.uint8), 3, axis=2
     )  # so that only the mask is coloured
     tiles, titles = [], []
-    for number, head in zip(layer_numbers(heads, model.config), heads):
+    for number, head in zip(model.structure.layers_of(len(heads)), heads):
         logits = view_of(head, sizes).upsampler(torch.tensor([query], device=device))
         mask = (logits(slice(0, sizes.original[0]))[0] >= 0).cpu().numpy()
         tiles.append(overlay(grey, [mask], [0], _HIGHLIGHT, captions=False))

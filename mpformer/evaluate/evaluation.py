@@ -19,7 +19,7 @@ from mpformer.evaluate.metrics import build_metrics, score
 from mpformer.evaluate.prediction import Prediction, Scores
 
 if TYPE_CHECKING:
-    from mpformer.model.segmenter import Segmenter
+    from mpformer.model.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def measure(predictions: Iterable[Prediction], catalog: Catalog, config: Config)
 
 
 def evaluate(
-    model: Segmenter,
+    model: Architecture,
     catalog: Catalog,
     config: Config,
     *,

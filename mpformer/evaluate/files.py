@@ -18,7 +18,7 @@ from mpformer.evaluate.prediction import FoundInstance, FoundSegments, Predictio
 from mpformer.types import ClassTable, InputError
 
 if TYPE_CHECKING:
-    from mpformer.model.segmenter import Segmenter
+    from mpformer.model.architecture import Architecture
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -53,7 +53,7 @@ def find_images(paths: Sequence[str | Path]) -> list[tuple[Path, str]]:
 
 
 def predict_files(
-    model: Segmenter,
+    model: Architecture,
     paths: Sequence[str | Path],
     out: str | Path,
     config: Config,

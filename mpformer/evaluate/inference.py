@@ -36,14 +36,14 @@ from mpformer.ops.allocator import keep_freed_memory
 from mpformer.types import ClassTable, InputError, Task
 
 if TYPE_CHECKING:
-    from mpformer.model.segmenter import Segmenter
+    from mpformer.model.architecture import Architecture
 
 _Loaded = tuple[Record, np.ndarray | None, str]
 """A record with its image, or the reason why there is none."""
 
 
 def predict_records(
-    model: Segmenter,
+    model: Architecture,
     data: Catalog | Sequence[Record],
     config: Config,
     indices: Iterable[int] | None = None,
@@ -81,7 +81,7 @@ def predict_records(
 
 @torch.inference_mode()
 def _predict(
-    model: Segmenter,
+    model: Architecture,
     record: Record,
     image: np.ndarray,
     config: Config,
@@ -97,7 +97,7 @@ def _predict(
         return found
     with _timed(seconds, "layers", device):
         target = target_of(record, views[0].sizes, config.data.task).to(device)
-        layers, _ = layer_metrics(heads, target, views[0].sizes, model.config)
+        layers, _ = layer_metrics(heads, target, views[0].sizes, model)
     return replace(found, layers=layers)
 
 
@@ -114,7 +114,7 @@ def _timed(seconds: dict[str, float] | None, stage: str, device: torch.device) -
 
 
 def predict_on_workers(
-    model: Segmenter, catalog: Catalog, config: Config, indices: Sequence[int], workers: int
+    model: Architecture, catalog: Catalog, config: Config, indices: Sequence[int], workers: int
 ) -> Iterator[Prediction]:
     """`predict_records` by Ray tasks with equal shares of `indices`; their predictions are interleaved.
 
@@ -140,7 +140,7 @@ def predict_on_workers(
 
 
 def _predict_share(
-    placed: tuple[Segmenter, Catalog], config: Config, indices: list[int], threads: int
+    placed: tuple[Architecture, Catalog], config: Config, indices: list[int], threads: int
 ) -> Iterator[Prediction]:
     model, catalog = placed
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -177,7 +177,7 @@ class ImageResults:
 
 @torch.inference_mode()
 def infer(
-    model: Segmenter,
+    model: Architecture,
     images: Sequence[np.ndarray],
     task: Task,
     resize: TestResize,
@@ -299,7 +299,7 @@ class Result:
 
 
 def segment(
-    model: Segmenter,
+    model: Architecture,
     image: np.ndarray | str | Path,
     task: Task = "panoptic",
     *,

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpformer.config.model import Model as ModelConfig
+from mpformer.config.model import Loss
 from mpformer.evaluate.postprocess import Sizes
 from mpformer.evaluate.prediction import LayerMetrics, Prediction
+from mpformer.model.architecture import Architecture
 from mpformer.model.matcher import Match, match
 from mpformer.model.streams import SampleRandom
 from mpformer.types import Head, Target
@@ -63,14 +64,14 @@ def attention_inside(weights: Tensor, masks: Tensor, matched: Match, strides: Se
 
 
 def layer_metrics(
-    heads: Sequence[Head], target: Target, sizes: Sizes, config: ModelConfig, prefix: str = ""
+    heads: Sequence[Head], target: Target, sizes: Sizes, model: Architecture, prefix: str = ""
 ) -> tuple[LayerMetrics, Match]:
     """mIoU-L and Util of one image's heads (last one last), and the match of the last head."""
     heads, target = without_padding(heads, target, sizes)
-    numbers = layer_numbers(heads, config)
+    numbers = model.structure.layers_of(len(heads))
     ious = layer_iou([head.mask_logits[0] for head in heads])
     metrics: LayerMetrics = {f"{prefix}layer_iou": dict(zip(numbers[1:], ious))}
-    matches = [_match(head, target, config) for head in heads]
+    matches = [_match(head, target, model.config.loss) for head in heads]
     if utilization := query_utilization(matches):
         metrics[f"{prefix}query_utilization"] = {i: u for i, u in zip(numbers, utilization) if i > 0}
     return metrics, matches[-1]
@@ -83,16 +84,10 @@ def without_padding(heads: Sequence[Head], target: Target, sizes: Sizes) -> tupl
     return cropped, Target(target.labels, target.masks[:, : 4 * height, : 4 * width])
 
 
-def layer_numbers(heads: Sequence[Head], config: ModelConfig) -> list[int]:
-    """The layer that each head follows; 0: before layer 1."""
-    last = config.decoder.layers
-    return list(range(last + 1 - len(heads), last + 1))
-
-
-def _match(head: Head, target: Target, config: ModelConfig) -> Match:
+def _match(head: Head, target: Target, config: Loss) -> Match:
     """Match on full masks instead of sampled points."""
     full_masks = {"points": None, "match_points": "as_loss", "match_by": "masks", "padding": "counted"}
-    loss = config.loss.model_copy(update=full_masks)
+    loss = config.model_copy(update=full_masks)
     draws = SampleRandom(0, "diagnostics", [0], head.mask_logits.device)  # unused
     height, width = target.masks.shape[1:]
     return match(head, [target], loss, draws, [(height, width)], [""])[0]

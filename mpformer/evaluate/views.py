@@ -18,14 +18,14 @@ from torch.nn import functional as F
 
 from mpformer.config import Evaluate, TestResize
 from mpformer.data.augment import resize_image, test_size
-from mpformer.data.images import PIXEL_MEAN
+from mpformer.data.images import PAD_COLOR
 from mpformer.data.masks import Window
 from mpformer.evaluate.postprocess import Sizes, View
 from mpformer.model.matcher import most_alike
 from mpformer.types import STRIDE, Head, round_up
 
 if TYPE_CHECKING:
-    from mpformer.model.segmenter import Segmenter
+    from mpformer.model.architecture import Architecture
 
 
 def prepare(image: np.ndarray, resize: TestResize, scale: float = 1.0) -> tuple[Tensor, Sizes]:
@@ -35,13 +35,13 @@ def prepare(image: np.ndarray, resize: TestResize, scale: float = 1.0) -> tuple[
     resized = resize_image(image, Window(0, 0, w, h, width, height))
     padded = (round_up(height, STRIDE), round_up(width, STRIDE))
     canvas = np.empty((*padded, 3), np.uint8)
-    canvas[:] = PIXEL_MEAN
+    canvas[:] = PAD_COLOR
     canvas[:height, :width] = resized
     tensor = torch.from_numpy(canvas).permute(2, 0, 1)[None].contiguous()
     return tensor, Sizes(padded, (height, width), (h, w))
 
 
-def forward(model: Segmenter, images: Tensor, all_heads: bool = False) -> tuple[Head, ...]:
+def forward(model: Architecture, images: Tensor, all_heads: bool = False) -> tuple[Head, ...]:
     """The model's heads, last one last. Switches the model to evaluation mode."""
     if model.training:
         model.eval()
@@ -55,7 +55,7 @@ def view_of(head: Head, sizes: Sizes, flipped: bool = False) -> View:
 
 
 def predict_views(
-    model: Segmenter,
+    model: Architecture,
     images: Sequence[np.ndarray],
     resize: TestResize,
     options: Evaluate,

@@ -1,17 +1,59 @@
-"""What a query does with the memory or with other queries: attention, with masks shared by all heads.
+"""Attention of queries to the memory and among each other, with masks shared by all heads.
 
-`Attention` serves everywhere; `ModulatedAttention` (SMCA) and `MaskPooling` (K-Net) are alternatives for the
-cross-attention of Mask2Former's Table 4c, called alike.
+`Attention` is used everywhere; `ModulatedAttention` (SMCA) and `MaskPooling` (K-Net) are alternatives for the
+cross-attention (Mask2Former Table 4c).
 """
 
 from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mpformer import plugin
+from mpformer.config.model import Decoder as DecoderConfig
+from mpformer.config.plugins import Plugin
+from mpformer.types import InputError
 
-class Attention(nn.Module):
+
+class CrossAttention(nn.Module, ABC):
+    """The contract of the attention to the memory, which `model.decoder.attention` names.
+
+    A plug-in is a subclass, made with (channels, heads, dropout) and its options.
+    """
+
+    predicted_masks = False
+    """Whether a query may attend to the foreground of its own predicted mask only (masked attention)."""
+
+    @abstractmethod
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        centers: Tensor | None = None,
+    ) -> Tensor:
+        """query [B,Q,C], key and value [B,S,C] -> [B,Q,C].
+
+        mask [B or 1,Q,S] bool: True where a query may attend, in each row at least once, since the softmax of
+        nothing is not defined; None: everywhere, which with `predicted_masks` never occurs. centers [S,2]
+        float32: centres of the keys' cells, (x, y) in 0..1; always given by the decoder.
+        """
+
+    @abstractmethod
+    def weights(
+        self, query: Tensor, key: Tensor, mask: Tensor | None = None, centers: Tensor | None = None
+    ) -> Tensor:
+        """The attention that `forward` pays, [B,Q,S], rows sum to 1; for diagnostics, without a gradient."""
+
+
+class Attention(CrossAttention):
     """Multi-head attention whose keys and values may come from different tensors.
 
     Parameters have the layout of `torch.nn.MultiheadAttention` (one fused input projection), so its weights
@@ -34,14 +76,9 @@ class Attention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        allowed: Tensor | None = None,
-        places: Tensor | None = None,
+        mask: Tensor | None = None,
+        centers: Tensor | None = None,
     ) -> Tensor:
-        """query [B,Q,C], key and value [B,S,C] -> [B,Q,C].
-
-        `allowed` [B or 1,Q,S] bool: True where a query may look; each row must allow something, since a row
-        without any allowed key has no defined softmax. `places` [S,2]: where the keys lie, (x, y) in 0..1.
-        """
         q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
         q_bias, k_bias, v_bias = self.in_proj_bias.chunk(3)
         q = self._split(F.linear(query, q_weight, q_bias))
@@ -51,39 +88,47 @@ class Attention(nn.Module):
             q,
             k,
             v,
-            attn_mask=self._mask(query, allowed, places),
+            attn_mask=self._attention_mask(query, mask, centers),
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
     @torch.no_grad()
     def weights(
-        self, query: Tensor, key: Tensor, allowed: Tensor | None = None, places: Tensor | None = None
+        self, query: Tensor, key: Tensor, mask: Tensor | None = None, centers: Tensor | None = None
     ) -> Tensor:
-        """The attention that `forward` pays, [B,Q,S], mean over the heads; for diagnostics, rows sum to 1."""
+        """The mean over the heads."""
         q_weight, k_weight, _ = self.in_proj_weight.chunk(3)
         q_bias, k_bias, _ = self.in_proj_bias.chunk(3)
         q = self._split(F.linear(query, q_weight, q_bias))
         k = self._split(F.linear(key, k_weight, k_bias))
         scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
-        mask = self._mask(query, allowed, places)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        added = self._attention_mask(query, mask, centers)
+        if added is not None:
+            scores = (
+                scores.masked_fill(~added, float("-inf")) if added.dtype == torch.bool else scores + added
+            )
         return scores.softmax(-1).mean(1)
 
-    def _mask(self, query: Tensor, allowed: Tensor | None, places: Tensor | None) -> Tensor | None:
-        """What `scaled_dot_product_attention` takes: bool, or float to be added; [B,1 or M,Q,S]."""
-        return None if allowed is None else allowed[:, None]
+    def _attention_mask(self, query: Tensor, mask: Tensor | None, centers: Tensor | None) -> Tensor | None:
+        """The mask for `scaled_dot_product_attention`: bool, or float to be added; [B,1 or M,Q,S]."""
+        return None if mask is None else mask[:, None]
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
+class MaskedAttention(Attention):
+    """Attention within the query's predicted mask (Mask2Former section 3.2.1)."""
+
+    predicted_masks = True
+
+
 class ModulatedAttention(Attention):
-    """Attention under a Gaussian around a place that each query chooses (SMCA, Gao et al. 2021).
+    """Attention under a Gaussian around a centre that each query predicts (SMCA, Gao et al. 2021).
 
     A query predicts one centre, and for each head an offset from it and a width and height; the logarithm of
-    the Gaussian is added to the scores. Widths are exponentials, so never zero (ours); they start at 1, the
+    the Gaussian is added to the scores. Sizes are exponentials, never zero (our choice), and start at 1, the
     size of the map.
     """
 
@@ -94,17 +139,21 @@ class ModulatedAttention(Attention):
         nn.init.zeros_(self.spread.weight)
         nn.init.zeros_(self.spread.bias)
 
-    def _mask(self, query: Tensor, allowed: Tensor | None, places: Tensor | None) -> Tensor:
+    def _attention_mask(self, query: Tensor, mask: Tensor | None, centers: Tensor | None) -> Tensor:
+        if centers is None:
+            raise ValueError("the centres of the keys are expected")
         center = self.center(query).float().sigmoid()[:, None, :, :]  # [B,1,Q,2]
         offset, log_size = self._split(self.spread(query).float()).chunk(2, dim=3)  # [B,M,Q,2] each
         # the Gaussian is a product over x and y, its logarithm a sum
-        by_axis = ((places - (center + offset)[:, :, :, None, :]) / log_size.exp()[:, :, :, None, :]) ** 2
+        by_axis = ((centers - (center + offset)[:, :, :, None, :]) / log_size.exp()[:, :, :, None, :]) ** 2
         bias = -by_axis.sum(4).to(query.dtype)
-        return bias if allowed is None else bias.masked_fill(~allowed[:, None], float("-inf"))
+        return bias if mask is None else bias.masked_fill(~mask[:, None], float("-inf"))
 
 
-class MaskPooling(nn.Module):
+class MaskPooling(CrossAttention):
     """The mean of the memory within each query's mask, as in K-Net (Zhang et al. 2021): uniform attention."""
+
+    predicted_masks = True
 
     def __init__(self, channels: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -115,22 +164,61 @@ class MaskPooling(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, places: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        centers: Tensor | None = None,
     ) -> Tensor:
-        """As `Attention.forward`; of query and key nothing is used."""
-        pooled = self.weights(query, key, allowed).to(value.dtype) @ value
+        """As the contract has it; query and key are not used."""
+        pooled = self.weights(query, key, mask).to(value.dtype) @ value
         return self.out_proj(self.value_proj(pooled))
 
     @torch.no_grad()
-    def weights(self, query: Tensor, key: Tensor, allowed: Tensor, places: Tensor | None = None) -> Tensor:
-        """[B,Q,S], rows sum to 1."""
-        return allowed.to(query.dtype) / allowed.sum(2, keepdim=True)
+    def weights(
+        self, query: Tensor, key: Tensor, mask: Tensor | None = None, centers: Tensor | None = None
+    ) -> Tensor:
+        if mask is None:
+            raise ValueError("mask pooling needs the predicted masks")
+        return mask.to(query.dtype) / mask.sum(2, keepdim=True)
 
 
-CROSS_ATTENTIONS = {
-    "masked": Attention,
+CROSS_ATTENTIONS: dict[str, type[CrossAttention]] = {
+    "masked": MaskedAttention,
     "cross": Attention,
     "smca": ModulatedAttention,
     "mask_pooling": MaskPooling,
 }
 """By `decoder.attention`."""
+
+
+def build_cross_attention(config: DecoderConfig, channels: int) -> CrossAttention:
+    """The cross-attention of the settings; `InputError` for a plug-in that does not keep the contract."""
+    arguments = (channels, config.heads, config.dropout)
+    named = config.attention
+    if not isinstance(named, Plugin):
+        return CROSS_ATTENTIONS[named](*arguments)
+    place = "model.decoder.attention"
+    attention = plugin.build(named.kind, named.options, CrossAttention, place, *arguments)
+    if not isinstance(attention, CrossAttention):
+        raise InputError(f"{place}: {named.kind}: a subclass of {__name__}.CrossAttention is expected")
+    return attention
+
+
+@contextlib.contextmanager
+def recorded_weights(attentions: Iterable[CrossAttention]) -> Iterator[list[Tensor]]:
+    """The weights [B,Q,S] of each call of an attention in the meantime, in the order of the calls."""
+    seen: list[Tensor] = []
+
+    def record(attention: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(attention, CrossAttention)  # hooked below
+        query, key, _, *rest = inputs
+        seen.append(attention.weights(query, key, *rest))
+
+    hooks = [attention.register_forward_pre_hook(record) for attention in attentions]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -19,7 +19,7 @@ from mpformer.config.yamlfile import nearest
 from mpformer.model.pyramid import SimpleFeaturePyramid
 from mpformer.model.swin import PadThenShift
 from mpformer.model.weights.tensorfile import read_tensors
-from mpformer.types import InputError
+from mpformer.types import FEATURE_STRIDES, InputError
 
 
 def _declare_missing_operators() -> torch.library.Library:
@@ -51,7 +51,8 @@ from timm.models.resnet import BasicBlock, Bottleneck  # noqa: E402
 from timm.models.swin_transformer import SwinTransformerBlock  # noqa: E402
 from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
 
-STRIDES = (4, 8, 16, 32)
+_BLOCK = re.compile(r"(?:.*\.)?blocks\.\d+(?=\.)")
+"""The name of a transformer's (or ConvNeXt's) block, at the beginning of a parameter's."""
 
 
 class Backbone(nn.Module):
@@ -77,13 +78,13 @@ class Backbone(nn.Module):
             self.pyramid = SimpleFeaturePyramid(info.channels()[-1])
             self.channels = self.pyramid.channels
         else:
-            missing = [s for s in STRIDES if s not in reductions]
+            missing = [s for s in FEATURE_STRIDES if s not in reductions]
             if missing:
                 raise InputError(
                     f"model.backbone.name: {config.name} has features at strides {reductions}, "
                     f"without {missing}"
                 )
-            self._wanted = tuple(len(reductions) - 1 - reductions[::-1].index(s) for s in STRIDES)
+            self._wanted = tuple(len(reductions) - 1 - reductions[::-1].index(s) for s in FEATURE_STRIDES)
             self.channels = tuple(info.channels()[i] for i in self._wanted)
         # timm's window transformers give [B,h,w,C]
         self._channels_last = getattr(self.body, "output_fmt", Format.NCHW) == Format.NHWC
@@ -95,6 +96,18 @@ class Backbone(nn.Module):
         elif config.norm == "group_norm":
             self.body = _to_group_norm(self.body)
         _freeze(self.body, config.frozen_stages)
+        self._depths = _layer_depths(self.body)
+
+    @property
+    def depth(self) -> int:
+        """The depth of the deepest layer."""
+        return max(self._depths.values())
+
+    def depth_of(self, name: str) -> int:
+        """The layers up to and including the one that a parameter of that name belongs to: transformer blocks
+        where there are any, else stages; 0 before the first. What is not the timm model is as deep as its
+        last layer."""
+        return self._depths.get(name.removeprefix("body."), self.depth)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Normalised images [B,3,H,W] -> four maps [B,C_i,H/s_i,W/s_i], finest first."""
@@ -179,6 +192,21 @@ def _options(config: BackboneConfig) -> dict[str, Any]:
     elif config.name.startswith(("vit_", "deit", "eva", "flexivit")):
         options["dynamic_img_size"] = True
     return options
+
+
+def _layer_depths(body: nn.Module) -> dict[str, int]:
+    """`Backbone.depth_of` of each parameter of a timm model."""
+    names = [name for name, _ in body.named_parameters()]
+    stages = "|".join(re.escape(name.replace(".", "_")) for name in body.feature_info.module_name())
+    layer = _BLOCK if any(map(_BLOCK.match, names)) else re.compile(rf"(?:{stages})(?=\.)")
+    begun: set[str] = set()
+    depths = {}
+    for name in names:
+        found = layer.match(name)
+        if found:
+            begun.add(found[0])
+        depths[name] = len(begun)
+    return depths
 
 
 def _freeze(body: nn.Module, stages: int) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpformer.config.model import Model as ModelConfig
-from mpformer.model.segmenter import build_model
+from mpformer.model.architecture import build_model
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Size:
     flops: int
     """Multiply-adds of convolutions, linear layers and matrix products of one inference, one image."""
     flops_by_part: dict[str, int]
-    """The same for backbone, pixel_decoder, decoder and, in semantic segmentation, inference."""
+    """The same for each part of the model (backbone, pixel_decoder, decoder) and, in semantic segmentation,
+    inference."""
 
 
 def count_size(config: ModelConfig, classes: int, height: int, width: int, task: str = "instance") -> Size:
@@ -45,8 +46,8 @@ def count_size(config: ModelConfig, classes: int, height: int, width: int, task:
         part: sum(by_module.get(f"{type(model).__name__}.{part}", {}).values()) // 2
         for part, _ in model.named_children()
     }
-    if task == "semantic" and config.output == "masks":
-        parts["inference"] = config.queries(classes) * classes * height * width
+    if task == "semantic" and not model.structure.per_pixel:
+        parts["inference"] = model.structure.queries * classes * height * width
     return Size(parameters, sum(parts.values()), parts)
 
 

@@ -1,7 +1,7 @@
 """Losses of the matching part and of the pilots: class, mask and dice (Mask2Former section 3.3).
 
 Every loss is a sum divided by a normaliser of the whole global batch, so gradients do not depend on how the
-batch is dealt out to workers and micro-batches.
+batch is divided among workers and micro-batches.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from mpformer.config.model import Loss as LossConfig
 from mpformer.config.model import Model as ModelConfig
+from mpformer.config.model import PointCounts
+from mpformer.model.architecture import Structure
 from mpformer.model.boxes import generalized_iou, relative_boxes
 from mpformer.model.matcher import FOCAL_ALPHA, FOCAL_GAMMA, Match
 from mpformer.model.piloting import pilot_layout
@@ -33,12 +35,12 @@ from mpformer.model.points import (
 from mpformer.model.streams import SampleRandom
 from mpformer.model.transfer import to_device
 from mpformer.ops.mask_points import MaskPairs, kernel_for_mask_points, mask_point_losses
-from mpformer.types import Head, Pilots, Target
+from mpformer.types import Batch, Head, Pilots, Target
 
 
 @dataclass(frozen=True)
 class Normalizers:
-    """What the losses are divided by, summed over the global batch; each at least 1.
+    """Denominators of the losses, summed over the global batch; each at least 1.
 
     Scalars on the device of the losses, so that the host need not wait for them, or numbers.
     """
@@ -57,13 +59,13 @@ class Normalizers:
     """Labelled pixels; counted for per-pixel models only."""
 
 
-def count_for_normalizers(targets: Sequence[Target], config: ModelConfig, classes: int) -> Tensor:
-    """A micro-batch's share of the `Normalizers`, known from its targets and the number of classes.
+def count_for_normalizers(targets: Sequence[Target], config: ModelConfig, structure: Structure) -> Tensor:
+    """A micro-batch's share of the `Normalizers`, known from its targets and the model's structure.
 
     [6] float64, in the order of their fields, on the targets' device.
     """
     objects = [len(t.labels) for t in targets]
-    queries, no_object = config.queries(classes), config.loss.no_object_weight
+    queries, no_object = structure.queries, config.loss.no_object_weight
     matched = [min(n, queries) for n in objects]
     class_weight = sum(m + no_object * (queries - m) for m in matched)
     layout = pilot_layout(objects, config.pilot)
@@ -71,35 +73,34 @@ def count_for_normalizers(targets: Sequence[Target], config: ModelConfig, classe
     pilot_class_weight = pilots + no_object * layout.fillers(config.pilot.rules())
     counts = [sum(objects), class_weight, pilots, pilot_class_weight, queries * len(objects), 0]
     result = to_device(torch.tensor(counts, dtype=torch.float64), targets[0].labels.device)
-    if config.output == "per_pixel":
+    if structure.per_pixel:
         result[-1:] = torch.stack([t.masks.any(0).sum() for t in targets]).sum()
     return result
 
 
 def matching_losses(
     head: Head,
-    targets: Sequence[Target],
+    batch: Batch,
     matches: Sequence[Match],
     normalizers: Normalizers,
     config: LossConfig,
     points: Points,
-    valid_sizes: Sequence[tuple[int, int]],
 ) -> dict[str, Tensor]:
     """Weighted losses {'class', 'mask', 'dice'} of one head of the matching part; boxes: 'box', 'giou'."""
-    device = head.mask_logits.device
-    batch, queries, outputs = head.class_logits.shape
-    wanted_class = torch.full((batch, queries), outputs - 1, dtype=torch.long, device=device)
+    class_logits = head.query_classes
+    images, queries, outputs = class_logits.shape
+    wanted_class = torch.full((images, queries), outputs - 1, dtype=torch.long, device=class_logits.device)
     pairs = []
-    for b, (target, m) in enumerate(zip(targets, matches)):
+    for b, (target, m) in enumerate(zip(batch.targets, matches)):
         wanted_class[b, m.queries] = target.labels[m.objects]
         pairs.append((m.queries, m.objects))
-    class_sum = _class_loss(head.class_logits, wanted_class, config)
-    mask_sum, dice_sum = _mask_losses(head.mask_logits, targets, pairs, config, points, valid_sizes)
+    class_sum = _class_loss(class_logits, wanted_class, config)
+    mask_sum, dice_sum = _mask_losses(head.mask_logits, batch, pairs, config, points)
     return {
         "class": config.class_weight * class_sum / normalizers.class_weight,
         "mask": config.mask_weight * mask_sum / normalizers.objects,
         "dice": config.dice_weight * dice_sum / normalizers.objects,
-        **_box_losses(head, targets, pairs, config, normalizers.objects),
+        **_box_losses(head, batch.targets, pairs, config, normalizers.objects),
     }
 
 
@@ -107,32 +108,32 @@ def pilot_losses(
     head: Head,
     pilots: Pilots,
     objects: Tensor,
-    targets: Sequence[Target],
+    batch: Batch,
     normalizers: Normalizers,
     config: LossConfig,
     points: Points,
-    valid_sizes: Sequence[tuple[int, int]],
 ) -> dict[str, Tensor]:
     """Weighted losses of one head of the pilots (MP-Former section 4.2).
 
     objects [B,P] int64: the object that each slot has to reconstruct; its own (`pilots.objects`), unless
-    pilots are matched. Shared points: those of each object of a group.
+    pilots are matched. points: with `loss.shared_pilot_points` those of each object of a group.
     """
-    no_object = head.class_logits.shape[2] - 1
-    # slots of no group are padding that nothing is asked of
+    class_logits = head.query_classes
+    no_object = class_logits.shape[2] - 1
+    # slots of no group are padding without a loss
     wanted_class = torch.where(pilots.groups >= 0, no_object, _NOT_COUNTED)
     pairs = []
-    for b, (target, count) in enumerate(zip(targets, pilots.counts)):
+    for b, (target, count) in enumerate(zip(batch.targets, pilots.counts)):
         wanted_class[b, :count] = target.labels[objects[b, :count]]
         pairs.append((torch.arange(count, device=objects.device), objects[b, :count]))
-    class_sum = _class_loss(head.class_logits, wanted_class, config)
-    shared = config.shared_pilot_points and config.points is not None
-    mask_sum, dice_sum = _mask_losses(head.mask_logits, targets, pairs, config, points, valid_sizes, shared)
+    class_sum = _class_loss(class_logits, wanted_class, config)
+    shared = config.shared_pilot_points
+    mask_sum, dice_sum = _mask_losses(head.mask_logits, batch, pairs, config, points, shared)
     return {
         "class": config.class_weight * class_sum / normalizers.pilot_class_weight,
         "mask": config.mask_weight * mask_sum / normalizers.pilots,
         "dice": config.dice_weight * dice_sum / normalizers.pilots,
-        **_box_losses(head, targets, pairs, config, normalizers.pilots),
+        **_box_losses(head, batch.targets, pairs, config, normalizers.pilots),
     }
 
 
@@ -142,7 +143,7 @@ def per_pixel_losses(
     """Weighted losses of one head of a per-pixel model, on all labelled pixels at the targets' size.
 
     {'pixel'}: mean cross-entropy over the pixels of the global batch; or {'mask', 'dice'}: mean over its
-    class maps, those of classes that an image lacks being empty. Pixels of no object are not counted.
+    class maps, which are empty for classes that an image lacks. Pixels of no object are not counted.
     """
     pixel = mask = dice = head.mask_logits.new_zeros(())
     classes = head.mask_logits.shape[1]
@@ -170,29 +171,25 @@ def per_pixel_losses(
 
 
 def consistency_losses(
-    heads: Sequence[Head],
-    normalizers: Normalizers,
-    config: LossConfig,
-    draws: SampleRandom,
-    valid_sizes: Sequence[tuple[int, int]],
-    size: tuple[int, int],
+    heads: Sequence[Head], batch: Batch, normalizers: Normalizers, config: LossConfig, draws: SampleRandom
 ) -> list[Tensor]:
     """Weighted layer-consistency loss of each head but the first (MP-Former equation 6).
 
     The mask loss of every query's mask with its own mask at the head before as the label, averaged over
-    queries; valid_sizes within images of `size`. The label is binary and carries no gradient.
+    queries. The label is binary and carries no gradient.
     """
     losses = []
+    size, counts = batch.images.shape[2:], config.point_counts()
     for before, head in itertools.pairwise(heads):
         cross_entropy = dice = head.mask_logits.new_zeros(())
         for b, logits in enumerate(at_least_float32(head.mask_logits)):
             label = before.mask_logits[b].detach() >= 0
-            if config.points is None:
-                points = cell_centers(*logits.shape[1:], logits.device).expand(len(logits), -1, -1)
+            if counts is None:
+                points = cell_centers(logits.shape[1:], logits.device).expand(len(logits), -1, -1)
             else:
-                points = _kept_points(logits, loss_points(len(logits), config, draws, b), config)
+                points = _kept_points(logits, loss_points(len(logits), counts, draws, b), counts)
             predicted, wanted = sample(logits, points), sample(label.to(logits.dtype), points)
-            counted = _counted(points, config, valid_sizes[b], size)
+            counted = _counted(points, config, batch.valid_sizes[b], size)
             cross_entropy = cross_entropy + _mask_loss(predicted, wanted, counted, config).sum()
             dice = dice + _dice(predicted, wanted, counted).sum()
         loss = config.mask_weight * cross_entropy + config.dice_weight * dice
@@ -201,7 +198,7 @@ def consistency_losses(
 
 
 _NOT_COUNTED = -100
-"""The label that cross-entropy leaves out."""
+"""The label that cross-entropy ignores."""
 
 Points = Sequence[tuple[Tensor, Tensor]]
 """Of each image, as `points.loss_points` draws them; empty for losses on full masks."""
@@ -218,58 +215,74 @@ def _class_loss(logits: Tensor, wanted: Tensor, config: LossConfig) -> Tensor:
 
 def _mask_losses(
     mask_logits: Tensor,
-    targets: Sequence[Target],
+    batch: Batch,
     pairs: Sequence[tuple[Tensor, Tensor]],
     config: LossConfig,
     points: Points,
-    valid_sizes: Sequence[tuple[int, int]],
     shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sums over all pairs of the mean mask loss and of the dice loss; mask_logits [B,Q,H/4,W/4].
 
     shared: the pairs of one object of an image share their points.
     """
-    library = kernel_for_mask_points(mask_logits)
-    if config.points is not None and config.mask_loss == "cross_entropy" and library is not None:
-        images = []
-        for b, (target, (queries, objects)) in enumerate(zip(targets, pairs)):
-            drawn, rows = points[b], None
-            if shared:
-                kept, rows = _shared_points(mask_logits[b, queries], objects, drawn, config)
-                order = rows.argsort()
-                queries, objects, rows = queries[order], objects[order], rows[order]
-                drawn = kept[:, :0], kept
-            limit = (math.inf, math.inf)
-            if config.padding == "ignored":
-                (height, width), size = valid_sizes[b], target.masks.shape[1:]
-                limit = (width / size[1], height / size[0])
-            images.append(MaskPairs(queries, objects, target.masks, *drawn, limit, rows))
-        important = 0 if shared else int(config.importance * config.points)
-        both = mask_point_losses(library, mask_logits, images, important)
-        return both[0].sum(), both[1].sum()
+    counts = config.point_counts()
+    if counts is not None and config.mask_loss == "cross_entropy":
+        library = kernel_for_mask_points(mask_logits)
+        if library is not None:
+            images = _kernel_inputs(mask_logits, batch, pairs, config, points, counts, shared)
+            important = 0 if shared else counts.important
+            both = mask_point_losses(library, mask_logits, images, important)
+            return both[0].sum(), both[1].sum()
     cross_entropy = mask_logits.new_zeros(())
     dice = mask_logits.new_zeros(())
-    for b, (target, (queries, objects)) in enumerate(zip(targets, pairs)):
+    for b, (target, (queries, objects)) in enumerate(zip(batch.targets, pairs)):
         logits = at_least_float32(mask_logits[b, queries])
         masks = target.masks
-        if config.points is None:
+        if counts is None:
             # full masks: predictions raised to the ground truth's size
             size = masks.shape[1:]
             predicted = _resize(logits, size).flatten(1)
             wanted = masks[objects].flatten(1).to(logits.dtype)
-            kept = cell_centers(*size, logits.device)
+            kept = cell_centers(size, logits.device)
         else:
             if shared:
-                kept, rows = _shared_points(logits, objects, points[b], config)
-                kept = unpack(kept[rows])
+                packed, rows = _shared_points(logits, objects, points[b], counts)
+                kept = unpack(packed[rows])
             else:
-                kept = _kept_points(logits, points[b], config)
+                kept = _kept_points(logits, points[b], counts)
             predicted = sample(logits, kept)
             wanted = _sample_objects(masks, objects, kept, logits.dtype)
-        counted = _counted(kept, config, valid_sizes[b], masks.shape[1:])
+        counted = _counted(kept, config, batch.valid_sizes[b], masks.shape[1:])
         cross_entropy = cross_entropy + _mask_loss(predicted, wanted, counted, config).sum()
         dice = dice + _dice(predicted, wanted, counted).sum()
     return cross_entropy, dice
+
+
+def _kernel_inputs(
+    mask_logits: Tensor,
+    batch: Batch,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    config: LossConfig,
+    points: Points,
+    counts: PointCounts,
+    shared: bool,
+) -> list[MaskPairs]:
+    """The pairs of each image as the fused kernel takes them; shared points are chosen here."""
+    images = []
+    for b, (target, (queries, objects)) in enumerate(zip(batch.targets, pairs)):
+        candidates, uniform = points[b]
+        rows = None
+        if shared:
+            kept, rows = _shared_points(mask_logits[b, queries], objects, points[b], counts)
+            order = rows.argsort()
+            queries, objects, rows = queries[order], objects[order], rows[order]
+            candidates, uniform = kept[:, :0], kept
+        limit = (math.inf, math.inf)
+        if config.padding == "ignored":
+            (height, width), size = batch.valid_sizes[b], target.masks.shape[1:]
+            limit = (width / size[1], height / size[0])
+        images.append(MaskPairs(queries, objects, target.masks, candidates, uniform, limit, rows))
+    return images
 
 
 def _box_losses(
@@ -277,12 +290,13 @@ def _box_losses(
     targets: Sequence[Target],
     pairs: Sequence[tuple[Tensor, Tensor]],
     config: LossConfig,
-    count: float,
+    count: Tensor | float,
 ) -> dict[str, Tensor]:
     """L1 and generalised IoU of the paired boxes, weighted, sums over `count` (DETR); none without boxes."""
-    if head.boxes is None:
+    boxes = head.boxes
+    if boxes is None:
         return {}
-    predicted = torch.cat([head.boxes[b, queries] for b, (queries, _) in enumerate(pairs)])
+    predicted = torch.cat([boxes[b, queries] for b, (queries, _) in enumerate(pairs)])
     predicted = at_least_float32(predicted)
     wanted = torch.cat([relative_boxes(t.masks)[objects] for t, (_, objects) in zip(targets, pairs)])
     wanted = wanted.to(predicted.dtype)
@@ -291,23 +305,22 @@ def _box_losses(
 
 
 def _counted(
-    points: Tensor, config: LossConfig, valid_size: tuple[int, int], size: tuple[int, int]
+    points: Tensor, config: LossConfig, valid_size: Sequence[int], size: Sequence[int]
 ) -> Tensor | None:
     """Which points count, as 0 or 1; None if all do."""
     return inside(points, valid_size, size).float() if config.padding == "ignored" else None
 
 
-def _kept_points(logits: Tensor, drawn: tuple[Tensor, Tensor], config: LossConfig) -> Tensor:
+def _kept_points(logits: Tensor, drawn: tuple[Tensor, Tensor], counts: PointCounts) -> Tensor:
     """[n,P,2] points of each mask's own."""
     candidates, uniform = drawn
-    important = int(config.importance * config.points)
-    return uncertain_points(logits, unpack(candidates), unpack(uniform), important)
+    return uncertain_points(logits, unpack(candidates), unpack(uniform), counts.important)
 
 
 def _shared_points(
-    logits: Tensor, objects: Tensor, drawn: tuple[Tensor, Tensor], config: LossConfig
+    logits: Tensor, objects: Tensor, drawn: tuple[Tensor, Tensor], counts: PointCounts
 ) -> tuple[Tensor, Tensor]:
-    """[m,P] int32: packed points of each object that is asked for; [n] int64: the row of each of `objects`.
+    """[m,P] int32: packed points of each distinct object; [n] int64: the row of each of `objects`.
 
     objects [n]: group by group, each group holds every object once. Of an object's candidates those are kept
     at which the mean of its predictions is least certain.
@@ -318,7 +331,7 @@ def _shared_points(
     sums = at_least_float32(logits.detach()).new_zeros(len(own), *logits.shape[1:])
     # every group holds every object once, so a sum of logits is as uncertain as their mean
     sums.index_add_(0, place, logits.detach().to(sums.dtype))
-    kept = least_certain(sums, candidates, int(config.importance * config.points))
+    kept = least_certain(sums, candidates, counts.important)
     return torch.cat((kept, uniform), dim=1), place
 
 
@@ -333,10 +346,10 @@ def _sample_objects(masks: Tensor, objects: Tensor, points: Tensor, dtype: torch
     return sample(masks[objects].to(dtype), points)
 
 
-def _resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def _resize(logits: Tensor, size: Sequence[int]) -> Tensor:
     if len(logits) == 0:
         return logits.new_zeros(0, *size) + logits.sum()
-    return F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    return F.interpolate(logits[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
 
 
 def _mask_loss(logits: Tensor, wanted: Tensor, counted: Tensor | None, config: LossConfig) -> Tensor:

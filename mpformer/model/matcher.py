@@ -19,11 +19,11 @@ from mpformer.model.transfer import to_device, to_host
 from mpformer.types import Head, RunError, Target
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
-"""Of the focal loss (Lin et al. 2017), as DETR and MaskFormer use it."""
+"""Parameters of the focal loss (Lin et al. 2017) in DETR and MaskFormer."""
 
 
 class NonFiniteError(RunError):
-    """A number that must be finite is not: the run stops before the optimiser."""
+    """A loss, cost or gradient is not finite: the run stops before the optimiser step."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ def match(
     valid_sizes: Sequence[tuple[int, int]],
     image_ids: Sequence[str],
 ) -> list[Match]:
-    """The cheapest assignment of each image's objects to distinct queries; min(Q, N) pairs.
+    """The assignment of each image's objects to distinct queries at least cost; min(Q, N) pairs.
 
     Cost: class (minus the probability of the object's class), mask (binary cross-entropy or focal loss) and
     dice, weighted as in the loss, on points that all queries and objects of an image share; by boxes: class,
-    L1 distance and generalised IoU. A fixed assignment costs nothing: class k to query k. Raises
+    L1 distance and generalised IoU. A fixed assignment needs no costs: class k to query k. Raises
     `NonFiniteError` naming the image where a cost is not finite.
     """
     if config.assignment == "fixed":
@@ -65,12 +65,12 @@ def fixed_matches(targets: Sequence[Target]) -> list[Match]:
 
 
 def assign(costs: Sequence[Tensor]) -> tuple[list[Match], list[int]]:
-    """The cheapest assignment of each [...,Q,N] of costs; leading dimensions are solved one by one, each
-    with indices of its own.
+    """The assignment at least cost of each [...,Q,N] float32 of `costs`, and the indices of those that are
+    not finite, whose pairs are meaningless.
 
-    All go to the host in one copy, and come back in one. A thread for each would be slower: of 160 with 100
-    queries and 20 objects 12 ms instead of 3, on two cores. Returned besides: the numbers of those costs that
-    are not finite, whose pairs mean nothing.
+    Leading dimensions are solved one by one, each with indices of its own. All costs go to the host in one
+    copy, and the pairs back in one. A thread for each would be slower: for 160 of 100 queries and 20 objects
+    12 ms instead of 3, on two cores.
     """
     if not costs:
         return [], []
@@ -91,7 +91,7 @@ def assign(costs: Sequence[Tensor]) -> tuple[list[Match], list[int]]:
 
 
 def most_alike(similarity: Tensor) -> Tensor:
-    """The one-to-one assignment of columns to rows with the largest sum: [Q,Q] -> [Q] int64, row by row."""
+    """The one-to-one assignment with the largest sum: [Q,Q] -> [Q] int64, the column of each row."""
     _, columns = linear_sum_assignment(similarity.cpu().numpy(), maximize=True)
     return torch.from_numpy(columns).to(similarity.device)
 
@@ -117,9 +117,9 @@ def _cost(
     valid_size: tuple[int, int],
 ) -> Tensor:
     """[Q,N] float32."""
-    class_cost = -at_least_float32(head.class_logits[b]).softmax(-1)[:, target.labels]
+    class_cost = -at_least_float32(head.query_classes[b]).softmax(-1)[:, target.labels]
     if config.match_by == "boxes":
-        predicted = at_least_float32(head.boxes[b])[:, None]
+        predicted = at_least_float32(head.query_boxes[b])[:, None]
         wanted = relative_boxes(target.masks).to(predicted.dtype)[None]
         return (
             config.class_weight * class_cost
@@ -129,7 +129,7 @@ def _cost(
     size = target.masks.shape[1:]
     logits = at_least_float32(head.mask_logits[b])
     if points is None:
-        points = cell_centers(*logits.shape[1:], logits.device)
+        points = cell_centers(logits.shape[1:], logits.device)
         predicted = logits.flatten(1)  # at their own centres
     else:
         predicted = sample(logits, points.expand(len(logits), -1, -1))

@@ -1,4 +1,4 @@
-"""The matching of a training step: all heads, images and groups of pilots with one copy to the host."""
+"""The matching of a training step: all heads, images and groups of pilots, with one copy to the host."""
 
 from __future__ import annotations
 
@@ -17,19 +17,27 @@ from mpformer.types import Batch, Head, Output, Pilots
 
 
 @dataclass(frozen=True)
+class PilotMatching:
+    """What the pilots of a micro-batch have to reconstruct, and the random points of their losses."""
+
+    pilots: Pilots
+    objects: Sequence[Tensor]
+    """By head: the object of each pilot slot, [B,P] int64."""
+    points: Iterable[HeadPoints]
+    """By head. Single-use iterator: the points are many, so most are drawn when they are needed."""
+
+
+@dataclass(frozen=True)
 class Matching:
     """How the heads of a micro-batch are matched, and the random points of their losses."""
 
     heads: Sequence[Sequence[Match]]
     """By head and image."""
-    pilots: Sequence[Tensor]
-    """By head: the object that each pilot slot has to reconstruct, [B,P] int64."""
     points: Sequence[HeadPoints]
-    """By head of the matching part."""
-    pilot_points: Iterable[HeadPoints]
-    """By head of the pilots. To be gone through once: they are many, so most are drawn when asked for."""
+    """By head."""
+    piloted: PilotMatching | None
     failure: str | None
-    """Names an image with a cost that is not finite, whose pairs mean nothing."""
+    """Names an image with a cost that is not finite, whose pairs are meaningless."""
 
 
 @torch.no_grad()
@@ -41,29 +49,31 @@ def match_heads(
     draws: SampleRandom,
     pilot_draws: SampleRandom,
 ) -> Matching | None:
-    """`matcher.match` for all heads; pilots within their groups, too, where they are matched (Table 9).
+    """`matcher.match` for all heads; pilots within their groups, too, if they are matched (Table 9).
 
-    None for per-pixel models, which match nothing.
-    A cost that is not finite raises nothing here: a worker goes on until all of them can stop together.
+    None for per-pixel models, whose output has no queries to match.
+    A cost that is not finite raises nothing here: all workers have to stop together, in the step.
     """
-    if config.output == "per_pixel":
+    if output.heads[-1].class_logits is None:
         return None
     points, costs = _matching_part(output.heads, batch, config.loss, draws)
-    pilot_points, pilot_costs = _pilot_part(output.pilots or (), pilots, batch, config, pilot_draws)
+    pilot_heads = output.pilots or ()
+    pilot_points, pilot_costs = _pilot_part(pilot_heads, pilots, batch, config, pilot_draws)
     solved, failed = assign([cost for of_head in (*costs, *pilot_costs) for cost in of_head])
     images = len(batch)
     by_head = [solved[i : i + images] for i in range(0, len(solved), images)]
     matches, of_pilots = by_head[: len(costs)] or [fixed_matches(batch.targets)], by_head[len(costs) :]
     if len(matches) < len(output.heads):
         matches = matches * len(output.heads)  # the last head's, or a fixed one, for all
-    objects = [_chosen_objects(pilots, batch, matched) for matched in of_pilots]
     failure = None
     if failed:
         what = "matching" if failed[0] < len(costs) * images else "matching of pilots"
         failure = f"{what}: a cost of image {batch.image_ids[failed[0] % images]} is not finite"
-    if pilots is not None and not objects:
-        objects = [pilots.objects] * len(output.pilots)
-    return Matching(matches, objects, points, pilot_points, failure)
+    piloted = None
+    if pilots is not None:
+        objects = [_chosen_objects(pilots, batch, matched) for matched in of_pilots]
+        piloted = PilotMatching(pilots, objects or [pilots.objects] * len(pilot_heads), pilot_points)
+    return Matching(matches, points, piloted, failure)
 
 
 def _matching_part(
@@ -71,7 +81,7 @@ def _matching_part(
 ) -> tuple[list[HeadPoints], list[list[Tensor]]]:
     """The points of every head; the costs [Q,N] of every head that is matched, image by image."""
     each_head = loss.matching == "each_head"
-    pairs = [min(len(t.labels), heads[0].class_logits.shape[1]) for t in batch.targets]
+    pairs = [min(len(t.labels), heads[0].query_classes.shape[1]) for t in batch.targets]
     points = [draw_points(pairs, loss, draws, matching=each_head or i == 0) for i in range(len(heads))]
     if loss.assignment == "fixed":
         return points, []
@@ -83,16 +93,16 @@ def _matching_part(
 def _pilot_part(
     heads: Sequence[Head], pilots: Pilots | None, batch: Batch, config: ModelConfig, draws: SampleRandom
 ) -> tuple[Iterable[HeadPoints], list[list[Tensor]]]:
-    """The same of the pilots; their costs [groups,n,n] where they are matched among a group's n objects."""
+    """The same for the pilots; their costs [groups,n,n] if they are matched among a group's n objects."""
     if pilots is None:
         return (), []
     loss, matched = config.loss, config.pilot.assignment == "match"
     own = _own_objects(pilots, batch)
     pairs = [len(objects) for objects in own] if loss.shared_pilot_points else pilots.counts
-    points = (draw_points(pairs, loss, draws, matching=matched) for _ in heads)
+    drawn_later = (draw_points(pairs, loss, draws, matching=matched) for _ in heads)
     if not matched:
-        return points, []
-    points, costs = list(points), []
+        return drawn_later, []
+    points, costs = list(drawn_later), []
     for head, drawn in zip(heads, points):
         of_all = matching_costs(head, batch.targets, loss, drawn.matching, batch.valid_sizes)
         of_own = [cost[:count, objects] for cost, count, objects in zip(of_all, pilots.counts, own)]

@@ -1,52 +1,139 @@
 """Noise on the ground-truth masks and labels that pilots are given (MP-Former sections 4.3 and 4.4).
 
-Masks are [N,h,w] bool at a layer's own level; distances and areas count its cells. Random numbers come in
-as arguments, uniform in [0, 1), so every kind of noise is a deterministic function. What the released code
-does differently stands in functions of its own, named `released_*`. `with_noise` draws the numbers.
+Masks are [n,h,w] bool at a layer's own level; distances and areas count its cells. A kind of noise is a
+class that draws random numbers and calls a deterministic function with them. What the released code does
+differently has classes and functions of its own, named `Released...` and `released_...`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mpformer.config.model import Noise, PilotRules
+from mpformer import plugin
+from mpformer.config import model as settings
+from mpformer.config.model import Pilot, PilotRules
+from mpformer.config.plugins import Plugin
 from mpformer.model.streams import SampleRandom
 
 
-def with_noise(masks: Tensor, noise: Noise, rules: PilotRules, draws: SampleRandom, image: int) -> Tensor:
-    """The masks of one image [n,h,w] with noise of a kind drawn afresh from the image's own stream."""
-    count = len(masks)
-    if noise.kind == "point":
-        scores = draws.uniform(image, count, masks.shape[1:].numel())
-        if rules.point_flips == "independent":
-            return released_point_noise(masks, noise.ratio, scores)
-        return point_noise(masks, noise.ratio, scores, draws.uniform(image, count))
-    if noise.kind == "shift":
-        return shift_noise(masks, noise.ratio, draws.uniform(image, count, 2))
-    if noise.kind == "scale":
-        return scale_noise(masks, noise.ratio, draws.uniform(image, count))
-    return masks
+class Noise(Protocol):
+    """The contract of a kind of noise, which `model.pilot.noise` names."""
+
+    def __call__(self, masks: Tensor, draws: SampleRandom, image: int) -> Tensor:
+        """The masks [n,h,w] bool of one image with noise, another tensor of the same shape and dtype.
+
+        draws, image: random numbers come from `draws.uniform(image, *shape)`, float32 in [0, 1), the image's
+        own stream. Called once for each map that a piloted layer reads.
+        """
 
 
-def drawn_once(noise: Noise, rules: PilotRules) -> bool:
-    """Whether a noise is drawn once at the finest level and then only resized, as in the released code."""
-    return getattr(rules, noise.kind, "paper") == "released"
+class NoiseAtOnce(Protocol):
+    """Noise of the released code that is drawn once, at stride 8, and resized for all layers."""
+
+    def __call__(self, masks: Tensor, boxes: Tensor, draws: SampleRandom, image: int) -> Tensor:
+        """As `Noise`; boxes [n,4] of the masks at full size, (centre x, centre y, width, height) in 0..1."""
 
 
-def with_noise_once(masks: Tensor, noise: Noise, boxes: Tensor, draws: SampleRandom, image: int) -> Tensor:
-    """The same for what is `drawn_once`; boxes [n,4] as in `released_shift_noise`."""
-    if noise.kind == "shift":
-        return released_shift_noise(masks, noise.ratio, boxes, draws.uniform(image, len(masks), 2))
-    return released_scale_noise(masks, noise.ratio, boxes, draws.uniform(image, len(masks)))
+@dataclass(frozen=True)
+class PilotNoise:
+    """All noise of `model.pilot`, in order."""
+
+    at_once: tuple[NoiseAtOnce, ...]
+    at_each_layer: tuple[Noise, ...]
+    """Applied after `at_once`."""
+
+
+def build_noise(pilot: Pilot) -> PilotNoise:
+    """The noise of the settings. Raises `InputError` for a plug-in that does not keep the contract."""
+    rules = pilot.rules()
+    at_once: list[NoiseAtOnce] = []
+    at_each_layer: list[Noise] = []
+    for noise in pilot.noise:
+        if isinstance(noise, Plugin):
+            at_each_layer.append(plugin.build(noise.kind, noise.options, Noise, "model.pilot.noise"))
+        elif isinstance(noise, settings.ShiftNoise) and rules.shift == "released":
+            at_once.append(ReleasedShift(noise))
+        elif isinstance(noise, settings.ScaleNoise) and rules.scale == "released":
+            at_once.append(ReleasedScale(noise))
+        else:
+            at_each_layer.append(NOISES[noise.kind](noise, rules))
+    return PilotNoise(tuple(at_once), tuple(at_each_layer))
+
+
+class NoNoise:
+    """The ground truth as it is."""
+
+    def __init__(self, noise: settings.NoNoise, rules: PilotRules) -> None:
+        pass
+
+    def __call__(self, masks: Tensor, draws: SampleRandom, image: int) -> Tensor:
+        return masks
+
+
+class PointNoise:
+    def __init__(self, noise: settings.PointNoise, rules: PilotRules) -> None:
+        self.ratio, self.independent = noise.ratio, rules.point_flips == "independent"
+
+    def __call__(self, masks: Tensor, draws: SampleRandom, image: int) -> Tensor:
+        count, height, width = masks.shape
+        scores = draws.uniform(image, count, height * width)
+        if self.independent:
+            return released_point_noise(masks, self.ratio, scores)
+        return point_noise(masks, self.ratio, scores, draws.uniform(image, count))
+
+
+class ShiftNoise:
+    def __init__(self, noise: settings.ShiftNoise, rules: PilotRules) -> None:
+        self.ratio = noise.ratio
+
+    def __call__(self, masks: Tensor, draws: SampleRandom, image: int) -> Tensor:
+        return shift_noise(masks, self.ratio, draws.uniform(image, len(masks), 2))
+
+
+class ScaleNoise:
+    def __init__(self, noise: settings.ScaleNoise, rules: PilotRules) -> None:
+        self.ratio = noise.ratio
+
+    def __call__(self, masks: Tensor, draws: SampleRandom, image: int) -> Tensor:
+        return scale_noise(masks, self.ratio, draws.uniform(image, len(masks)))
+
+
+NOISES: dict[str, Callable[[Any, PilotRules], Noise]] = {
+    "none": NoNoise,
+    "point": PointNoise,
+    "shift": ShiftNoise,
+    "scale": ScaleNoise,
+}
+"""By the kind of a noise's section in `config.model`, from which it is made."""
+
+
+class ReleasedShift:
+    def __init__(self, noise: settings.ShiftNoise) -> None:
+        self.ratio = noise.ratio
+
+    def __call__(self, masks: Tensor, boxes: Tensor, draws: SampleRandom, image: int) -> Tensor:
+        return released_shift_noise(masks, self.ratio, boxes, draws.uniform(image, len(masks), 2))
+
+
+class ReleasedScale:
+    def __init__(self, noise: settings.ScaleNoise) -> None:
+        self.ratio = noise.ratio
+
+    def __call__(self, masks: Tensor, boxes: Tensor, draws: SampleRandom, image: int) -> Tensor:
+        return released_scale_noise(masks, self.ratio, boxes, draws.uniform(image, len(masks)))
 
 
 def point_noise(masks: Tensor, ratio: float, scores: Tensor, amounts: Tensor) -> Tensor:
     """Flip up to ratio * area cells of each mask, anywhere on the map.
 
-    scores [N,h*w], amounts [N]. The number of flipped cells is uniform on 0..floor(ratio * area) and the
-    cells are distinct, every choice equally likely. Returns [N,h,w] bool.
+    scores [n,h*w], amounts [n]. The number of flipped cells is uniform on 0..floor(ratio * area) and the
+    cells are distinct, every choice equally likely. Returns [n,h,w] bool.
     """
     if masks.shape[0] == 0 or ratio == 0:
         return masks
@@ -63,7 +150,7 @@ def point_noise(masks: Tensor, ratio: float, scores: Tensor, amounts: Tensor) ->
 
 
 def _smallest(values: Tensor, count: int) -> Tensor:
-    """The `count` smallest values of each row, in order: [N,P] -> [N,count]."""
+    """The `count` smallest values of each row, in order: [n,P] -> [n,count]."""
     if values.device.type == "cpu":
         # numpy's vectorised selection takes an eighth of the time of torch's
         return torch.from_numpy(np.sort(np.partition(values.numpy(), count - 1, axis=1)[:, :count], axis=1))
@@ -71,13 +158,13 @@ def _smallest(values: Tensor, count: int) -> Tensor:
 
 
 def released_point_noise(masks: Tensor, ratio: float, scores: Tensor) -> Tensor:
-    """Flip each cell by itself with probability ratio * area / cells; scores [N,h*w]."""
+    """Flip each cell by itself with probability ratio * area / cells; scores [n,h*w]."""
     probability = ratio * masks.flatten(1).sum(dim=1, keepdim=True) / scores.shape[1]
     return masks ^ (scores < probability).view_as(masks)
 
 
 def shift_noise(masks: Tensor, ratio: float, amounts: Tensor) -> Tensor:
-    """Move each object by up to ratio * half the size of its box, rounded to cells; amounts [N,2] for x, y.
+    """Move each object by up to ratio * half the size of its box, rounded to cells; amounts [n,2] for x, y.
 
     The move is cut short where the object would leave the map, so no cell of it is lost.
     """
@@ -95,7 +182,7 @@ def shift_noise(masks: Tensor, ratio: float, amounts: Tensor) -> Tensor:
 def scale_noise(masks: Tensor, ratio: float, amounts: Tensor) -> Tensor:
     """Scale each object about the centre of its box, by a factor uniform in 1 - ratio..1 + ratio.
 
-    amounts [N].
+    amounts [n].
     """
     x0, y0, x1, y1 = mask_boxes(masks).unbind(1)
     factor = (1 + ratio * (2 * amounts - 1))[:, None]
@@ -112,7 +199,7 @@ def scale_noise(masks: Tensor, ratio: float, amounts: Tensor) -> Tensor:
 def released_shift_noise(masks: Tensor, ratio: float, boxes: Tensor, amounts: Tensor) -> Tensor:
     """The released code's shift: rows move by the box's width, columns by its height.
 
-    boxes [N,4] as (centre x, centre y, width, height) in 0..1, amounts [N,2]. Cells that leave the map pile
+    boxes [n,4] as (centre x, centre y, width, height) in 0..1, amounts [n,2]. Cells that leave the map pile
     up at its border.
     """
     height, width = masks.shape[1:]
@@ -125,7 +212,7 @@ def released_shift_noise(masks: Tensor, ratio: float, boxes: Tensor, amounts: Te
 def released_scale_noise(masks: Tensor, ratio: float, boxes: Tensor, decisions: Tensor) -> Tensor:
     """The released code's scale: half of the objects are enlarged by 1 + ratio, centre x and y swapped.
 
-    boxes [N,4] as in `released_shift_noise`; decisions [N]. Cells that leave the map pile up at its border.
+    boxes [n,4] as in `released_shift_noise`; decisions [n]. Cells that leave the map pile up at its border.
     """
     height, width = masks.shape[1:]
     tall, wide = int(height * (1 + ratio)) + 1, int(width * (1 + ratio)) + 1
@@ -160,7 +247,7 @@ def released_label_noise(
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
-    """[N,4] int64 (x0, y0, x1, y1), ends exclusive; zeros for an empty mask."""
+    """[n,4] int64 (x0, y0, x1, y1), ends exclusive; zeros for an empty mask."""
 
     def extent(occupied: Tensor) -> tuple[Tensor, Tensor]:
         count = occupied.shape[1]

@@ -1,24 +1,43 @@
 """The pixel decoder of Mask2Former: multi-scale deformable attention, then one FPN step to stride 4.
 
-The convolutional ones stand in `convolutional`.
+The convolutional ones are in `convolutional`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mpformer import plugin
 from mpformer.config.model import PixelDecoder as PixelDecoderConfig
 from mpformer.model.convolutional import CONVOLUTIONAL
+from mpformer.model.points import cell_centers
 from mpformer.model.position import sine_position
 from mpformer.ops import ms_deform_attn_fused
+from mpformer.plugin import is_reference
+from mpformer.types import MEMORY_STRIDES, InputError
 
-LEVELS = 3
-"""Feature levels that deformable attention mixes: strides 32, 16, 8, in this order."""
+LEVELS = len(MEMORY_STRIDES)
+"""Feature levels over which deformable attention samples."""
 _NORM_GROUPS = 32
+
+
+class PixelDecoder(Protocol):
+    """The contract of a pixel decoder, which `model.pixel_decoder.kind` names: a `torch.nn.Module`.
+
+    A plug-in is made with (channels, backbone_channels) and its options. channels: those of all maps that it
+    returns; backbone_channels: those of the backbone's maps, finest first. Layers in an attribute `layers`
+    take part in activation checkpointing.
+    """
+
+    def forward(self, features: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Backbone maps [B,C_i,H/s,W/s] at strides 4, 8, 16, 32 -> mask features [B,C,H/4,W/4] and memories
+        [B,C,H/s,W/s] at strides 32, 16, 8."""
 
 
 class DeformableAttention(nn.Module):
@@ -34,7 +53,7 @@ class DeformableAttention(nn.Module):
         self._reset()
 
     def _reset(self) -> None:
-        # each head starts looking in a direction of its own, point k at distance k + 1
+        # each head starts with a direction of its own, point k at distance k + 1
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack((angle.cos(), angle.sin()), dim=1)
         direction = direction / direction.abs().amax(dim=1, keepdim=True)
@@ -126,7 +145,8 @@ class DeformablePixelDecoder(nn.Module):
                 for (h, w), embedding in zip(shapes, self.level_embed)
             ]
         )[None]
-        reference = _cell_centers(shapes, tokens.device)
+        centers = torch.cat([cell_centers(shape, tokens.device) for shape in shapes])
+        reference = centers[None, :, None, :].expand(1, -1, LEVELS, 2)
         for layer in self.layers:
             tokens = layer(tokens, position, shapes, reference)
         memories = tuple(
@@ -138,18 +158,24 @@ class DeformablePixelDecoder(nn.Module):
         return self.mask_features(self.smooth(fine + raised)), memories
 
 
-def _cell_centers(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """Centres of all cells of all levels, for every level alike: [1,S,levels,2] as (x, y) in 0..1."""
-    centers = []
-    for h, w in shapes:
-        y = (torch.arange(h, dtype=torch.float32, device=device) + 0.5) / h
-        x = (torch.arange(w, dtype=torch.float32, device=device) + 0.5) / w
-        grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
-        centers.append(torch.stack((grid_x, grid_y), dim=2).reshape(-1, 2))
-    return torch.cat(centers)[None, :, None, :].expand(1, -1, len(shapes), 2)
+DECODERS: dict[str, Callable[[PixelDecoderConfig, tuple[int, ...]], nn.Module]] = {
+    "deformable": DeformablePixelDecoder,
+    **CONVOLUTIONAL,
+}
+"""By `pixel_decoder.kind`."""
 
 
 def build_pixel_decoder(config: PixelDecoderConfig, backbone_channels: tuple[int, ...]) -> nn.Module:
-    """The pixel decoder of a kind, for backbone maps of those channels, finest first."""
-    kind = DeformablePixelDecoder if config.kind == "deformable" else CONVOLUTIONAL[config.kind]
-    return kind(config, backbone_channels)
+    """The pixel decoder of the settings, for backbone maps of those channels, finest first.
+
+    Raises `InputError` for a plug-in that does not keep the contract, `PixelDecoder`.
+    """
+    if not is_reference(config.kind):
+        return DECODERS[config.kind](config, backbone_channels)
+    place = "model.pixel_decoder.kind"
+    decoder = plugin.build(
+        config.kind, config.options, PixelDecoder, place, config.channels, backbone_channels
+    )
+    if not isinstance(decoder, nn.Module):
+        raise InputError(f"{place}: {config.kind}: a torch.nn.Module is expected")
+    return decoder

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpformer.config.model import Loss as LossConfig
+from mpformer.config.model import PointCounts
 from mpformer.model.streams import SampleRandom
 
 
@@ -33,9 +34,10 @@ def draw_points(
     """
     images = range(len(pairs))
     shared = tuple(matching_points(config, draws, b) if matching else None for b in images)
-    if config.points is None:
+    counts = config.point_counts()
+    if counts is None:
         return HeadPoints(shared, ())
-    return HeadPoints(shared, tuple(loss_points(pairs[b], config, draws, b) for b in images))
+    return HeadPoints(shared, tuple(loss_points(pairs[b], counts, draws, b) for b in images))
 
 
 def matching_points(config: LossConfig, draws: SampleRandom, b: int) -> Tensor | None:
@@ -46,11 +48,9 @@ def matching_points(config: LossConfig, draws: SampleRandom, b: int) -> Tensor |
     return draws.uniform(b, count, 2)
 
 
-def loss_points(count: int, config: LossConfig, draws: SampleRandom, b: int) -> tuple[Tensor, Tensor]:
-    """Candidates and uniform points of `count` masks of an image, packed: [count,...] int32 both."""
-    important = int(config.importance * config.points)
-    candidates = draws.points(b, count, int(config.oversample * config.points))
-    return candidates, draws.points(b, count, config.points - important)
+def loss_points(masks: int, counts: PointCounts, draws: SampleRandom, b: int) -> tuple[Tensor, Tensor]:
+    """Candidates and uniform points of an image's masks, packed: [masks,...] int32 both."""
+    return draws.points(b, masks, counts.candidates), draws.points(b, masks, counts.uniform)
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -82,8 +82,9 @@ def sample(maps: Tensor, points: Tensor) -> Tensor:
     return values[:, 0, :, 0]
 
 
-def cell_centers(height: int, width: int, device: torch.device) -> Tensor:
-    """Centres of all cells of a map, [height*width,2] as (x, y) in 0..1, row by row."""
+def cell_centers(size: Sequence[int], device: torch.device) -> Tensor:
+    """Centres of all cells of a map of size (h, w), [h*w,2] as (x, y) in 0..1, row by row."""
+    height, width = size
     y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
     x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
@@ -121,7 +122,7 @@ def _smallest(values: Tensor, count: int) -> Tensor:
     return values.topk(count, dim=1, largest=False, sorted=False).indices
 
 
-def inside(points: Tensor, valid_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def inside(points: Tensor, valid_size: Sequence[int], size: Sequence[int]) -> Tensor:
     """Which points [...,P,2] lie in the valid upper left part of an image padded to `size`: [...,P] bool."""
     x, y = points.unbind(-1)
     return (x < valid_size[1] / size[1]) & (y < valid_size[0] / size[0])

@@ -1,31 +1,34 @@
-"""The whole model: normalisation, backbone, encoder if any, pixel decoder, transformer decoder."""
+"""The Mask2Former family: backbone, encoder if any, pixel decoder, transformer decoder."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from mpformer.config.model import Model as ModelConfig
+from mpformer.model.architecture import Architecture, Structure
+from mpformer.model.attention import recorded_weights
 from mpformer.model.decoder import PixelClassifier, QueryDecoder
 from mpformer.model.encoder import Encoder
 from mpformer.model.pixel_decoder import build_pixel_decoder
-from mpformer.types import STRIDE, ClassTable, InputError, Output, Pilots
-
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
-"""ImageNet statistics, RGB, 0..255."""
+from mpformer.types import PIXEL_MEAN, PIXEL_STD, STRIDE, ClassTable, InputError, Output, Pilots
 
 
-class Segmenter(nn.Module):
-    """A model of the MaskFormer family. `classes` is the class table that its labels refer to."""
+class Segmenter(Architecture):
+    """Mask2Former, MP-Former and MaskFormer, with the per-pixel baselines of the latter."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, config: ModelConfig, classes: ClassTable) -> None:
-        super().__init__()
+        super().__init__(config, classes)
         # timm takes seconds to load, which those who start, follow or look up runs need not wait for
         from mpformer.model.backbone import Backbone
 
-        self.config = config
-        self.classes = classes
+        self.structure = structure_of(config, len(classes))
         self.backbone = Backbone(config.backbone)
         channels = config.pixel_decoder.channels
         *finer, coarsest = self.backbone.channels
@@ -43,16 +46,13 @@ class Segmenter(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, pilots: Pilots | None = None, all_heads: bool = False) -> Output:
-        """images [B,3,H,W] uint8 or float in 0..255 RGB, H and W multiples of 32 -> `Output`.
+        """As `Architecture.forward`.
 
-        All heads are returned in training mode, with pilots, or where `all_heads` asks for them; else only
-        the last one. Raises `InputError` for other sizes, and for pilots where the model has none.
+        Raises `InputError` for sizes that are no multiples of 32, and for pilots where the model takes none.
         """
         height, width = images.shape[-2:]
         if height % STRIDE or width % STRIDE:
             raise InputError(f"images of {height}x{width}: height and width must be multiples of {STRIDE}")
-        if pilots is not None and self.decoder.pilot_embed is None:
-            raise InputError("pilots for a model without mask piloting (model.pilot.queries is 0)")
         normalized = (images - self.pixel_mean) / self.pixel_std
         features = self.backbone(normalized)
         if self.encoder is not None:
@@ -63,10 +63,32 @@ class Segmenter(nn.Module):
         every = all_heads or self.training or pilots is not None
         return self.decoder(mask_features, memories, pilots, all_heads=every)
 
+    def depth_of(self, name: str) -> int:
+        part, _, rest = name.partition(".")
+        return self.backbone.depth_of(rest) if part == "backbone" else self.backbone.depth + 1
 
-def build_model(config: ModelConfig, classes: ClassTable | int) -> Segmenter:
-    """A model with pretrained backbone as the settings say, else random weights.
+    def checkpointed_layers(self) -> Iterator[nn.Module]:
+        """The layers of encoder, pixel decoder and decoder."""
+        for part in (self.encoder, self.pixel_decoder, self.decoder):
+            yield from getattr(part, "layers", ())
 
-    `classes`: the data set's class table, or a number of nameless classes.
-    """
-    return Segmenter(config, ClassTable.numbered(classes) if isinstance(classes, int) else classes)
+    @contextlib.contextmanager
+    def recorded_attention(self) -> Iterator[list[Tensor]]:
+        attentions = self.decoder.cross_attentions if isinstance(self.decoder, QueryDecoder) else ()
+        with recorded_weights(attentions) as weights:
+            yield weights
+
+
+def structure_of(config: ModelConfig, classes: int) -> Structure:
+    decoder = config.decoder
+    per_pixel = config.output == "per_pixel"
+    # a per-pixel model without layers has one head whatever its queries start from
+    first = 0 if per_pixel and not decoder.layers else 1 - decoder.heads_before_layers
+    return Structure(
+        classes=classes,
+        queries=config.queries(classes),
+        attention_strides=decoder.strides(),
+        head_layers=tuple(range(first, decoder.layers + 1)),
+        takes_pilots=config.pilot.queries > 0,
+        per_pixel=per_pixel,
+    )

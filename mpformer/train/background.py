@@ -17,7 +17,7 @@ from mpformer.config import Config
 from mpformer.data.records import Catalog
 from mpformer.evaluate.evaluation import measure
 from mpformer.evaluate.inference import predict_on_workers
-from mpformer.model.segmenter import Segmenter
+from mpformer.model.architecture import Architecture
 from mpformer.model.weights.loading import load_checkpoint
 from mpformer.tracking.record import read_points
 from mpformer.tracking.run_dir import RunDir
@@ -31,7 +31,7 @@ class NoBackgroundEvaluator:
     def resume(self, start: int) -> None:
         pass
 
-    def submit(self, step: int, model: Segmenter) -> None:
+    def submit(self, step: int, model: Architecture) -> None:
         raise NotImplementedError
 
     def collect(self, *, wait: bool = True) -> None:
@@ -61,7 +61,7 @@ class BackgroundEvaluator:
             else:
                 path.unlink()
 
-    def submit(self, step: int, model: Segmenter) -> None:
+    def submit(self, step: int, model: Architecture) -> None:
         """Store the weights of `step` and begin their evaluation once the one before has ended.
 
         Raises `RunError` where they cannot be written, and what the evaluation before has raised.

@@ -20,7 +20,7 @@ from torch import nn
 
 from mpformer import atomic
 from mpformer.config import Config
-from mpformer.model.segmenter import Segmenter
+from mpformer.model.architecture import Architecture
 from mpformer.model.weights.checkpoints import (
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -40,7 +40,7 @@ _NUMBERS = "numbers"
 def save(
     run_dir: Path,
     step: int,
-    model: Segmenter,
+    model: Architecture,
     optimizer: torch.optim.Optimizer,
     config: Config,
     state: dict[str, Any],
@@ -82,7 +82,7 @@ def save(
     return Checkpoint(final, step, content)
 
 
-def save_weights(path: Path, model: Segmenter, config: Config) -> None:
+def save_weights(path: Path, model: Architecture, config: Config) -> None:
     """Write the weights alone; the file appears when complete. Raises `RunError` where that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def save_weights(path: Path, model: Segmenter, config: Config) -> None:
         raise RunError(f"{path}: the weights cannot be written: {reason}") from error
 
 
-def restore(checkpoint: Checkpoint, model: Segmenter, optimizer: torch.optim.Optimizer) -> None:
+def restore(checkpoint: Checkpoint, model: Architecture, optimizer: torch.optim.Optimizer) -> None:
     """Load weights and optimiser state in place. Raises `InputError` for those of another model."""
     device = str(next(model.parameters()).device)
     try:
@@ -104,7 +104,7 @@ def restore(checkpoint: Checkpoint, model: Segmenter, optimizer: torch.optim.Opt
     _read_optimizer(checkpoint.path / OPTIMIZER_FILE, model, optimizer)
 
 
-def _write_model(path: Path, model: Segmenter, config: Config) -> None:
+def _write_model(path: Path, model: Architecture, config: Config) -> None:
     tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
     save_file(tensors, path, checkpoint_metadata(config, model.classes))
 

@@ -8,24 +8,21 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from mpformer.config import Train as TrainConfig
-from mpformer.model.segmenter import Segmenter
+from mpformer.model.architecture import Architecture
 
 
-def prepare(model: Segmenter, config: TrainConfig) -> None:
+def prepare(model: Architecture, config: TrainConfig) -> None:
     """Apply `train.activation_checkpointing` and `train.compile` to the parts of a model, in place.
 
     Neither changes what the model computes; parameters keep their names. A part is compiled for the first
     shape that it gets and once more for dynamic shapes; fixed crops need no more than that.
     """
-    parts = [model.backbone, model.encoder, model.pixel_decoder, model.decoder]
     if config.activation_checkpointing:
-        for part in parts[1:]:
-            for layer in getattr(part, "layers", ()):
-                layer.forward = _computed_again(layer.forward)
+        for layer in model.checkpointed_layers():
+            layer.forward = _checkpointed(layer.forward)  # parameters keep their names
     if config.compile:
-        for part in parts:
-            if part is not None:
-                part.compile()
+        for part in model.compiled_parts():
+            part.compile()
 
 
 def use_bfloat16(precision: str, device: torch.device) -> bool:
@@ -35,8 +32,8 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
     return precision == "bfloat16"
 
 
-def _computed_again(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A layer's forward that stores only its inputs for the backward pass."""
+def _checkpointed(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A layer's forward that keeps only its inputs for the backward pass."""
 
     def run(*inputs: object) -> torch.Tensor:
         if not torch.is_grad_enabled():

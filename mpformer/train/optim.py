@@ -13,10 +13,8 @@ from mpformer.config import Plugin, PolySchedule, StepSchedule
 from mpformer.config import Train as TrainConfig
 from mpformer.config.run import AnySchedule
 from mpformer.config.section import Section
+from mpformer.model.architecture import Architecture
 from mpformer.types import InputError
-
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-_TABLES = ("relative_position_bias_table", "absolute_pos_embed", "pos_embed", "cls_token")
 
 
 class OptimizerStep(Protocol):
@@ -39,7 +37,7 @@ class Schedule(Protocol):
         ...
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: Architecture, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimiser with the papers' groups: the backbone's rate scaled; no decay of norms, embeddings and
     tables.
 
@@ -47,16 +45,11 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     optimiser.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    seen: set[int] = set()
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            undecayed = isinstance(module, (*_NORMS, nn.Embedding)) or name in _TABLES
-            in_backbone = module_name.split(".")[0] == "backbone"
-            lr = config.lr * (config.backbone_lr_factor if in_backbone else 1.0)
-            groups.setdefault((lr, 0.0 if undecayed else config.weight_decay), []).append(parameter)
+    for entry in model.model_parameters():
+        if entry.parameter.requires_grad:
+            lr = config.lr * (config.backbone_lr_factor if entry.in_backbone else 1.0)
+            decay = config.weight_decay if entry.decayed else 0.0
+            groups.setdefault((lr, decay), []).append(entry.parameter)
     return _optimizer(
         [
             {"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": decay}

@@ -13,7 +13,7 @@ from mpformer.data.records import Catalog
 from mpformer.evaluate.evaluation import measure
 from mpformer.evaluate.pages import write_page
 from mpformer.evaluate.prediction import Prediction
-from mpformer.model.segmenter import Segmenter
+from mpformer.model.architecture import Architecture
 from mpformer.tracking.run_dir import RunDir
 from mpformer.tracking.tracker import Tracker
 from mpformer.train import checkpoint
@@ -33,7 +33,7 @@ class SilentReporter:
     def training(self, step: int, losses: dict[str, Tensor], values: dict[str, float]) -> None:
         """Record a point of training: `losses` of the global batch, and other values by metric key."""
 
-    def evaluate_in_background(self, step: int, model: Segmenter, values: dict[str, float]) -> None:
+    def evaluate_in_background(self, step: int, model: Architecture, values: dict[str, float]) -> None:
         """Record `values`, and have the weights of a step evaluated while training goes on."""
 
     def finish_evaluations(self) -> None:
@@ -46,7 +46,7 @@ class SilentReporter:
         return {}
 
     def save(
-        self, step: int, model: Segmenter, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+        self, step: int, model: Architecture, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> None:
         """Write the checkpoint of a step; what was recorded up to it goes to the trackers and the mirror."""
 
@@ -103,7 +103,7 @@ class Reporter(SilentReporter):
         self._tracker.log(step, point | values)
         self._background.collect(wait=False)
 
-    def evaluate_in_background(self, step: int, model: Segmenter, values: dict[str, float]) -> None:
+    def evaluate_in_background(self, step: int, model: Architecture, values: dict[str, float]) -> None:
         self._tracker.log(step, values)
         self._background.submit(step, model)
 
@@ -121,7 +121,7 @@ class Reporter(SilentReporter):
         return evaluation.scores.summary
 
     def save(
-        self, step: int, model: Segmenter, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+        self, step: int, model: Architecture, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> None:
         checkpoint.save(self._job.run_dir, step, model, optimizer, self._config, state)
         self._tracker.commit(step)

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mpformer.config import Config
-from mpformer.config.model import Model as ModelConfig
+from mpformer.config.model import Loss as LossConfig
+from mpformer.model.architecture import Architecture, Structure
 from mpformer.model.losses import (
     Normalizers,
     consistency_losses,
@@ -26,7 +27,7 @@ from mpformer.model.piloting import make_pilots
 from mpformer.model.streams import SampleRandom
 from mpformer.model.transfer import to_host
 from mpformer.train.timing import Timers
-from mpformer.types import Batch, Output, Pilots
+from mpformer.types import Batch, Output
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,15 @@ def train_step(
 ) -> StepResult:
     """Update the model on this worker's share of one global batch.
 
-    `model` is a `Segmenter`, bare or in DistributedDataParallel; `batch` lies on its device. The share is
-    split into micro-batches of `train.micro_batch` images, whose gradients add up exactly to that of the
-    global batch. Raises `NonFiniteError` on every worker, before the weights change, if a loss or the
-    gradient is not finite on any of them.
+    `model` is an `Architecture` for that many `classes`, bare or in DistributedDataParallel; `batch` is on
+    its device. The share is split into micro-batches of `train.micro_batch` images, whose gradients add up
+    exactly to that of the global batch. Raises `NonFiniteError` on every worker, before the weights change,
+    if a loss or the gradient is not finite on any of them.
     """
     seed, device = config.train.seed, batch.images.device
+    structure = _structure(model, classes)
     micro_batches = batch.split(config.train.micro_batch or len(batch))
-    normalizers = _global_normalizers(micro_batches, config, classes)
+    normalizers = _global_normalizers(micro_batches, config, structure)
     checks: list[_Check] = []
     terms: dict[str, Tensor] = {}
     for micro in micro_batches:
@@ -73,7 +75,7 @@ def train_step(
         pilot_draws = SampleRandom(seed, "pilots", micro.positions, device)
         with _gradients_stay_local(model, unless=micro is micro_batches[-1]):
             with timers("pilots"):
-                pilots = make_pilots(micro.targets, config.model, classes, pilot_draws)
+                pilots = make_pilots(micro.targets, config.model.pilot, structure, pilot_draws)
             with (
                 timers("forward"),
                 torch.autocast(device.type, torch.bfloat16, enabled=autocast),
@@ -82,7 +84,7 @@ def train_step(
             with timers("match"):
                 matching = match_heads(output, pilots, micro, config.model, draws, pilot_draws)
             with timers("losses"):
-                losses = _losses(output, pilots, matching, micro, normalizers, config.model, draws)
+                losses = _losses(output, matching, micro, normalizers, config.model.loss, structure, draws)
                 loss = torch.stack(list(losses.values())).sum()
             with timers("backward"):
                 # DistributedDataParallel averages over workers; the losses are shares of one sum
@@ -111,45 +113,43 @@ def _sums(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _losses(
     output: Output,
-    pilots: Pilots | None,
     matching: Matching | None,
     batch: Batch,
     normalizers: Normalizers,
-    config: ModelConfig,
+    config: LossConfig,
+    structure: Structure,
     draws: SampleRandom,
 ) -> dict[str, Tensor]:
-    """Weighted losses of all heads; those of the last head have no 'head_i/' before their name.
-
-    Head i stands after layer i, head 0 before layer 1.
-    """
-    targets, valid_sizes, settings = batch.targets, batch.valid_sizes, config.loss
-    layers = config.decoder.layers
-    names = [f"head_{layer}/" for layer in range(layers + 1 - len(output.heads), layers)] + [""]
+    """Weighted losses of all heads; those of the last head have no 'head_3/' before their name."""
+    prefixes = structure.head_prefixes
     losses: dict[str, Tensor] = {}
+
+    def add(name: str, terms: dict[str, Tensor]) -> None:
+        losses.update({f"{name}_{term}": value for term, value in terms.items()})
+
     if matching is None:
-        for name, head in zip(names, output.heads):
-            terms = per_pixel_losses(head, targets, normalizers, settings)
-            losses.update({f"{name}loss_{kind}": value for kind, value in terms.items()})
+        for prefix, head in zip(prefixes, output.heads):
+            add(f"{prefix}loss", per_pixel_losses(head, batch.targets, normalizers, config))
         return losses
-    for name, head, matches, drawn in zip(names, output.heads, matching.heads, matching.points):
-        terms = matching_losses(head, targets, matches, normalizers, settings, drawn.losses, valid_sizes)
-        losses.update({f"{name}loss_{kind}": value for kind, value in terms.items()})
-    if pilots is not None and output.pilots is not None:
-        piloted = zip(names, output.pilots, matching.pilots, matching.pilot_points)
-        for name, head, objects, drawn in piloted:
-            points = drawn.losses
-            terms = pilot_losses(head, pilots, objects, targets, normalizers, settings, points, valid_sizes)
-            losses.update({f"{name}pilot_loss_{kind}": value for kind, value in terms.items()})
-    if settings.consistency_weight:
-        size = (batch.images.shape[2], batch.images.shape[3])
-        values = consistency_losses(output.heads, normalizers, settings, draws, valid_sizes, size)
-        losses.update({f"{name}loss_consistency": value for name, value in zip(names[1:], values)})
+    matched = zip(prefixes, output.heads, matching.heads, matching.points)
+    for prefix, head, matches, points in matched:
+        add(f"{prefix}loss", matching_losses(head, batch, matches, normalizers, config, points.losses))
+    if matching.piloted and output.pilots:
+        pilots = matching.piloted.pilots
+        piloted = zip(prefixes, output.pilots, matching.piloted.objects, matching.piloted.points)
+        for prefix, head, objects, points in piloted:
+            terms = pilot_losses(head, pilots, objects, batch, normalizers, config, points.losses)
+            add(f"{prefix}pilot_loss", terms)
+    if config.consistency_weight:
+        values = consistency_losses(output.heads, batch, normalizers, config, draws)
+        for prefix, value in zip(prefixes[1:], values):
+            add(f"{prefix}loss", {"consistency": value})
     return losses
 
 
-def _global_normalizers(micro_batches: Sequence[Batch], config: Config, classes: int) -> Normalizers:
+def _global_normalizers(micro_batches: Sequence[Batch], config: Config, structure: Structure) -> Normalizers:
     """Sums over all workers and micro-batches, known from the targets before the forward."""
-    counts = [count_for_normalizers(micro.targets, config.model, classes) for micro in micro_batches]
+    counts = [count_for_normalizers(micro.targets, config.model, structure) for micro in micro_batches]
     total = torch.stack(counts).sum(0)
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -189,9 +189,16 @@ def _stop_unless_finite(checks: Sequence[_Check], grad_norm: Tensor) -> None:
         return
     failures = [failure for check in checks if (failure := check.failure())]
     if not fine:
-        raise NonFiniteError(failures[0] if failures else "another worker met a number that is not finite")
+        raise NonFiniteError(failures[0] if failures else "a value of another worker is not finite")
     images = ", ".join(image for check in checks for image in check.image_ids)
     raise NonFiniteError(f"backward: the gradient of images {images} is not finite")
+
+
+def _structure(model: nn.Module, classes: int) -> Structure:
+    bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    if not isinstance(bare, Architecture) or bare.structure.classes != classes:
+        raise ValueError(f"train_step: an Architecture for {classes} classes is expected")
+    return bare.structure
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from mpformer.cores import usable_cores
 from mpformer.data.pipeline import train_batches
 from mpformer.data.records import Catalog
 from mpformer.evaluate.inference import predict_records
-from mpformer.model.segmenter import Segmenter, build_model
+from mpformer.model.architecture import Architecture, build_model
 from mpformer.model.weights.checkpoints import latest
 from mpformer.model.weights.loading import load_weights
 from mpformer.ops.allocator import keep_freed_memory
@@ -79,7 +79,7 @@ class _Run:
     group: Group
     plan: StepPlan
     val: Catalog
-    model: Segmenter
+    model: Architecture
     optimizer: torch.optim.Optimizer
     reporter: SilentReporter
     """Rank 0's `Reporter`; on the other ranks it does nothing."""
@@ -119,7 +119,7 @@ def train(job: Job) -> None:
         start, seconds = found.step, found.state["train_seconds"]
         skipped = list(found.state["skipped"]) if group.rank == 0 else []
     prepare(model, config.train)
-    wrapped = _distribute(model, config, group)
+    wrapped = _distribute(model, group)
 
     reporter = SilentReporter()
     if group.rank == 0:
@@ -149,6 +149,7 @@ def _train_steps(run: _Run, wrapped: nn.Module, start: int) -> None:
     for step, batch in _batches(run, start):
         # every random stream starts anew from (seed, step): a restart needs no stored state of them
         torch.manual_seed((config.train.seed << 32) + step * group.world + group.rank)
+        run.model.set_progress(step / plan.total)
         set_rates(run.optimizer, rate_factor(step, plan.total, config.train))
         result = train_step(
             wrapped,
@@ -266,7 +267,7 @@ def _join(config: Config) -> Group:
     return Group(context.get_world_rank(), context.get_world_size(), device)
 
 
-def _build_model(job: Job, classes: ClassTable, *, begun: bool) -> tuple[Segmenter, str | None]:
+def _build_model(job: Job, classes: ClassTable, *, begun: bool) -> tuple[Architecture, str | None]:
     """The model with the weights that a run starts from, and what was loaded from `train.init`.
 
     A run that has begun has weights of its own: none are fetched or loaded for it here.
@@ -280,13 +281,12 @@ def _build_model(job: Job, classes: ClassTable, *, begun: bool) -> tuple[Segment
     return model, f"{job.init}\n{load_weights(model, job.init)}\n"
 
 
-def _distribute(model: Segmenter, config: Config, group: Group) -> nn.Module:
+def _distribute(model: Architecture, group: Group) -> nn.Module:
     if group.world == 1:
         return model
-    live_statistics = config.model.backbone.norm == "bn"
     return nn.parallel.DistributedDataParallel(
         model,
         device_ids=[group.device] if group.device.type == "cuda" else None,
-        broadcast_buffers=live_statistics,
+        broadcast_buffers=model.has_live_statistics(),
         gradient_as_bucket_view=True,
     )

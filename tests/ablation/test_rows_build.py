@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpformer.ablation.spec import load_study
-from mpformer.model.segmenter import build_model
+from mpformer.model.architecture import build_model
 
 STUDIES = sorted((Path(__file__).parents[2] / "experiments/ablations").glob("*.yaml"))
 CLASSES = 7

@@ -246,18 +246,6 @@ def test_settings_of_the_family_that_contradict_each_other(model, message):
         Config.model_validate({"model": model})
 
 
-def test_heads_and_queries_follow_from_the_settings():
-    def model(**sections):
-        return Config.model_validate({"data": {"task": "semantic"}, "model": sections}).model
-
-    assert (model().heads, model().queries(7)) == (10, 100)
-    assert model(decoder={**MASKFORMER, "layers": 6}).heads == 6
-    per_pixel = {"output": "per_pixel", "pilot": {"queries": 0}}
-    assert model(**per_pixel, decoder={"layers": 0}).heads == 1
-    assert model(**per_pixel, decoder={**MASKFORMER, "layers": 6}).queries(7) == 7
-    assert model(loss={"assignment": "fixed"}).queries(7) == 7
-
-
 @pytest.mark.parametrize(
     ("written", "expected"), [("yes", "yes"), ("no", "no"), ("auto", "auto"), ("'yes'", "yes")]
 )

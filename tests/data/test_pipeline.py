@@ -10,7 +10,7 @@ import torch
 from mpformer.config import Data, LargeScaleJitter, ShortEdgeJitter, ShortestEdge
 from mpformer.data.catalog import open_split
 from mpformer.data.collate import collate
-from mpformer.data.images import PIXEL_MEAN
+from mpformer.data.images import PAD_COLOR
 from mpformer.data.packing import from_table, to_table
 from mpformer.data.pipeline import rank_positions, train_batches
 from mpformer.data.samples import make_sample, sample_order
@@ -128,7 +128,7 @@ def test_a_batch_is_what_the_model_takes(tmp_path):
         assert tuple(target.masks.shape) == (len(target.labels), 64, 96)
         assert len(target.labels) <= counts[name]
         assert target.masks.flatten(1).any(1).all()
-        for plane, mean in zip(image, PIXEL_MEAN):
+        for plane, mean in zip(image, PAD_COLOR):
             assert (plane[h:] == mean).all()
             assert (plane[:, w:] == mean).all()
         assert not target.masks[:, h:].any()

@@ -10,7 +10,7 @@ from torch import nn
 
 from mpformer.config import Backbone, Config, Decoder, Model, PixelDecoder, TestResize
 from mpformer.data.records import Catalog, Record, Rle, Segment
-from mpformer.model.segmenter import Segmenter, build_model
+from mpformer.model.architecture import Architecture, build_model
 from mpformer.types import ClassInfo, ClassTable, Head, Output
 
 CLASSES = ClassTable(
@@ -67,7 +67,7 @@ def tiny_config(task: str = "panoptic") -> Config:
     return config.model_copy(update={"data": data, "evaluate": options})
 
 
-def tiny_model(config: Config, seed: int = 0) -> Segmenter:
+def tiny_model(config: Config, seed: int = 0) -> Architecture:
     torch.manual_seed(seed)
     return build_model(config.model, CLASSES)
 

@@ -22,6 +22,7 @@ from mpformer.evaluate.layers import (
 from mpformer.evaluate.truth import target_of, true_segments
 from mpformer.evaluate.views import prepare
 from mpformer.model.matcher import Match
+from mpformer.model.segmenter import structure_of
 from mpformer.types import Head, Output
 from tests.evaluate.scenes import ColourModel, scenes, tiny_config, tiny_model
 
@@ -197,6 +198,7 @@ class Wavering(ColourModel):
     """Four heads that agree, but that the first two do not see the grass."""
 
     config = tiny_config().model
+    structure = structure_of(config, 4)
 
     def forward(self, images, pilots=None, all_heads=False):
         head = super().forward(images).heads[0]

@@ -16,7 +16,7 @@ from mpformer.data.catalog import open_split
 from mpformer.evaluate.evaluation import evaluate, measure
 from mpformer.evaluate.prediction import FoundInstance
 from mpformer.evaluate.truth import true_instances
-from mpformer.model.segmenter import build_model
+from mpformer.model.architecture import build_model
 from mpformer.plugin import FOLDER_VARIABLE
 from mpformer.train import checkpoint, launch
 from mpformer.types import InputError, RunError

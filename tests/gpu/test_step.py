@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mpformer.model import matcher
-from mpformer.model.segmenter import build_model
+from mpformer.model.architecture import build_model
 from mpformer.train import step
 from mpformer.train.optim import build_optimizer
 from mpformer.train.timing import Timers

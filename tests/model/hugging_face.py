@@ -10,9 +10,9 @@ from mpformer.model import backbone  # noqa: F401  (makes torchvision importable
 import transformers  # isort: skip
 from safetensors.torch import load_file
 
-from mpformer.model.segmenter import PIXEL_MEAN, PIXEL_STD
 from mpformer.model.weights.loading import import_weights, load_checkpoint
 from mpformer.model.weights.names import huggingface_names
+from mpformer.types import PIXEL_MEAN, PIXEL_STD
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 SMALL = {

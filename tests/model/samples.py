@@ -3,8 +3,10 @@
 import torch
 
 from mpformer.config.model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder
+from mpformer.model.piloting import make_pilots
+from mpformer.model.segmenter import structure_of
 from mpformer.model.streams import SampleRandom
-from mpformer.types import Target
+from mpformer.types import Batch, Pilots, Target
 
 CPU = torch.device("cpu")
 
@@ -34,3 +36,28 @@ def blobs(count: int, size: tuple[int, int] = (64, 96), seed: int = 0, classes: 
 
 def pilot_draws(images: int, seed: int = 0) -> SampleRandom:
     return SampleRandom(seed, "pilots", range(images), CPU)
+
+
+def pilots_for(
+    targets: list[Target], config: Model, draws: SampleRandom | None = None, classes: int = 3
+) -> Pilots | None:
+    """The pilots of these images for a model of these settings."""
+    return make_pilots(
+        targets, config.pilot, structure_of(config, classes), draws or pilot_draws(len(targets))
+    )
+
+
+def batch_of(
+    targets: list[Target],
+    valid_sizes: list[tuple[int, int]] | None = None,
+    size: tuple[int, int] | None = None,
+) -> Batch:
+    """Ground truth as the losses take it, with black images of `size` (default: that of the masks)."""
+    height, width = size or targets[0].masks.shape[1:]
+    return Batch(
+        torch.zeros(len(targets), 3, height, width, dtype=torch.uint8),
+        tuple(targets),
+        tuple(valid_sizes or [(height, width)] * len(targets)),
+        tuple(map(str, range(len(targets)))),
+        tuple(range(len(targets))),
+    )

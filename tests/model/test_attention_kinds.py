@@ -10,9 +10,8 @@ from torch.nn import functional as F
 from mpformer.config.model import Decoder, Model, Pilot, PixelDecoder
 from mpformer.model.attention import Attention, MaskPooling, ModulatedAttention
 from mpformer.model.decoder import QueryDecoder
-from mpformer.model.piloting import make_pilots
 from mpformer.model.position import sine_position
-from tests.model.samples import blobs, pilot_draws
+from tests.model.samples import blobs, pilots_for
 
 C, HEADS, SIZES = 8, 2, ((2, 3), (4, 6), (8, 12))
 D = C // HEADS
@@ -212,7 +211,7 @@ def test_the_decoder_is_its_loops(case, piloted):
             decoder=Decoder(**{"queries": 4, "layers": 4, "heads": HEADS, **settings}),
             pilot=Pilot(queries=6, layers=(1, 3)),
         )
-        pilots = make_pilots([blobs(2)], config, 3, pilot_draws(1))
+        pilots = pilots_for([blobs(2)], config)
     with torch.no_grad():
         out = decoder(pixels, memories, pilots)
         config = Decoder(**settings)

@@ -11,10 +11,11 @@ from mpformer.model.boxes import generalized_iou, relative_boxes
 from mpformer.model.losses import Normalizers, count_for_normalizers, matching_losses, per_pixel_losses
 from mpformer.model.matcher import Match, match
 from mpformer.model.points import draw_points
+from mpformer.model.segmenter import structure_of
 from mpformer.model.streams import SampleRandom
 from mpformer.types import Head, Target
 from tests.model.hugging_face import transformers
-from tests.model.samples import CPU, blobs
+from tests.model.samples import CPU, batch_of, blobs
 
 NORMALIZERS = Normalizers(5.0, 7.0, 11.0, 13.0, 17.0, 19.0)
 SIZE = (64, 96)
@@ -41,7 +42,7 @@ def test_focal_and_dice_are_maskformers():
     reference = transformers.models.maskformer.modeling_maskformer
     head, target = random_head(), blobs(3, SIZE)
     config = Loss(mask_loss="focal", points=None, mask_weight=20.0, dice_weight=1.0)
-    got = matching_losses(head, [target], pairs(4, 0, 2), NORMALIZERS, config, (), [SIZE])
+    got = matching_losses(head, batch_of([target]), pairs(4, 0, 2), NORMALIZERS, config, ())
     raised = F.interpolate(head.mask_logits, SIZE, mode="bilinear", align_corners=False)[0, [4, 0, 2]]
     flat, wanted = raised.flatten(1), target.masks.flatten(1).double()
     focal, dice = reference.sigmoid_focal_loss(flat, wanted, 5), reference.dice_loss(flat, wanted, 5)
@@ -108,7 +109,7 @@ def test_box_losses_and_costs_by_hand():
     truth = relative_boxes(target.masks).tolist()
     boxes = head.boxes[0].tolist()
     points = draw_points([2], config, draws(), matching=False).losses
-    got = matching_losses(head, [target], pairs(3, 1), NORMALIZERS, config, points, [SIZE])
+    got = matching_losses(head, batch_of([target]), pairs(3, 1), NORMALIZERS, config, points)
     distance = sum(abs(a - b) for q, t in zip((3, 1), truth) for a, b in zip(boxes[q], t))
     giou = sum(1 - looped_giou(boxes[q], t) for q, t in zip((3, 1), truth))
     assert float(got["box"]) == pytest.approx(5 * distance / 5)
@@ -135,7 +136,9 @@ def test_a_fixed_assignment_gives_class_k_to_query_k():
     assert found.objects.tolist() == [0, 1]
     config = Model(loss=Loss(assignment="fixed"))
     assert config.queries(3) == 3
-    assert float(count_for_normalizers([target], config, 3)[1]) == pytest.approx(2 + 0.1)
+    assert float(count_for_normalizers([target], config, structure_of(config, 3))[1]) == pytest.approx(
+        2 + 0.1
+    )
 
 
 def test_points_of_matching_and_of_the_loss_are_apart():
@@ -182,7 +185,7 @@ def test_per_pixel_cross_entropy_by_hand():
     assert set(got) == {"pixel"}
     assert float(got["pixel"]) == pytest.approx(total / 19)
     config = Model.model_validate({"output": "per_pixel", "pilot": {"queries": 0}, "decoder": {"layers": 0}})
-    assert float(count_for_normalizers([target], config, 3)[5]) == 4 * 6 + 4 * 9
+    assert float(count_for_normalizers([target], config, structure_of(config, 3))[5]) == 4 * 6 + 4 * 9
 
 
 def test_per_pixel_focal_and_dice_by_hand():

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 
 from mpformer.config import Config
 from mpformer.config import data as config_data
+from mpformer.model.architecture import build_model
 from mpformer.model.losses import Normalizers, matching_losses
 from mpformer.model.matcher import match
 from mpformer.model.points import draw_points
-from mpformer.model.segmenter import build_model
 from mpformer.model.weights.huggingface import write_huggingface
 from mpformer.model.weights.loading import checkpoint_metadata, export_huggingface, import_weights
 from mpformer.types import ClassTable, InputError, Target
@@ -25,7 +25,7 @@ from tests.model.hugging_face import (
     to_ours,
     transformers,
 )
-from tests.model.samples import tiny_model
+from tests.model.samples import batch_of, tiny_model
 
 KINDS = ("resnet18", "swin_tiny", pytest.param("resnet50", marks=pytest.mark.slow))
 
@@ -171,7 +171,7 @@ def test_loss_and_gradients_agree(kind, dtype, loss_tolerance, gradient_toleranc
     for head, draws in zip(ours(images, all_heads=True).heads, replays):
         matches = match(head, targets, settings, draws, sizes, ["a", "b"])
         points = draw_points([3, 5], settings, draws, matching=False).losses
-        parts = matching_losses(head, targets, matches, normalizers, settings, points, sizes)
+        parts = matching_losses(head, batch_of(targets), matches, normalizers, settings, points)
         total = total + sum(parts.values())
     total.backward()
     assert total.item() == pytest.approx(expected.item(), rel=loss_tolerance)

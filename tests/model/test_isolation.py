@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from mpformer.model.piloting import make_pilots
-from mpformer.model.segmenter import build_model
+from mpformer.model.architecture import build_model
 from mpformer.types import InputError, Pilots
-from tests.model.samples import blobs, pilot_draws, tiny_model
+from tests.model.samples import blobs, pilot_draws, pilots_for, tiny_model
 
 SIZE = (64, 96)
 
@@ -23,9 +22,8 @@ def images():
 
 
 def pilots_of(targets, pilot=None, seed=0):
-    return make_pilots(
-        targets, tiny_model({"layers": (1, 3), **(pilot or {})}), 3, pilot_draws(len(targets), seed)
-    )
+    config = tiny_model({"layers": (1, 3), **(pilot or {})})
+    return pilots_for(targets, config, pilot_draws(len(targets), seed))
 
 
 TARGETS = [blobs(3), blobs(0), blobs(5, seed=1)]

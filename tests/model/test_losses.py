@@ -15,11 +15,11 @@ from mpformer.model.losses import (
     pilot_losses,
 )
 from mpformer.model.matcher import Match
-from mpformer.model.piloting import make_pilots
 from mpformer.model.points import draw_points, unpack
+from mpformer.model.segmenter import structure_of
 from mpformer.model.streams import SampleRandom
 from mpformer.types import Head
-from tests.model.samples import CPU, blobs, pilot_draws, tiny_model
+from tests.model.samples import CPU, batch_of, blobs, pilots_for, tiny_model
 from tests.model.test_points import bilinear
 
 SIZE = (64, 96)
@@ -91,7 +91,7 @@ def test_matching_losses(padding):
         Match(torch.tensor([0, 2, 5]), torch.tensor([2, 0, 1])),
     ]
     points = drawn([2, 3], config, draws())
-    got = matching_losses(head, targets, matches, NORMALIZERS, config, points, VALID)
+    got = matching_losses(head, batch_of(targets, VALID), matches, NORMALIZERS, config, points)
     source = draws()
     class_loss = cross_entropy = dice = 0.0
     for b in range(2):
@@ -116,7 +116,7 @@ def test_full_masks():
     (head,) = heads(1, 3)
     targets = [blobs(1), blobs(0)]
     matches = [Match(torch.tensor([2]), torch.tensor([0])), Match(*torch.zeros(2, 0, dtype=torch.long))]
-    got = matching_losses(head, targets, matches, NORMALIZERS, config, (), VALID)
+    got = matching_losses(head, batch_of(targets, VALID), matches, NORMALIZERS, config, ())
     raised = F.interpolate(head.mask_logits[:1, 2:], size=SIZE, mode="bilinear", align_corners=False)[0, 0]
     truth = targets[0].masks[0].double()
     cross_entropy = F.binary_cross_entropy_with_logits(raised, truth)
@@ -131,11 +131,13 @@ def test_pilot_losses(flavour):
     """Pilots of several groups; the released flavour trains its padding as no-object, the paper's not."""
     config = tiny_model({"queries": 12, "flavour": flavour}, {"points": 16})
     targets = [blobs(2), blobs(5, seed=1)]
-    pilots = make_pilots(targets, config, 3, pilot_draws(2))
+    pilots = pilots_for(targets, config)
     slots = pilots.labels.shape[1]
     (head,) = heads(1, slots)
     points = drawn(pilots.counts, config.loss, draws("pilots"))
-    got = pilot_losses(head, pilots, pilots.objects, targets, NORMALIZERS, config.loss, points, VALID)
+    got = pilot_losses(
+        head, pilots, pilots.objects, batch_of(targets, VALID), NORMALIZERS, config.loss, points
+    )
     source = draws("pilots")
     class_loss = cross_entropy = dice = 0.0
     for b, count in enumerate(pilots.counts):
@@ -156,16 +158,16 @@ def test_normalizers_count_what_the_losses_sum():
     targets = [blobs(2), blobs(20), blobs(0)]
     paper = tiny_model({"queries": 12}, decoder={"queries": 7})
     # objects; 2 + 7 matched, the others 0.1 each; 12 + 12 pilots; all queries
-    assert count_for_normalizers(targets, paper, 3).tolist() == pytest.approx(
+    assert count_for_normalizers(targets, paper, structure_of(paper, 3)).tolist() == pytest.approx(
         [22, 9 + 0.1 * 12, 24, 24, 21, 0]
     )
     released = tiny_model({"queries": 40, "flavour": "released"}, decoder={"queries": 7})
     # two groups of twenty slots for each image: 4 + 40 pilots, 76 slots of padding
-    assert count_for_normalizers(targets, released, 3).tolist() == pytest.approx(
+    assert count_for_normalizers(targets, released, structure_of(released, 3)).tolist() == pytest.approx(
         [22, 10.2, 44, 44 + 7.6, 21, 0]
     )
     none = tiny_model({"queries": 0}, decoder={"queries": 7})
-    assert count_for_normalizers(targets, none, 3)[2:4].tolist() == [0, 0]
+    assert count_for_normalizers(targets, none, structure_of(none, 3))[2:4].tolist() == [0, 0]
 
 
 def test_no_objects_give_a_class_loss_and_zeros_in_the_graph():
@@ -175,7 +177,8 @@ def test_no_objects_give_a_class_loss_and_zeros_in_the_graph():
     for count in (16, None):
         config = Loss(points=count)
         points = drawn([0, 0], config, draws())
-        got = matching_losses(head, [blobs(0)] * 2, [nothing] * 2, NORMALIZERS, config, points, VALID)
+        batch = batch_of([blobs(0)] * 2, VALID)
+        got = matching_losses(head, batch, [nothing] * 2, NORMALIZERS, config, points)
         assert float(got["class"]) > 0
         assert float(got["mask"]) == float(got["dice"]) == 0
         (got["mask"] + got["dice"]).backward()
@@ -185,7 +188,7 @@ def test_no_objects_give_a_class_loss_and_zeros_in_the_graph():
 def test_layer_consistency_is_the_mask_loss_with_the_head_before():
     config = Loss(points=16, consistency_weight=0.5)
     several = heads(3, 4)
-    got = consistency_losses(several, NORMALIZERS, config, draws(), VALID, SIZE)
+    got = consistency_losses(several, batch_of([blobs(0)] * 2, VALID), NORMALIZERS, config, draws())
     source = draws()
     assert len(got) == 2
     for value, before, head in zip(got, several, several[1:]):
@@ -204,7 +207,8 @@ def test_layer_consistency_pulls_on_the_later_head_only():
     for head in (first, second):
         head.mask_logits.requires_grad_(True)
     config = Loss(points=None, consistency_weight=1.0)
-    consistency_losses([first, second], NORMALIZERS, config, draws(), VALID, SIZE)[0].backward()
+    batch = batch_of([blobs(0)] * 2, VALID)
+    consistency_losses([first, second], batch, NORMALIZERS, config, draws())[0].backward()
     assert first.mask_logits.grad is None
     assert second.mask_logits.grad.abs().sum() > 0
 
@@ -217,7 +221,7 @@ def test_half_precision_is_raised_before_the_losses():
     def losses(dtype):
         cast = Head(head.class_logits.to(dtype), head.mask_logits.to(dtype))
         points = drawn([1, 1], config, draws())
-        return matching_losses(cast, targets, matches, NORMALIZERS, config, points, VALID)
+        return matching_losses(cast, batch_of(targets, VALID), matches, NORMALIZERS, config, points)
 
     for name, value in losses(torch.bfloat16).items():
         assert value.dtype == torch.float32
@@ -229,7 +233,7 @@ def test_the_compiled_form_is_the_plain_one(padding):
     """float32 on a CPU runs compiled, float64 plain: same points, same losses, same gradients."""
     config = tiny_model({"queries": 12}, {"points": 500, "padding": padding})
     targets = [blobs(2), blobs(0), blobs(5, seed=1)]
-    pilots = make_pilots(targets, config, 3, pilot_draws(3))
+    pilots = pilots_for(targets, config)
     random = torch.Generator().manual_seed(0)
     masks = torch.randn(3, 12, 16, 24, dtype=torch.float64, generator=random)
     results = []
@@ -240,11 +244,10 @@ def test_the_compiled_form_is_the_plain_one(padding):
             head,
             pilots,
             pilots.objects,
-            targets,
+            batch_of(targets, [*VALID, (64, 33)]),
             NORMALIZERS,
             config.loss,
             drawn(pilots.counts, config.loss, SampleRandom(0, "pilots", (0, 1, 2), CPU)),
-            [*VALID, (64, 33)],
         )
         (losses["mask"] + 3 * losses["dice"]).backward()
         results.append((float(losses["mask"]), float(losses["dice"]), logits.grad))
@@ -257,11 +260,13 @@ def test_shared_pilot_points(dtype):
     """All pilots of an object are compared at the points at which their mean is least certain."""
     config = tiny_model({"queries": 12}, {"points": 16, "shared_pilot_points": True})
     targets = [blobs(2), blobs(5, seed=1)]
-    pilots = make_pilots(targets, config, 3, pilot_draws(2))
+    pilots = pilots_for(targets, config)
     (head,) = heads(1, pilots.labels.shape[1])
     cast = Head(head.class_logits.to(dtype), head.mask_logits.to(dtype))
     points = drawn([2, 5], config.loss, draws("pilots"))
-    got = pilot_losses(cast, pilots, pilots.objects, targets, NORMALIZERS, config.loss, points, VALID)
+    got = pilot_losses(
+        cast, pilots, pilots.objects, batch_of(targets, VALID), NORMALIZERS, config.loss, points
+    )
     source = draws("pilots")
     cross_entropy = dice = 0.0
     for b, count in enumerate(pilots.counts):

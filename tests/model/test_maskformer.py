@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from mpformer.config.model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder
+from mpformer.model.architecture import build_model
 from mpformer.model.decoder import QueryDecoder
 from mpformer.model.encoder import Encoder
 from mpformer.model.position import sine_position
-from mpformer.model.segmenter import build_model
 from mpformer.model.weights.loading import export_huggingface, import_weights, load_checkpoint
 from mpformer.model.weights.names_maskformer import official_maskformer_names
 from mpformer.types import InputError

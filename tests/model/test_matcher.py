@@ -109,7 +109,7 @@ def matched_pilots(head, pilots, target, loss, draws):
     config = Model(loss=loss, pilot={"assignment": "match"})
     found = match_heads(Output((head,), (head,)), pilots, batch, config, draws, draws)
     assert found.failure is None
-    return found.pilots[0]
+    return found.piloted.objects[0]
 
 
 def test_pilots_are_matched_within_their_group():

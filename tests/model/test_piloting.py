@@ -6,15 +6,16 @@ from torch.nn import functional as F
 
 from mpformer.config import Config
 from mpformer.config.model import Pilot
-from mpformer.model.piloting import make_pilots, pilot_layout
-from tests.model.samples import blobs, pilot_draws, tiny_model
+from mpformer.model.piloting import pilot_layout
+from tests.model.samples import blobs, pilot_draws, pilots_for, tiny_model
 
 SIZE = (64, 96)
 LEVELS = [(2, 3), (4, 6), (8, 12)]
 
 
 def pilots_of(targets, pilot=None, decoder=None, seed=0, classes=3):
-    return make_pilots(targets, tiny_model(pilot, decoder=decoder), classes, pilot_draws(len(targets), seed))
+    config = tiny_model(pilot, decoder=decoder)
+    return pilots_for(targets, config, pilot_draws(len(targets), seed), classes)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_kinds_follow_each_other():
 
 def test_pilots_of_an_image_do_not_depend_on_its_batch():
     together = pilots_of([blobs(3), blobs(7, seed=5), blobs(1)])
-    alone = make_pilots([blobs(3)], tiny_model(), 3, pilot_draws(1))
+    alone = pilots_of([blobs(3)])
     assert torch.equal(together.labels[0, :12], alone.labels[0])
     for a, b in zip(together.attention_masks, alone.attention_masks):
         assert torch.equal(a[0, :12], b[0])

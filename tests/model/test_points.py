@@ -38,7 +38,7 @@ def test_sample_of_nothing_keeps_the_graph():
 
 def test_cell_centers_read_each_cell():
     maps = torch.arange(12, dtype=torch.float64).view(1, 3, 4)
-    assert torch.allclose(sample(maps, cell_centers(3, 4, maps.device)[None]), maps.flatten(1), atol=1e-5)
+    assert torch.allclose(sample(maps, cell_centers((3, 4), maps.device)[None]), maps.flatten(1), atol=1e-5)
 
 
 def test_uncertain_points_keep_the_least_certain_candidates():

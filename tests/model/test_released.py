@@ -9,10 +9,10 @@ import torch
 
 from mpformer.config.model import Decoder, Model, Pilot, PixelDecoder
 from mpformer.model.decoder import QueryDecoder
-from mpformer.model.piloting import make_pilots
 from mpformer.model.streams import SampleRandom
 from mpformer.model.weights.names import official_names
 from mpformer.types import Target
+from tests.model.samples import pilots_for
 
 FILE = "mpformer_decoder_1.npz"
 PILOTS = {
@@ -66,7 +66,7 @@ def test_all_heads_agree(goldens, case, dtype):
         targets.append(Target(tensor(f"in/labels_{b}"), torch.from_numpy(masks).bool()))
     pilots = None
     if PILOTS[case] is not None:
-        pilots = make_pilots(targets, config, 7, SampleRandom(0, "pilots", (0, 1), torch.device("cpu")))
+        pilots = pilots_for(targets, config, classes=7)
     with torch.no_grad():
         out = decoder(
             tensor("in/mask_features").to(dtype),
@@ -89,6 +89,6 @@ def test_the_paper_flavour_is_another_function(goldens):
     draws = SampleRandom(0, "pilots", (0,), torch.device("cpu"))
     released = settings("shift_all_layers_tiny_noise")
     paper = released.model_copy(update={"pilot": released.pilot.model_copy(update={"flavour": "paper"})})
-    a = make_pilots([target], released, 7, draws).attention_masks[1]
-    b = make_pilots([target], paper, 7, draws).attention_masks[1]
+    a = pilots_for([target], released, draws, classes=7).attention_masks[1]
+    b = pilots_for([target], paper, draws, classes=7).attention_masks[1]
     assert float((a == b).float().mean()) < 0.3

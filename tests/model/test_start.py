@@ -2,7 +2,7 @@
 
 import torch
 
-from mpformer.model.segmenter import build_model
+from mpformer.model.architecture import build_model
 from tests.model.samples import tiny_model
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from mpformer.config import Config
 from mpformer.config.model import Backbone, Decoder, Model, Pilot, PixelDecoder
-from mpformer.model.segmenter import build_model
+from mpformer.model.architecture import build_model
 from mpformer.model.weights.loading import (
     checkpoint_metadata,
     import_weights,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mpformer.model.segmenter import build_model
+from mpformer.model.architecture import build_model
 from mpformer.model.weights.loading import load_checkpoint
 from mpformer.tracking.record import read_metrics
 from mpformer.tracking.tracker import Entry, Tracker

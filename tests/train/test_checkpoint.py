@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpformer.config import Plugin, Train
-from mpformer.model.segmenter import build_model
+from mpformer.model.architecture import build_model
 from mpformer.model.weights import checkpoints
 from mpformer.model.weights.loading import load_checkpoint, load_weights
 from mpformer.train import checkpoint

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mpformer.model.segmenter import build_model
+from mpformer.model.architecture import build_model
 from mpformer.train.execution import prepare
 from tests.train.conftest import make_batch
 from tests.train.test_step import CLASSES, gradients_of_step, settings

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpformer.config import Config, Plugin, PolySchedule, StepSchedule, Train
-from mpformer.model.segmenter import build_model
+from mpformer.model.architecture import build_model
 from mpformer.train.optim import build_optimizer, check_plugins, rate_factor, set_rates
 from mpformer.types import InputError
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from mpformer.config import Config
 from mpformer.data.pipeline import rank_positions
+from mpformer.model.architecture import build_model
 from mpformer.model.matcher import NonFiniteError
-from mpformer.model.segmenter import build_model
 from mpformer.train.optim import build_optimizer
 from mpformer.train.step import train_step
 from mpformer.train.timing import Timers
@@ -368,5 +368,5 @@ def test_one_failing_worker_stops_all_before_the_weights_change(tmp_path):
         told = manager.dict()
         mp.spawn(_work_beside_a_failing_worker, (str(tmp_path / "store"), told), nprocs=2)
         told = dict(told)
-    assert told[0] == ("another worker met a number that is not finite", True)
+    assert told[0] == ("a value of another worker is not finite", True)
     assert told[1] == ("matching: a cost of image image-1 is not finite", True)

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpformer.model import matcher
-from mpformer.model.segmenter import build_model
+from mpformer.model.architecture import build_model
 from mpformer.train import step
 from mpformer.train.timing import Timers
 from tests.train.conftest import make_batch

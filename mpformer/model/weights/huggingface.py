@@ -12,12 +12,12 @@ from torch import Tensor
 
 from mpformer.config.data import TestResize
 from mpformer.config.model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder
-from mpformer.model.segmenter import PIXEL_MEAN, PIXEL_STD, Segmenter
+from mpformer.model.segmenter import Segmenter
 from mpformer.model.weights.names import huggingface_names
 from mpformer.model.weights.names_maskformer import huggingface_maskformer_names
 from mpformer.model.weights.official import SWINS, ForeignModel, maskformer_decoder
 from mpformer.model.weights.tensorfile import read_tensors
-from mpformer.types import InputError
+from mpformer.types import PIXEL_MEAN, PIXEL_STD, InputError
 
 _ENCODER = "model.pixel_level_module.encoder"
 _STAGES = [f"stage{i}" for i in range(1, 5)]

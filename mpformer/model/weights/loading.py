@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mpformer.config import Config
-from mpformer.model.segmenter import Segmenter, build_model
+from mpformer.model.architecture import Architecture, build_model
 from mpformer.model.weights.checkpoints import model_file
 from mpformer.model.weights.huggingface import read_huggingface, write_huggingface
 from mpformer.model.weights.official import read_official
@@ -76,7 +76,7 @@ def read_metadata(file: Path) -> tuple[Config, ClassTable]:
     return config, ClassTable.from_dict(json.loads(header["classes"]))
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[Segmenter, Config]:
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[Architecture, Config]:
     """The model of a checkpoint in evaluation mode, and its settings.
 
     `path`: a run, a checkpoint folder or its model file. Raises `InputError` for anything else.
@@ -119,7 +119,7 @@ def _other_classes(model: nn.Module, file: Path) -> bool:
     """Whether a file is known to be of other classes than the model."""
     with safe_open(file, "pt") as tensors:
         header = tensors.metadata() or {}
-    if header.get("format") != _FORMAT or not isinstance(model, Segmenter):
+    if header.get("format") != _FORMAT or not isinstance(model, Architecture):
         return False
     theirs = ClassTable.from_dict(json.loads(header["classes"])).names
     numbered = ClassTable.numbered(len(theirs)).names
