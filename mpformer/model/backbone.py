@@ -167,7 +167,7 @@ def _create(config: BackboneConfig) -> nn.Module:
 
 
 def _check_file(file: Path, name: str, model: nn.Module) -> None:
-    """Raise `InputError` where a file is unreadable or holds another model: timm would load what fits."""
+    """Raise `InputError` if a file is unreadable or of another model: timm would load what fits of it."""
     stored = read_tensors(file)
     wanted = [re.sub(r"^layers_(\d)", r"layers.\1", own) for own, _ in model.named_parameters()]
     wanted = [own.removeprefix("model.") for own in wanted]
@@ -197,7 +197,7 @@ def _options(config: BackboneConfig) -> dict[str, Any]:
 def _layer_depths(body: nn.Module) -> dict[str, int]:
     """`Backbone.depth_of` of each parameter of a timm model."""
     names = [name for name, _ in body.named_parameters()]
-    stages = "|".join(re.escape(name.replace(".", "_")) for name in body.feature_info.module_name())
+    stages = "|".join(re.escape(name.replace(".", "_")) for name in _feature_info(body).module_name())
     layer = _BLOCK if any(map(_BLOCK.match, names)) else re.compile(rf"(?:{stages})(?=\.)")
     begun: set[str] = set()
     depths = {}
@@ -239,7 +239,7 @@ class _FoldedFrozenBatchNorm2d(FrozenBatchNorm2d):
 
 
 def _fold_frozen_norms(body: nn.Module) -> None:
-    """In ResNets, whose every convolution is followed by its norm: let the convolution do both."""
+    """Fold the frozen norms of a ResNet, where each follows its convolution, into the convolutions."""
     if not any(isinstance(module, BasicBlock | Bottleneck) for module in body.modules()):
         return
     for module in body.modules():

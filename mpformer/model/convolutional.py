@@ -32,8 +32,14 @@ def mask_features_conv(channels: int, kernel: int) -> nn.Conv2d:
     """The last convolution of every pixel decoder."""
     conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
     nn.init.kaiming_uniform_(conv.weight, a=1)
-    nn.init.zeros_(conv.bias)
+    zero_bias(conv)
     return conv
+
+
+def zero_bias(layer: nn.Conv2d) -> None:
+    """Set the bias of a convolution that has one to zero."""
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 def _raised(x: Tensor, like: Tensor) -> Tensor:
@@ -73,21 +79,27 @@ class SemanticFPN(FPN):
         super().__init__(config, backbone_channels)
         channels = config.channels
         # strides 32, 16, 8 are doubled 3, 2 and 1 times after a convolution each; stride 4 gets one, too
-        self.raising = nn.ModuleList(
-            nn.ModuleList(conv_norm(channels, channels, 3) for _ in range(count)) for count in (3, 2, 1, 1)
-        )
+        self.raising = nn.ModuleList(_Raise(channels, count) for count in (3, 2, 1, 1))
 
     def forward(self, features: tuple[Tensor, ...]) -> Decoded:
         """As `FPN.forward`."""
         maps = self.top_down(features)
-        total = None
-        for x, convs in zip(maps, self.raising):
-            for conv in convs:
-                x = conv(x)
-                if x.shape[2:] != maps[-1].shape[2:]:
-                    x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-            total = x if total is None else total + x
-        return self.mask_features(total), tuple(maps[:-1])
+        raised = [raise_(x, maps[-1].shape[2:]) for raise_, x in zip(self.raising, maps)]
+        return self.mask_features(sum(raised[1:], raised[0])), tuple(maps[:-1])
+
+
+class _Raise(nn.ModuleList):
+    """Convolutions, each followed by doubling the map until it has the size wanted."""
+
+    def __init__(self, channels: int, count: int) -> None:
+        super().__init__(conv_norm(channels, channels, 3) for _ in range(count))
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        for conv in self:
+            x = conv(x)
+            if x.shape[2:] != size:
+                x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        return x
 
 
 class WeightedSum(nn.Module):
@@ -141,24 +153,24 @@ class BiFPN(nn.Module):
 
 
 class DeformableConv(nn.Module):
-    """A 3x3 convolution whose taps are moved and weighed cell by cell (DCN v2), by bilinear sampling.
+    """A 3x3 convolution whose taps are moved and weighted cell by cell (DCN v2), by bilinear sampling.
 
-    The channels form groups that share their offsets. Offsets start at zero and weights at a half: as a
-    convolution. Plain PyTorch, so it runs wherever torch does.
+    The channels form groups that share their offsets. Offsets start at zero and weights at a half, so it
+    starts as half a convolution. Plain PyTorch, which runs on every device.
     """
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.groups = groups
-        self.conv = nn.Conv2d(channels, channels, 3)  # its weights; it is never called
+        self.conv = nn.Conv2d(channels, channels, 3)  # holds the weights, is never called
         nn.init.kaiming_uniform_(self.conv.weight, a=1)
-        nn.init.zeros_(self.conv.bias)
+        zero_bias(self.conv)
         self.moves = nn.Conv2d(channels, groups * 9 * 3, 3, padding=1)
         nn.init.zeros_(self.moves.weight)
-        nn.init.zeros_(self.moves.bias)
+        zero_bias(self.moves)
 
     def forward(self, x: Tensor, guide: Tensor) -> Tensor:
-        """x and guide [B,C,h,w]: the map, and what says where to look -> [B,C,h,w]; zero outside."""
+        """x [B,C,h,w]: the map; guide [B,C,h,w]: predicts the offsets -> [B,C,h,w]; zero outside."""
         batch, _, h, w = x.shape
         # half precision cannot tell neighbouring cells of a large map apart
         x = at_least_float32(x)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mpformer import plugin
 from mpformer.config.model import PixelDecoder as PixelDecoderConfig
-from mpformer.model.convolutional import CONVOLUTIONAL
+from mpformer.model.convolutional import CONVOLUTIONAL, zero_bias
 from mpformer.model.points import cell_centers
 from mpformer.model.position import sine_position
 from mpformer.ops import ms_deform_attn_fused
@@ -106,33 +106,29 @@ class DeformablePixelDecoder(nn.Module):
         channels = config.channels
         self.channels = channels
         groups = math.gcd(_NORM_GROUPS, channels)
+        projections = [nn.Conv2d(c, channels, 1) for c in reversed(backbone_channels[1:])]
         self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c, channels, 1), nn.GroupNorm(groups, channels))
-            for c in reversed(backbone_channels[1:])
+            nn.Sequential(projection, nn.GroupNorm(groups, channels)) for projection in projections
         )
         self.level_embed = nn.Parameter(torch.empty(LEVELS, channels))
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
-        self.lateral = nn.Sequential(
-            nn.Conv2d(backbone_channels[0], channels, 1, bias=False), nn.GroupNorm(groups, channels)
-        )
-        self.smooth = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(groups, channels), nn.ReLU()
-        )
+        layers = [EncoderLayer(config) for _ in range(config.layers)]
+        self.layers = nn.ModuleList(layers)
+        lateral = nn.Conv2d(backbone_channels[0], channels, 1, bias=False)
+        self.lateral = nn.Sequential(lateral, nn.GroupNorm(groups, channels))
+        smooth = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.smooth = nn.Sequential(smooth, nn.GroupNorm(groups, channels), nn.ReLU())
         kernel = config.last_kernel or 1
         self.mask_features = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
-        self._reset()
-
-    def _reset(self) -> None:
         nn.init.normal_(self.level_embed)
-        for layer in self.layers:
+        for layer in layers:
             for linear in (layer.linear1, layer.linear2):
                 nn.init.xavier_uniform_(linear.weight)
-        for projection in self.input_proj:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
-        for conv in (self.lateral[0], self.smooth[0], self.mask_features):
+        for projection in projections:
+            nn.init.xavier_uniform_(projection.weight)
+            zero_bias(projection)
+        for conv in (lateral, smooth, self.mask_features):
             nn.init.kaiming_uniform_(conv.weight, a=1)
-        nn.init.zeros_(self.mask_features.bias)
+        zero_bias(self.mask_features)
 
     def forward(self, features: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Backbone maps, finest first -> (mask features [B,C,H/4,W/4], memories [B,C,h,w] at 32, 16, 8)."""

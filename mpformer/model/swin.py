@@ -1,8 +1,8 @@
 """Window attention at any input size, as the official Swin detectors compute it.
 
-timm shifts a map and then pads it to whole windows; the official code pads first, so that at sizes that are
-no multiple of the window the shifted windows hold other cells, and weights trained by the one are not quite
-right in the other.
+timm shifts a map and then pads it to whole windows; the official code pads first. At sizes that are no
+multiple of the window the shifted windows then hold other cells, and weights trained with one do not fit
+the other exactly.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class PadThenShift:
-    """Replaces the window attention of timm's Swin block, from which its attributes come."""
+    """Replaces the window attention of timm's Swin block, which has these attributes."""
+
+    window_size: tuple[int, int]
+    shift_size: tuple[int, int]
+    attn: nn.Module
 
     def _attn(self, x: Tensor) -> Tensor:
         """x [B,h,w,C], normed -> [B,h,w,C]."""
@@ -48,7 +52,7 @@ def _shift_mask(
     """[windows,window cells,window cells]: -100 between cells that only the shift brought into one window."""
 
     def region(count: int, window: int, shift: int) -> Tensor:
-        # 0 for whole windows, 1 and 2 for the two parts of the last one, which the shift put together
+        # 0 for whole windows, 1 and 2 for the two parts of the last one, which the shift brought together
         position = torch.arange(count, device=device)
         return (position >= count - window).int() + (position >= count - shift).int()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpformer.config.data import TestResize
 from mpformer.config.model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder
+from mpformer.model.architecture import Architecture
 from mpformer.model.segmenter import Segmenter
 from mpformer.model.weights.names import huggingface_names
 from mpformer.model.weights.names_maskformer import huggingface_maskformer_names
@@ -150,13 +151,15 @@ _NO_LIMIT = 1 << 20
 """Pixels; where `transformers` must be given a size."""
 
 
-def write_huggingface(model: Segmenter, folder: Path, resize: TestResize) -> None:
+def write_huggingface(model: Architecture, folder: Path, resize: TestResize) -> None:
     """Write config.json, preprocessor_config.json (with the model's `resize` for evaluation) and
     model.safetensors.
 
     Pilots are left out: inference knows nothing of them. Raises `InputError` for a model that
     `transformers` has no equal of.
     """
+    if not isinstance(model, Segmenter):
+        raise InputError(f"export: transformers' Mask2Former cannot hold a {type(model).__name__}")
     own = model.state_dict()
     unknown = [k for k in own if not k.startswith("decoder.pilot_embed") and huggingface_names(k) is None]
     reason = f"it has no {unknown[0]}" if unknown else _no_mask2former(model.config)

@@ -14,14 +14,14 @@ from mpformer.config.model import Backbone, Decoder, Loss, Model, Pilot, PixelDe
 from mpformer.model.weights.names import Names, official_names
 from mpformer.model.weights.names_maskformer import official_maskformer_names
 from mpformer.model.weights.tensorfile import read_tensors
-from mpformer.types import InputError
+from mpformer.types import MEMORY_STRIDES, InputError
 
 _PIXELS = "sem_seg_head.pixel_decoder"
 _QUERIES = "sem_seg_head.predictor"
 _MASKFORMER_LAYERS = f"{_QUERIES}.transformer.decoder.layers"
 _HEADS = 8
 """Attention heads of all official models; no tensor shows their number."""
-_LEVELS = 3
+_LEVELS = len(MEMORY_STRIDES)
 
 _RESNETS = {(True, 6): "resnet50", (True, 23): "resnet101", (True, 36): "resnet152"}
 """By (bottleneck blocks, blocks of the third stage)."""
@@ -100,7 +100,7 @@ def _infer_maskformer(tensors: dict[str, Tensor], file: Path) -> Model:
         pixel_decoder=PixelDecoder(
             kind="fpn",
             channels=size(f"{_PIXELS}.mask_features.weight", 1),
-            last_kernel=size(f"{_PIXELS}.mask_features.weight", 2),
+            last_kernel=1 if size(f"{_PIXELS}.mask_features.weight", 2) == 1 else 3,
         ),
         decoder=maskformer_decoder(
             queries=size(f"{_QUERIES}.query_embed.weight"),
@@ -150,15 +150,14 @@ def _infer_backbone(tensors: dict[str, Tensor], file: Path) -> Backbone:
     if "backbone.patch_embed.proj.weight" in tensors:
         # a table has (2 * window - 1) squared rows
         table = tensors["backbone.layers.0.blocks.0.attn.relative_position_bias_table"]
-        found = (
-            tensors["backbone.patch_embed.proj.weight"].shape[0],
-            count(tensors, r"backbone\.layers\.2\.blocks\.(\d+)\."),
-            window_of(table),
-        )
-        name = SWINS.get(found)
+        channels = tensors["backbone.patch_embed.proj.weight"].shape[0]
+        blocks = count(tensors, r"backbone\.layers\.2\.blocks\.(\d+)\.")
+        name = SWINS.get((channels, blocks, window_of(table)))
+    elif "backbone.stem.conv3.weight" in tensors:
+        name = None
     else:
-        found = ("backbone.res2.0.conv3.weight" in tensors, count(tensors, r"backbone\.res4\.(\d+)\."))
-        name = None if "backbone.stem.conv3.weight" in tensors else _RESNETS.get(found)
+        bottlenecks = "backbone.res2.0.conv3.weight" in tensors
+        name = _RESNETS.get((bottlenecks, count(tensors, r"backbone\.res4\.(\d+)\.")))
     if name is None:
         raise InputError(
             f"{file}: its backbone is none of {', '.join([*_RESNETS.values(), *SWINS.values()])}"
