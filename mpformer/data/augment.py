@@ -21,7 +21,7 @@ from mpformer.config.section import Section
 from mpformer.data.colors import draw_colors
 from mpformer.data.masks import BoxMask, Window, crop_masks
 from mpformer.data.records import Record
-from mpformer.types import InputError
+from mpformer.types import STRIDE, InputError
 
 _BLOCK = 8
 """Pixels along a side of a JPEG block."""
@@ -36,7 +36,7 @@ class Placement:
     flip: bool = False
     """Mirrored from left to right after that."""
     colors: Callable[[np.ndarray], np.ndarray] | None = None
-    """Changes the resized pixels, [h,w,3] uint8 RGB to the same; what it draws is drawn already."""
+    """Changes the resized pixels, [h,w,3] uint8 RGB, to the same shape; its random numbers are drawn already."""
     max_category_area: float = 1.0
     """Largest share of the labelled pixels that one class may have, 0..1: otherwise the crop is drawn again,
     up to ten times."""
@@ -45,8 +45,8 @@ class Placement:
 class Augmentation(Protocol):
     """The contract of `data.augment.kind`: where a training sample comes from in its image.
 
-    A sample is a function of (seed, epoch, image) alone, whoever makes it: an augmentation keeps no state,
-    and all its random numbers come from the generator that it is handed.
+    A sample is a function of (seed, epoch, image), in whichever process it is made: an augmentation keeps no
+    state, and draws all its random numbers from the generator that it is given.
     """
 
     def canvas(self) -> tuple[int, int] | None:
@@ -58,9 +58,12 @@ class Augmentation(Protocol):
 
 
 def augmentation(config: AnyAugment) -> Augmentation:
-    """The augmentation that the settings name; `InputError` where a plug-in is none."""
+    """The augmentation that the settings name; `InputError` for a plug-in that does not fit its contract."""
     if isinstance(config, Plugin):
-        return plugin.shared(config.kind, config.options, Augmentation, "data.augment")
+        own = plugin.shared(config.kind, config.options, Augmentation, "data.augment")
+        if (canvas := own.canvas()) is not None and any(side % STRIDE for side in canvas):
+            raise InputError(f"data.augment: {config.kind}: canvas {canvas}: multiples of {STRIDE} expected")
+        return own
     return _KINDS[type(config)](config)
 
 

@@ -67,7 +67,10 @@ def _open_plugin(dataset: PluginDataSet, data: Data, split: str) -> Catalog:
     root = _root(data)
     place = f"data.dataset: {dataset.format}"
     read = plugin.build(dataset.format, dataset.options, Reader, "data.dataset.format")
-    classes, records = read(root, split, data.task)
+    opened = read(root, split, data.task)
+    if not (isinstance(opened, tuple) and len(opened) == 2 and isinstance(opened[0], ClassTable)):
+        raise InputError(f"{place}: a tuple (ClassTable, records) is expected, not {type(opened).__name__}")
+    classes, records = opened
     if not isinstance(records, Records):
         listed = list(records)
         for record in listed:

@@ -78,7 +78,7 @@ def _optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim
 
 
 def schedule(config: AnySchedule) -> Schedule:
-    """The schedule that the settings name; `InputError` where a plug-in is none."""
+    """The schedule that the settings name; `InputError` for a plug-in that does not fit its contract."""
     if isinstance(config, Plugin):
         return plugin.shared(config.kind, config.options, Schedule, "train.schedule")
     return _SCHEDULES[type(config)](config)

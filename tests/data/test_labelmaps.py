@@ -354,7 +354,7 @@ def small_ignoring_others(data):
 
 def test_tasks_that_the_maps_cannot_serve(tmp_path):
     data = small(tmp_path).model_copy(update={"task": "panoptic"})
-    with pytest.raises(InputError, match=r"data\.task: 'panoptic' needs objects that are told apart"):
+    with pytest.raises(InputError, match=r"data\.task: 'panoptic' needs separate objects"):
         open_split(data, "train")
 
 

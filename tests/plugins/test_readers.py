@@ -165,6 +165,13 @@ def read(root, split, task, label=0, image="a.png"):
     record = Record("a", image, 64, 64, (Segment(label, False, Polygons(()), 1.0, 1),))
     return ClassTable((ClassInfo("one", 1),)), (r for r in [record])
 
+class Odd(TooLarge):
+    def canvas(self):
+        return 100, 64
+
+def records_only(root, split, task):
+    return []
+
 def empty(root, split, task):
     return ClassTable((ClassInfo("one", 1),)), []
 """
@@ -177,6 +184,7 @@ def empty(root, split, task):
         ("own:read", {"image": b"1"}, "paths are expected in listed records"),
         ("own:read", {}, "a.png: no such file"),
         ("own:read", {"colour": 1}, "data.dataset.format: own:read: .*'colour'"),
+        ("own:records_only", {}, r"own:records_only: a tuple .ClassTable, records. is expected, not list"),
         ("own:empty", {}, "own:empty: no image in the split 'train'"),
         ("own:reed", {}, "data.dataset.format: module 'own' has no 'reed'; nearest: own:read"),
     ],
@@ -191,6 +199,7 @@ def test_what_a_reader_does_wrong_is_one_error(folder, reader, options, message)
     ("kind", "message"),
     [
         ("own:TooLarge", r"data.augment: own:TooLarge: .* exceeds the canvas of 32x32 pixels"),
+        ("own:Odd", r"data.augment: own:Odd: canvas .100, 64.: multiples of 32 expected"),
         ("own:Outside", r"data.augment: own:Outside: .* lies outside of the 64x64 image"),
     ],
 )
