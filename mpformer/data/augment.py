@@ -36,7 +36,7 @@ class Placement:
     flip: bool = False
     """Mirrored from left to right after that."""
     colors: Callable[[np.ndarray], np.ndarray] | None = None
-    """Changes the resized pixels, [h,w,3] uint8 RGB, to the same shape; its random numbers are drawn already."""
+    """Changes the resized pixels, [h,w,3] uint8 RGB, and not their size; draws no random numbers any more."""
     max_category_area: float = 1.0
     """Largest share of the labelled pixels that one class may have, 0..1: otherwise the crop is drawn again,
     up to ten times."""
