@@ -95,15 +95,14 @@ def test_rates_follow_each_group_s_own():
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([5e-5, 5e-6])
 
 
-def test_any_optimizer_of_torch_gets_the_groups():
-    train = Train(optimizer=Plugin(kind="torch.optim:SGD", options={"momentum": 0.9}), weight_decay=0.1)
-    layer = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
-    optimizer = build_optimizer(layer, train)
+def test_any_optimizer_of_torch_gets_the_groups(model):
+    train = Train(optimizer=Plugin(kind="torch.optim:SGD", options={"momentum": 0.9}), lr=0.5)
+    optimizer, default = build_optimizer(model, train), build_optimizer(model, Train(lr=0.5))
     assert type(optimizer) is torch.optim.SGD
-    assert [(g["base_lr"], g["weight_decay"], g["momentum"]) for g in optimizer.param_groups] == [
-        (1e-4, 0.1, 0.9),
-        (1e-4, 0.0, 0.9),
-    ]
+    for group, expected in zip(optimizer.param_groups, default.param_groups, strict=True):
+        assert all(group[key] == expected[key] for key in ("lr", "base_lr", "weight_decay"))
+        assert list(map(id, group["params"])) == list(map(id, expected["params"]))
+        assert group["momentum"] == 0.9
 
 
 @pytest.mark.parametrize(
