@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,9 @@ class MlflowServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Returns when it answers."""
+        """Returns when it answers; at once if it was started before."""
+        if self._process is not None:
+            return
         store = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
         store += ["--artifacts-destination", str(self.folder / "artifacts")]
         where = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
@@ -109,6 +113,22 @@ class S3Server:
         """Connections are refused from here on."""
         self._http.shutdown()
         self._http.server_close()
+
+    @contextlib.contextmanager
+    def closed_until_waited_for(self) -> Iterator[None]:
+        """Closed, until the mirror of a run in this process says that it waits."""
+        bucket = self
+
+        class Reopen(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                if "Trying again in 1 s" in record.getMessage():
+                    bucket.open()
+
+        logger, reopen = logging.getLogger("mpformer.train.mirror"), Reopen()
+        self.close()
+        logger.addHandler(reopen)
+        yield
+        logger.removeHandler(reopen)
 
     def files(self) -> fs.S3FileSystem:
         keys = {"access_key": "test", "secret_key": "test"}

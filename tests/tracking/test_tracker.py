@@ -22,7 +22,7 @@ from mpformer.tracking.mlflow_store import prepare_store
 from mpformer.tracking.record import read_summary
 from mpformer.tracking.tracker import Entry, Link, Tracker, attach, read_metrics, sync
 from mpformer.types import InputError, RunError
-from tests.servers import MlflowServer, closed_port
+from tests.servers import closed_port
 
 
 @pytest.fixture(scope="session")
@@ -308,28 +308,6 @@ def test_a_dead_server_stops_nothing_and_sync_brings_everything_later(storage, c
         assert in_mlflow(storage, link.run_id) == in_record(storage)
     assert link.problem is None
     assert mlflow_store.client(alive).get_run(link.run_id).info.status == "FINISHED"
-
-
-@pytest.mark.slow
-def test_a_server_that_dies_and_comes_back_during_a_run(storage):
-    server = MlflowServer(storage)
-    server.start()
-    try:
-        tracker = begin(storage, uri=server.uri)
-        log_steps(tracker, 0, 9)
-        tracker.commit(5)
-        run_id = tracker.mlflow_run_id
-        assert {step for _, step in in_mlflow(storage, run_id)} == set(range(6))
-        server.kill()
-        tracker.commit(9)
-        log_steps(tracker, 10, 14)
-        tracker.finish()
-        assert {step for _, step in in_mlflow(storage, run_id)} == set(range(6))
-        server.start()
-        sync(storage / "run")
-        assert in_mlflow(storage, run_id) == in_record(storage)
-    finally:
-        server.kill()
 
 
 def test_a_store_that_mlflow_does_not_know_and_a_local_file_for_many_nodes_are_refused(tmp_path):
