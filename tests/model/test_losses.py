@@ -180,7 +180,7 @@ def test_no_objects_give_a_class_loss_and_zeros_in_the_graph():
         batch = batch_of([blobs(0)] * 2, VALID)
         got = matching_losses(head, batch, [nothing] * 2, NORMALIZERS, config, points)
         assert float(got["class"]) > 0
-        assert float(got["mask"]) == float(got["dice"]) == 0
+        assert got["mask"].item() == got["dice"].item() == 0
         (got["mask"] + got["dice"]).backward()
         assert not head.mask_logits.grad.any()
 
@@ -250,7 +250,7 @@ def test_the_compiled_form_is_the_plain_one(padding):
             drawn(pilots.counts, config.loss, SampleRandom(0, "pilots", (0, 1, 2), CPU)),
         )
         (losses["mask"] + 3 * losses["dice"]).backward()
-        results.append((float(losses["mask"]), float(losses["dice"]), logits.grad))
+        results.append((losses["mask"].item(), losses["dice"].item(), logits.grad))
     assert results[1][:2] == pytest.approx(results[0][:2], rel=1e-5)
     torch.testing.assert_close(results[1][2].double(), results[0][2], atol=1e-7, rtol=1e-4)
 
