@@ -1,5 +1,6 @@
 """Every shipped recipe, data-set file and study, against the schema and against each other."""
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import yaml
 
 from mpformer.ablation.plan import changes, plan_text
-from mpformer.ablation.spec import load_study, split_column
+from mpformer.ablation.spec import Study, load_study, split_column
 from mpformer.config import Data, config_hash, load_config, read_dataset, run_name
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +19,12 @@ STUDIES = [
     EXPERIMENTS / "model-family.yaml",
     *sorted(EXPERIMENTS.glob("ablations/*.yaml")),
 ]
+
+
+@functools.cache
+def study_of(path: Path, *settings: str) -> Study:
+    """A study, read once for all tests."""
+    return load_study(path, settings)
 
 
 def name(path: Path) -> str:
@@ -38,9 +45,9 @@ def test_every_data_set_file_loads(path):
 
 @pytest.mark.parametrize("path", STUDIES, ids=name)
 def test_every_study_and_profile_loads_and_its_rows_differ(path):
-    profiles = [[], *([f"profile={p}"] for p in load_study(path).file.profiles)]
+    profiles = [[], *([f"profile={p}"] for p in study_of(path).file.profiles)]
     for settings in profiles:
-        study = load_study(path, settings)
+        study = study_of(path, *settings)
         rows = [
             (study.file.parts_of(row), *sorted((k, str(v)) for k, v in changes(study, row).items()))
             for row in study.rows
@@ -52,7 +59,7 @@ def test_every_study_and_profile_loads_and_its_rows_differ(path):
 
 
 def test_the_quickstart_compares_mask2former_with_mp_former_and_nothing_else():
-    study = load_study(EXPERIMENTS / "quickstart.yaml")
+    study = study_of(EXPERIMENTS / "quickstart.yaml")
     baseline, ours = study.runs["mask2former", ""], study.runs["mp-former", ""]
     assert study.file.baseline == "mask2former"
     assert baseline.model.pilot.queries == 0
@@ -75,7 +82,7 @@ def figures() -> dict[tuple[str, str], list[tuple[float, str]]]:
     """By (identity of the run at the paper's scale, metric): every figure that stands for it, and where."""
     found: dict[tuple[str, str], list[tuple[float, str]]] = {}
     for path in STUDIES:
-        study = load_study(path)
+        study = study_of(path)
         for (row, part), config in study.runs.items():
             for column in study.file.columns:
                 of_part, metric = split_column(column)
@@ -122,7 +129,7 @@ def test_every_figure_stands_in_the_paper_s_text(path):
         "Mask2Former": papers / "mask2former.txt",
         "MaskFormer": papers / "maskformer.txt",
     }
-    study = load_study(path)
+    study = study_of(path)
     for row, column in itertools.product(study.rows, study.file.columns):
         if figure := study.paper_figure(row, column):
             value, where = figure
@@ -133,7 +140,7 @@ def test_every_figure_stands_in_the_paper_s_text(path):
 @pytest.mark.parametrize("profile", ["paper", "mini", "smoke"])
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("ablations/*.yaml")), ids=name)
 def test_every_row_has_a_plan_at_every_size(path, profile):
-    study = load_study(path, [f"profile={profile}"])
+    study = study_of(path, f"profile={profile}")
     text = plan_text(study)
     assert f"= {len(study.trials())} runs" in text
     if profile == "paper":
