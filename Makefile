@@ -13,14 +13,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 quickstart: $(READY)
 	$(BIN)/mpformer quickstart
 
-# the end-to-end tests wait most of their time: they run beside the others, and report after them
+# the end-to-end tests wait for processes while the others compute: side by side, the former report after the latter
 test: lint
 	@$(BIN)/python -m pytest tests/e2e > .e2e.log 2>&1 & e2e=$$!; \
 	$(BIN)/python -m pytest --ignore=tests/e2e; others=$$?; \
 	wait $$e2e; failed=$$?; cat .e2e.log; exit $$((others | failed))
 
 test-fast: lint
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: $(TESTABLE)
 	$(BIN)/ruff check

@@ -9,10 +9,12 @@ for _key, _value in {
     "RAY_AUTH_MODE": "disabled",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_worker_niceness": "0",  # Ray's own is 15: beside other tests a run would wait for all of them
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "OMP_WAIT_POLICY": "PASSIVE",
 }.items():
     os.environ.setdefault(_key, _value)
+os.environ.pop("RAY_ADDRESS", None)  # tests join the clusters that they have started, and no other
 
 import pytest  # noqa: E402
 

@@ -6,16 +6,17 @@ import contextlib
 import json
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors.torch import load_file
 
 from mpformer.config import load_config, run_name
-from mpformer.model.weights import checkpoints
+from mpformer.model.weights.checkpoints import complete
 from mpformer.tracking.mlflow_store import client
 from mpformer.tracking.record import read_points
 
@@ -26,60 +27,59 @@ def run_dir_of(recipe: Path, *settings: str) -> Path:
 
 
 def wait_for(
-    condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 240, pause: float = 0.05
+    condition: Callable[[], object], process: subprocess.Popen[str] | None = None, seconds: float = 240
 ) -> None:
     """Until it holds, while the process runs."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
-        time.sleep(pause)
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager
-def held(process: subprocess.Popen[str]) -> Iterator[None]:
-    """While the body runs, the one training worker below the driver does nothing."""
-    (worker,) = training_workers(process.pid)
-    worker.suspend()
-    yield
-    worker.resume()
+def meanwhile(condition: Callable[[], object], act: Callable[[], object]) -> Iterator[None]:
+    """A thread calls `act` as soon as the condition holds, while the body runs in this one.
+
+    What it raises is raised after the body; so is an error if the body ends before the condition holds.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        while not condition():
+            assert not over.is_set(), "the body ended before the condition held"
+            time.sleep(0.02)
+        act()
+
+    with ThreadPoolExecutor(1) as pool:
+        watched = pool.submit(watch)
+        try:
+            yield
+        finally:
+            over.set()
+        watched.result()
 
 
 def at_step(run_dir: Path, step: int) -> Callable[[], bool]:
     """A condition: the newest checkpoint is of that step or a later one."""
 
     def holds() -> bool:
-        found = checkpoints.complete(run_dir)
+        found = complete(run_dir)
         return bool(found) and found[-1].name >= f"step-{step:08d}"
 
     return holds
 
 
-def training_workers(driver: int) -> list[psutil.Process]:
-    """The processes that train, below a driver."""
-    return [p for p in psutil.Process(driver).children(recursive=True) if "RayTrainWorker" in title(p)]
+def starts(run_dir: Path) -> list[int]:
+    """The step that each start of the run went on from, in their order."""
+    parts = sorted((run_dir / "metrics").glob("*.jsonl"))
+    return [json.loads(part.read_text().splitlines()[0])["start_step"] for part in parts]
 
 
-def title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-
-
-def seconds_until_step_goes_on(
-    run_dir: Path, process: subprocess.Popen[str], since: float, before: Path | None = None
-) -> float:
-    """From `since` (time.time) until the first point that a later start of the run has written; `before`: the
-    folder of the starts before, if that is another one."""
-    known = len(list(((before or run_dir) / "metrics").glob("*.jsonl")))
-
-    def goes_on() -> bool:
-        parts = sorted((run_dir / "metrics").glob("*.jsonl"))
-        return len(parts) > known and parts[-1].read_text().count("\n") > 1
-
-    wait_for(goes_on, process)
-    return time.time() - since
+def seconds_until_step_goes_on(run_dir: Path, since: float) -> float:
+    """From `since` (time.time) until the first point that the last start of the run has written."""
+    part = sorted((run_dir / "metrics").glob("*.jsonl"))[-1]
+    return json.loads(part.read_text().splitlines()[1])["time"] / 1000 - since
 
 
 def note(fault: str, **figures: object) -> None:
@@ -104,7 +104,7 @@ def values(run_dir: Path) -> dict[tuple[int, str], float]:
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoints.complete(run_dir)[-1] / "model.safetensors")
+    return load_file(complete(run_dir)[-1] / "model.safetensors")
 
 
 def difference(run_dir: Path, unbroken: Path) -> float:
@@ -127,6 +127,7 @@ def assert_as_unbroken(run_dir: Path, unbroken: Path, repeated: bool = False) ->
 
 
 def assert_mirrored(run_dir: Path, repeated: bool = False) -> None:
+    """MLflow has the run as finished, and each point of its record once."""
     link = json.loads((run_dir / "mlflow.json").read_text())
     store = client(link["uri"])
     run = store.get_run(link["run_id"])

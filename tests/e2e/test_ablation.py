@@ -1,30 +1,29 @@
-"""A study through Ray Tune, killed on the way, with a row that cannot run."""
+"""A study through Ray Tune: a row that cannot run, and a trial whose driver is killed."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from mpformer.ablation.spec import Study, load_study
-from mpformer.model.weights import checkpoints
+from mpformer.model.weights.checkpoints import complete
 from mpformer.tracking.mlflow_store import client
 from mpformer.tracking.record import read_points
-from tests.e2e.conftest import run, start
-from tests.e2e.faults import title
+from tests.e2e.conftest import Cluster
+from tests.e2e.faults import meanwhile, starts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STUDY = """\
 title: With and without pilots
 base: tiny.yaml
-settings: {train.length: 6 steps, evaluate.at_start: true, evaluate.every: null}
+settings:
+  train.length: 6 steps
+  evaluate: {at_start: true, every: null}
+  cluster.cpus_per_worker: 5  # one run at a time
 columns:
   val/AP: {title: AP}
   val/PQ: {title: PQ}
@@ -44,22 +43,36 @@ def study(recipe: Path) -> Study:
     return load_study(path)
 
 
-def test_a_study_survives_a_kill_and_reports_the_row_that_failed(study: Study) -> None:
+def test_a_study_survives_a_killed_trial_driver_and_reports_the_row_that_failed(
+    study: Study, head: Cluster
+) -> None:
     trials = {trial.row: trial for trial in study.trials()}
-    process = start("ablate", study.path)
-    deadline = time.monotonic() + 300
-    while not any(trial.run_dir.glob("checkpoints/step-*") for trial in trials.values()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    begun: list[str] = []
 
-    done = run("ablate", study.path, timeout=500)
-    assert done.returncode == 2, done.stderr
-    assert "1 of 3 runs failed, broken s0: " in done.stderr
-    assert "nowhere.safetensors" in done.stderr
-    assert done.stderr.strip().count("\n") == 0
+    def any_begun() -> bool:
+        begun[:] = [row for row, trial in trials.items() if complete(trial.run_dir)]
+        return bool(begun)
+
+    def kill() -> None:
+        drivers = head.processes("ImplicitFunc")
+        assert drivers
+        for driver in drivers:
+            driver.kill()
+
+    with meanwhile(any_begun, kill):
+        done = head.command("ablate", study.path)
+    assert done.code == 2, done.err
+    assert "1 of 3 runs failed, broken s0: " in done.err
+    assert "nowhere.safetensors" in done.err
+    assert done.err.strip().count("\n") == 0
+
+    # the killed trial went on from its checkpoint: each step once, in two parts
+    (killed,) = begun
+    for row in ("plain", "piloted"):
+        run_dir = trials[row].run_dir
+        assert json.loads((run_dir / "summary.json").read_text())["steps"] == 6
+        assert [p.step for p in read_points(run_dir) if "train/loss" in p.values] == [1, 2, 3, 4, 5, 6]
+        assert len(starts(run_dir)) == (2 if row == killed else 1)
 
     with (study.folder / "table.csv").open() as file:
         cells = {(line["row"], line["metric"]): line for line in csv.DictReader(file)}
@@ -75,9 +88,9 @@ def test_a_study_survives_a_kill_and_reports_the_row_that_failed(study: Study) -
 
     # the finished rows are never run again: nothing is begun, nothing is written but the report
     before = {path: path.stat().st_mtime_ns for path in study.folder.rglob("*.jsonl")}
-    again = run("ablate", study.path, "--only", "plain", timeout=60)
-    assert again.returncode == 0, again.stderr
-    assert "1 finished, 0 begun, 0 to start" in again.stdout
+    again = head.command("ablate", study.path, "--only", "plain")
+    assert again.code == 0, again.err
+    assert "1 finished, 0 begun, 0 to start" in again.out
     assert {path: path.stat().st_mtime_ns for path in study.folder.rglob("*.jsonl")} == before
 
 
@@ -103,27 +116,3 @@ def _check_mlflow(study: Study, run_dirs: list[Path]) -> None:
         ]
         assert len(sent) == len(points)
         assert set(sent) == points
-
-
-def test_a_trial_whose_driver_dies_goes_on(recipe: Path) -> None:
-    path = recipe.parent / "study.yaml"
-    path.write_text(
-        STUDY.replace("  broken: {settings: {model.backbone.pretrained: nowhere.safetensors}}\n", "")
-    )
-    trials = load_study(path).trials()
-    process = start("ablate", path)
-    deadline = time.monotonic() + 300
-    while not (begun := [t for t in trials if checkpoints.complete(t.run_dir)]):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    drivers = [p for p in psutil.Process(process.pid).children(recursive=True) if "ImplicitFunc" in title(p)]
-    assert drivers
-    for driver in drivers:
-        driver.kill()
-    output, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, (output, errors)
-    for trial in trials:
-        assert json.loads((trial.run_dir / "summary.json").read_text())["steps"] == 6
-        assert [p.step for p in read_points(trial.run_dir) if "train/loss" in p.values] == [1, 2, 3, 4, 5, 6]
-    assert len(list((begun[0].run_dir / "metrics").glob("*.jsonl"))) == 2

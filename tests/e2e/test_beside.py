@@ -10,54 +10,56 @@ from pathlib import Path
 import pytest
 
 from mpformer.tracking.record import read_points
-from tests.e2e.conftest import run, start
+from mpformer.tracking.run_dir import RunDir
+from tests.e2e.conftest import Cluster, write_recipe
 from tests.e2e.faults import assert_mirrored, at_step, difference, run_dir_of, values, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-COMMON = ["cluster.threads=1", "evaluate.at_start=true"]
+COMMON = ["evaluate.at_start=true"]
 
 
-@pytest.fixture
-def waited(recipe: Path) -> Path:
+@pytest.fixture(scope="module")
+def waited(head: Cluster, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that waits for its evaluations."""
-    settings = [*COMMON, f"storage={recipe.parent / 'waited'}"]
-    assert run("train", recipe, *settings, timeout=300).returncode == 0
-    return run_dir_of(recipe, *settings)
+    recipe = write_recipe(tmp_path_factory.mktemp("waited"), scenes)
+    done = head.train(recipe, *COMMON)
+    assert done.code == 0, done.err
+    return run_dir_of(recipe, *COMMON)
 
 
 def test_a_run_killed_during_an_evaluation_has_the_points_of_one_that_waits(
-    recipe: Path, waited: Path
+    recipe: Path, waited: Path, head: Cluster
 ) -> None:
     settings = [*COMMON, "cluster.evaluators=1"]
     run_dir = run_dir_of(recipe, *settings)
-    process = start("train", recipe, *settings)
+    process = head.start("train", recipe, *settings)
     wait_for(at_step(run_dir, 6), process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    left = sorted(path.name for path in (run_dir / "evaluations").iterdir())
+    left = sorted(path.name for path in RunDir(run_dir).evaluations.iterdir())
     assert "step-00000006.safetensors" in left
     assert not any("val/PQ" in point.values for point in read_points(run_dir) if point.step == 6)
 
-    finished = run("train", recipe, *settings, timeout=300)
-    assert finished.returncode == 0, finished.stderr
+    done = head.train(recipe, *settings)
+    assert done.code == 0, done.err
     assert [p.step for p in read_points(run_dir) if "val/PQ" in p.values] == [0, 6, 12]
     assert values(run_dir) == values(waited)
     assert difference(run_dir, waited) == 0
     assert_mirrored(run_dir)
-    assert list((run_dir / "evaluations").iterdir()) == []
+    assert list(RunDir(run_dir).evaluations.iterdir()) == []
 
 
-def test_two_evaluators_share_the_images(recipe: Path, waited: Path) -> None:
-    settings = [*COMMON, "cluster.evaluators=2", "cluster.cpus_per_worker=0.3"]
+def test_two_evaluators_share_the_images(recipe: Path, waited: Path, head: Cluster) -> None:
+    settings = [*COMMON, "cluster.evaluators=2"]
     run_dir = run_dir_of(recipe, *settings)
-    finished = run("train", recipe, *settings, timeout=300)
-    assert finished.returncode == 0, finished.stderr
+    done = head.train(recipe, *settings)
+    assert done.code == 0, done.err
     assert values(run_dir) == values(waited)
     assert json.loads((run_dir / "summary.json").read_text())["workers"] == 1
 
 
-def test_evaluators_that_do_not_fit_are_refused_with_the_arithmetic(recipe: Path) -> None:
-    refused = run("train", recipe, "cluster.evaluators=9999")
-    assert refused.returncode == 2
-    assert "1 workers and 9999 evaluators x 0.5 CPU + 1 for data" in refused.stderr
+def test_evaluators_that_do_not_fit_are_refused_with_the_arithmetic(recipe: Path, head: Cluster) -> None:
+    refused = head.command("train", recipe, "cluster.evaluators=9999")
+    assert refused.code == 2
+    assert "1 workers and 9999 evaluators x 0.5 CPU + 1 for data" in refused.err

@@ -1,70 +1,92 @@
-"""Faults of one machine, with real processes: after each the run is what it would have been without."""
+"""Faults of one machine: after each the run is what it would have been without."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mpformer.model.weights import checkpoints
-from tests.e2e.conftest import run, start
+from mpformer.model.weights.checkpoints import complete
+from mpformer.train import launch
+from tests.e2e.conftest import Cluster, Done
 from tests.e2e.faults import (
     assert_as_unbroken,
     at_step,
     difference,
+    meanwhile,
     note,
     run_dir_of,
     seconds_until_step_goes_on,
-    training_workers,
-    wait_for,
+    starts,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def test_a_killed_worker_is_replaced(recipe: Path, unbroken: Path) -> None:
+def test_a_killed_worker_is_replaced(recipe: Path, unbroken: Path, head: Cluster) -> None:
     run_dir = run_dir_of(recipe)
-    process = start("train", recipe)
-    wait_for(at_step(run_dir, 3), process)
-    workers = training_workers(process.pid)
-    assert len(workers) == 1
-    workers[0].kill()
-    seconds = seconds_until_step_goes_on(run_dir, process, time.time())
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
+    killed: list[float] = []
+
+    def kill() -> None:
+        (worker,) = head.processes("RayTrainWorker")
+        worker.kill()
+        killed.append(time.time())
+
+    with meanwhile(at_step(run_dir, 3), kill):
+        done = head.command("train", recipe)
+    assert done.code == 0, done.err
+    assert len(starts(run_dir)) == 2
     assert_as_unbroken(run_dir, unbroken)
+    seconds = seconds_until_step_goes_on(run_dir, killed[0])
     note("worker killed (kill -9)", seconds=seconds, lost=0, difference=difference(run_dir, unbroken))
 
 
-def test_a_second_driver_refuses_and_a_damaged_checkpoint_is_passed_over(
-    recipe: Path, unbroken: Path
+def test_a_second_driver_refuses(
+    recipe: Path,
+    head: Cluster,
+    at_checkpoint: Callable[[int, Callable[[], object]], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One run through three faults: a second driver beside it, its driver killed, its checkpoint damaged."""
-    run_dir = run_dir_of(recipe)
-    process = start("train", recipe)
-    wait_for(at_step(run_dir, 6), process)
-    (worker,) = training_workers(process.pid)
-    worker.suspend()  # it would be done before the second driver has waited for the first
-    second = run("train", recipe, timeout=120)
-    assert second.returncode == 1
-    assert "another process is at work on this run" in second.stderr
+    monkeypatch.setattr(launch, "SECONDS_OF_AN_ORPHAN", 0.5)
+    second: list[Done] = []
+    at_checkpoint(3, lambda: second.append(head.train(recipe)))
+    done = head.train(recipe)
+    assert second[0].code == 1
+    assert "another process is at work on this run" in second[0].err
+    assert second[0].err.count("\n") == 1
+    assert done.code == 0, done.err
+    assert len(starts(run_dir_of(recipe))) == 1
     note("two drivers for one run: the second refuses", seconds=None, lost=0, difference=0.0)
 
-    process.kill()
-    worker.kill()
-    process.communicate()
-    assert len(checkpoints.complete(run_dir)) == 2
-    newest = checkpoints.complete(run_dir)[-1] / "model.safetensors"
-    content = bytearray(newest.read_bytes())
-    content[-1] ^= 1
-    newest.write_bytes(content)
 
-    resumed = start("train", recipe)
-    seconds = seconds_until_step_goes_on(run_dir, resumed, time.time())
-    _, err = resumed.communicate(timeout=240)
-    assert resumed.returncode == 0, err
-    assert f"{newest}: damaged" in err
-    assert "goes on from the checkpoint before" in err
+def test_damaged_checkpoints_are_passed_over(
+    recipe: Path, unbroken: Path, head: Cluster, at_checkpoint: Callable[[int, Callable[[], object]], None]
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    settings = ["train.keep_checkpoints=3"]
+    run_dir = run_dir_of(recipe, *settings)
+    at_checkpoint(9, interrupt)
+    cut = head.train(recipe, *settings)
+    assert (cut.code, "interrupted" in cut.err) == (1, True)
+    whole, *newer = complete(run_dir)
+    assert [path.name for path in (whole, *newer)] == [f"step-{step:08d}" for step in (3, 6, 9)]
+    for path in newer:
+        content = bytearray((path / "model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (path / "model.safetensors").write_bytes(content)
+
+    since = time.time()
+    done = head.train(recipe, *settings)
+    assert done.code == 0, done.err
+    for path in newer:
+        assert f"{path / 'model.safetensors'}: damaged" in done.err
+    assert "goes on from the checkpoint before" in done.err
+    assert starts(run_dir) == [0, 3]
+    # MLflow knew steps up to 6
     assert_as_unbroken(run_dir, unbroken, repeated=True)
-    note("driver killed, newest checkpoint damaged", seconds=seconds, lost=0, difference=0.0)
+    seconds = seconds_until_step_goes_on(run_dir, since)
+    note("newest checkpoints damaged", seconds=seconds, lost=0, difference=0.0)

@@ -10,7 +10,7 @@ import pytest
 from mpformer.ablation.search import samples
 from mpformer.ablation.spec import load_study
 from mpformer.tracking.mlflow_store import client
-from tests.e2e.conftest import run
+from tests.e2e.conftest import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -35,11 +35,11 @@ search:
 """
 
 
-def test_a_search_stops_samples_and_does_not_run_any_twice(recipe: Path) -> None:
+def test_a_search_stops_samples_and_does_not_run_any_twice(recipe: Path, head: Cluster) -> None:
     path = recipe.parent / "study.yaml"
     path.write_text(STUDY)
-    done = run("ablate", path, timeout=700)
-    assert done.returncode == 0, done.stderr
+    done = head.command("ablate", path)
+    assert done.code == 0, done.err
     found = samples(load_study(path))
     ended = [one for one in found if one.trial.finished]
     stopped = [one for one in found if one.stopped_at is not None]
@@ -64,7 +64,7 @@ def test_a_search_stops_samples_and_does_not_run_any_twice(recipe: Path) -> None
         assert child.info.status == ("FINISHED" if one.trial.finished else "KILLED")
 
     before = {p: p.stat().st_mtime_ns for p in load_study(path).folder.rglob("*.jsonl")}
-    again = run("ablate", path, timeout=120)
-    assert again.returncode == 0, again.stderr
-    assert "4 samples of row piloted, 0 to run" in again.stdout
+    again = head.command("ablate", path)
+    assert again.code == 0, again.err
+    assert "4 samples of row piloted, 0 to run" in again.out
     assert {p: p.stat().st_mtime_ns for p in load_study(path).folder.rglob("*.jsonl")} == before

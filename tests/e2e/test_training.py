@@ -1,103 +1,82 @@
-"""Whole runs through Ray: interrupted, resumed, spread over workers."""
+"""Whole runs: interrupted, resumed, spread over workers, started from the weights of another."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from mpformer.config import load_config, run_name
-from mpformer.model.weights import checkpoints
-from mpformer.tracking.mlflow_store import client
+from mpformer.model.weights.checkpoints import latest
 from mpformer.tracking.record import read_points
-from tests.e2e.conftest import run, start
+from mpformer.tracking.run_dir import RunDir
+from tests.e2e.conftest import Cluster, finish, start
+from tests.e2e.faults import assert_as_unbroken, at_step, run_dir_of, starts, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-def _run_dir(recipe: Path, *overrides: str) -> Path:
-    config = load_config(recipe, list(overrides))
-    return Path(config.storage) / run_name(config)
 
 
 def _losses(run_dir: Path) -> dict[int, float]:
     return {p.step: p.values["train/loss"] for p in read_points(run_dir) if "train/loss" in p.values}
 
 
-def test_kill_the_driver_and_the_same_command_goes_on(recipe: Path, tmp_path: Path) -> None:
-    run_dir = _run_dir(recipe)
+def test_kill_the_driver_and_the_same_command_goes_on(recipe: Path, unbroken: Path, head: Cluster) -> None:
+    """Both commands start a Ray of their own, as on a machine without a cluster."""
+    run_dir = run_dir_of(recipe)
     process = start("train", recipe)
-    deadline = time.monotonic() + 300
-    while not checkpoints.complete(run_dir):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(at_step(run_dir, 3), process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (run_dir / "summary.json").exists()
     first_mlflow_run = json.loads((run_dir / "mlflow.json").read_text())["run_id"]
 
-    finished = run("train", recipe, timeout=400)
-    assert finished.returncode == 0, finished.stderr
-    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 12
-
-    # the record: each step once, evaluation at 6 and 12, more than one part was written
+    done = finish(start("train", recipe))
+    assert done.code == 0, done.err
     assert sorted(_losses(run_dir)) == list(range(1, 13))
-    evaluated = [p.step for p in read_points(run_dir) if "val/PQ" in p.values]
-    assert evaluated == [6, 12]
-    assert len(list((run_dir / "metrics").glob("*.jsonl"))) == 2
+    assert [p.step for p in read_points(run_dir) if "val/PQ" in p.values] == [6, 12]
+    assert len(starts(run_dir)) == 2
+    assert json.loads((run_dir / "mlflow.json").read_text())["run_id"] == first_mlflow_run
+    assert_as_unbroken(run_dir, unbroken)
 
-    # MLflow: the same run, the same points, none double
-    link = json.loads((run_dir / "mlflow.json").read_text())
-    assert link["run_id"] == first_mlflow_run
-    history = client(link["uri"]).get_metric_history(link["run_id"], "train/loss")
-    assert {m.step: m.value for m in history} == pytest.approx(_losses(run_dir))
-    assert len(history) == 12
-
-    # an unbroken run of the same settings computes the same losses to the last bit
-    other = tmp_path / "unbroken.yaml"
-    tree = yaml.safe_load(recipe.read_text()) | {"storage": str(tmp_path / "unbroken"), "name": "tiny"}
-    other.write_text(yaml.safe_dump(tree))
-    assert run("train", other, timeout=400).returncode == 0
-    assert _losses(_run_dir(other)) == _losses(run_dir)
-
-    again = run("train", recipe)
-    assert again.returncode == 0
-    assert len(list((run_dir / "metrics").glob("*.jsonl"))) == 2
+    again = head.command("train", recipe)
+    assert again.code == 0, again.err
+    assert len(starts(run_dir)) == 2
 
 
-def test_two_workers_compute_what_one_computes(recipe: Path) -> None:
+def test_two_workers_compute_what_one_computes(recipe: Path, head: Cluster) -> None:
+    settings = ["train.length=5 steps", "train.seed=4", "evaluate.limit=1", "tracking.mlflow=null"]
     losses = {}
-    for workers in (1, 2):
-        settings = [f"cluster.workers={workers}", "train.length=5 steps", "train.seed=4", "evaluate.limit=1"]
-        # the number of workers is no part of a run's identity, so each gets a storage of its own
-        settings.append(f"storage={recipe.parent / str(workers)}")
-        finished = run("train", recipe, *settings, timeout=400)
-        assert finished.returncode == 0, finished.stderr
-        losses[workers] = _losses(_run_dir(recipe, *settings))
-    assert sorted(losses[1]) == [1, 2, 3, 4, 5]
+    # the number of workers is no part of a run's identity, so each gets a storage of its own
+    for name, train in (("one", head.train), ("two", lambda *a: head.command("train", *a))):
+        here = [*settings, f"storage={recipe.parent / name}", "cluster.workers=2"]
+        done = train(recipe, *here)
+        assert done.code == 0, done.err
+        losses[name] = _losses(run_dir_of(recipe, *here))
+    assert sorted(losses["one"]) == [1, 2, 3, 4, 5]
     # Sampled points and pilot noise are on: they belong to the sample, not to the worker. What is left is
-    # rounding, unless it takes a mask logit across the threshold of masked attention: with seed 3 it does so
-    # in step 5 (1.3e-4), with this one it does not.
-    assert losses[2] == pytest.approx(losses[1], rel=1e-6)
+    # rounding, unless it takes a mask logit across the threshold of masked attention: with this seed it
+    # does not.
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-6)
+    summary = json.loads((run_dir_of(recipe, *here) / "summary.json").read_text())
+    assert summary["workers"] == 2
 
 
-def test_a_run_starts_from_the_weights_of_another(recipe: Path, tmp_path: Path) -> None:
-    first = ["train.length=3 steps", "train.checkpoint_every=3 steps"]
-    assert run("train", recipe, *first, timeout=300).returncode == 0
-    origin = _run_dir(recipe, *first)
+def test_a_run_starts_from_the_weights_of_another(recipe: Path, head: Cluster) -> None:
+    first = ["train.length=3 steps", "tracking.mlflow=null"]
+    done = head.train(recipe, *first)
+    assert done.code == 0, done.err
+    origin = run_dir_of(recipe, *first)
     second = [*first, f"train.init={origin}", "evaluate.at_start=true"]
-    finished = run("train", recipe, *second, timeout=300)
-    assert finished.returncode == 0, finished.stderr
-    assert f"starts from {checkpoints.latest(origin)[0].path / 'model.safetensors'}" in finished.stdout
-    assert "re-initialised" not in finished.stdout
+    done = head.train(recipe, *second)
+    assert done.code == 0, done.err
+    found, _ = latest(origin)
+    assert found is not None
+    assert f"starts from {found.path / 'model.safetensors'}" in done.out
+    assert "re-initialised" not in done.out + RunDir(run_dir_of(recipe, *second)).init.read_text()
     before, after = (
-        {k: v for p in read_points(_run_dir(recipe, *s)) if p.step == step for k, v in p.values.items()}
+        {k: v for p in read_points(run_dir_of(recipe, *s)) if p.step == step for k, v in p.values.items()}
         for s, step in ((first, 3), (second, 0))
     )
     figures = [key for key in before if key.startswith("val/")]
@@ -105,6 +84,6 @@ def test_a_run_starts_from_the_weights_of_another(recipe: Path, tmp_path: Path) 
     assert before["val/mIoU"] > 0
     assert {key: after[key] for key in figures} == {key: before[key] for key in figures}
 
-    absent = run("train", recipe, *first, "train.init=nowhere", timeout=60)
-    assert absent.returncode == 2
-    assert "nowhere: no checkpoint" in absent.stderr
+    absent = head.train(recipe, *first, "train.init=nowhere")
+    assert absent.code == 2
+    assert "nowhere: no checkpoint" in absent.err
