@@ -1,4 +1,4 @@
-"""Pictures: colours where the masks are, captions that do not overlap, PNG bit for bit."""
+"""Drawing: colours at the masks, captions without overlap, lossless PNG."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_small_images_are_enlarged_until_captions_can_be_read():
 
 
 def test_captions_never_overlap_and_stay_inside(monkeypatch):
-    """Forty masks in one place: those captions that find room keep apart."""
+    """Forty masks in one place: the captions that are drawn do not overlap."""
     boxes = []
     original = draw._caption
 

@@ -70,7 +70,7 @@ def test_attention_inside_by_hand():
     assert attention_inside(weights, mask[:0], Match(torch.tensor([]), torch.tensor([])), [4]) is None
 
 
-def test_images_without_a_figure_take_no_part_in_the_mean():
+def test_images_without_a_metric_are_left_out_of_its_mean():
     found = mean_over_images([{"u": {1: 0.5, 2: 1.0}}, {}, {"u": {1: 0.0, 2: 1.0}, "i": {1: 0.1}}])
     assert found == {"u": {1: pytest.approx(25), 2: pytest.approx(100)}, "i": {1: pytest.approx(10)}}
 
@@ -82,7 +82,7 @@ def diagnosed():
     return config, catalog, model, diagnose(model, catalog, config)
 
 
-def test_every_layer_has_its_figures(diagnosed):
+def test_every_layer_has_its_metrics(diagnosed):
     found = diagnosed[3].layers
     names = {"layer_iou", "query_utilization", "attention_inside"}
     names |= {"pilot_layer_iou", "pilot_query_utilization", "pilot_query_utilization_hard"}
@@ -97,7 +97,7 @@ def test_every_layer_has_its_figures(diagnosed):
     assert "mIoU-L" in text
 
 
-def test_figures_of_a_model_equal_a_plain_recomputation(diagnosed):
+def test_metrics_of_a_model_equal_a_plain_recomputation(diagnosed):
     """Full masks without padding, matched by scipy on costs computed pair by pair in float64."""
     config, catalog, model, found = diagnosed
     ious, used = [], []
@@ -143,8 +143,8 @@ def test_figures_of_a_model_equal_a_plain_recomputation(diagnosed):
         assert found.layers["query_utilization"][layer] == pytest.approx(mean_used, rel=1e-6)
 
 
-def test_attention_is_what_the_layer_pays(diagnosed):
-    """Probing the layer key by key finds the very weights."""
+def test_recorded_attention_is_that_of_the_layer(diagnosed):
+    """Probing the layer key by key gives the same weights."""
     model = diagnosed[2]
     attention = model.decoder.layers[0].cross_attn
     g = torch.Generator().manual_seed(0)
@@ -178,8 +178,8 @@ def test_objects_beyond_the_queries_and_images_without_objects(diagnosed):
     assert crowded["query_utilization"][3] == 100
 
 
-def test_an_evaluation_measures_the_layers_on_the_way(diagnosed):
-    """The same figures as `diagnose`, from the forward that predicts, whatever the order of the images."""
+def test_an_evaluation_measures_the_layers_in_the_same_forward(diagnosed):
+    """The same metrics as `diagnose`, for any order of the images."""
     config, catalog, model, found = diagnosed
     predictions = [p for i in (2, 0, 3, 1) for p in predict_records(model, catalog, config, [i])]
     figures = summarize(predictions)
@@ -195,7 +195,7 @@ def test_an_evaluation_measures_the_layers_on_the_way(diagnosed):
 
 
 class Wavering(ColourModel):
-    """Four heads that agree, but that the first two do not see the grass."""
+    """Four heads that agree, except that the first two do not predict the grass."""
 
     config = tiny_config().model
     structure = structure_of(config, 4)
@@ -207,8 +207,8 @@ class Wavering(ColourModel):
         return Output((Head(head.class_logits, blind),) * 2 + (head,) * 2)
 
 
-def test_the_most_wavering_query_is_drawn_over_the_layers():
-    """Heads 0 to 3 and the ground truth on one sheet; the query is the grass's, unmarked in heads 0 and 1."""
+def test_the_least_consistent_query_is_drawn_over_the_layers():
+    """Heads 0 to 3 and the ground truth; the query is the grass's, empty in heads 0 and 1."""
     config, record = tiny_config(), scenes(1, seed=3).records[0]
     sheet = draw_layers(Wavering(), record, config, "cpu", columns=5).astype(int)
     factor = -(-480 // min(record.height, record.width))

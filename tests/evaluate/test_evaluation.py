@@ -1,4 +1,4 @@
-"""A whole evaluation: its times and page, and Ray workers that change nothing."""
+"""An evaluation: its times and page, and equal results with Ray workers."""
 
 from dataclasses import replace
 
@@ -35,8 +35,8 @@ def test_the_limit_takes_the_first_images():
 
 
 @pytest.mark.slow
-def test_one_and_three_ray_workers_find_the_same_to_the_last_bit():
-    """Eleven images, so the shares are uneven; and a task's error arrives as itself."""
+def test_one_and_three_ray_workers_give_bit_equal_results():
+    """Eleven images, so the shares are uneven; the error of a task is raised with its own type."""
     import ray
 
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -1,4 +1,4 @@
-"""Evaluation and diagnostics of every kind of model: what each has, and a clear word where it has nothing."""
+"""Evaluation and diagnostics of every kind of model, with clear errors for what a model does not have."""
 
 import math
 
@@ -70,7 +70,7 @@ def test_per_pixel_models_are_evaluated_on_semantic_tasks(decoder, catalog):
         diagnose(model, catalog, config)
 
 
-def test_panoptic_results_in_detrs_way(catalog):
+def test_panoptic_results_with_detrs_post_processing(catalog):
     config = laid_over(
         tiny_config(), {"pilot": {"queries": 0}}, evaluate={"panoptic": "detr", "class_confidence": 0.0}
     )

@@ -18,7 +18,7 @@ from tests.evaluate.scenes import CLASSES, ColourModel, scenes, tiny_config
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two scenes of different sizes, one of them in a folder below, beside a file that is no image."""
+    """Two scenes of different sizes, one of them in a subfolder, and a file that is not an image."""
     (tmp_path / "in" / "deep").mkdir(parents=True)
     records = scenes(2).records
     (tmp_path / "in" / "one.png").write_bytes(records[0].image)
@@ -78,7 +78,7 @@ def test_the_label_png_holds_source_ids(folder, tmp_path):
     assert set(np.unique(labels)) <= {3, 5, 11, 12}
 
 
-def test_images_of_one_size_go_through_the_model_together(tmp_path):
+def test_consecutive_images_of_one_size_form_a_batch(tmp_path):
     """Five images of sizes a, a, a, b, a in batches of two: a pair, one, one, one; and the same files."""
     records = scenes(13).records
     (tmp_path / "in").mkdir()

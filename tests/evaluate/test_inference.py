@@ -1,4 +1,4 @@
-"""From images to figures: the whole way, for every task, and independent of how the images are shared out."""
+"""From images to metrics for every task, independent of how the images are distributed over workers."""
 
 import math
 from dataclasses import replace
@@ -27,7 +27,7 @@ def catalog():
 
 
 def perfect(record) -> Prediction:
-    """The ground truth as a prediction, crowds left out."""
+    """The ground truth as a prediction, without crowd regions."""
     truth = true_segments(record)
     kept = np.array([0, *(0 if c else i + 1 for i, c in enumerate(truth.crowd))], np.uint16)
     instances = tuple(
@@ -47,7 +47,7 @@ def test_the_truth_as_prediction_is_100(catalog):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_figures_do_not_depend_on_the_number_of_workers(catalog, task):
+def test_metrics_do_not_depend_on_the_number_of_workers(catalog, task):
     config, model = tiny_config(task), ColourModel()
     alone = list(predict_records(model, catalog, config))
     shared = [p for rank in (2, 0, 1) for p in predict_records(model, catalog, config, range(rank, 11, 3))]
@@ -58,7 +58,7 @@ def test_figures_do_not_depend_on_the_number_of_workers(catalog, task):
     assert 10 < figures.summary[key] < 100
 
 
-def test_a_panoptic_model_gives_all_three_kinds_of_figures(catalog):
+def test_a_panoptic_model_has_all_three_kinds_of_metrics(catalog):
     figures = evaluate_predictions(
         predict_records(ColourModel(), catalog, tiny_config()), catalog, "panoptic"
     )

@@ -1,4 +1,4 @@
-"""Mask AP: run-length encoding against pycocotools, figures against pycocotools by hand and by sight."""
+"""Mask AP: run-length encoding and metrics against pycocotools and hand-computed cases."""
 
 import contextlib
 import io
@@ -50,7 +50,7 @@ def test_encoding_a_crop_equals_pycocotools_on_the_whole_mask(seed):
 
 
 def test_columns_that_touch_are_one_run():
-    """A mask of full columns is one run in column order, wherever its columns end."""
+    """A mask of full columns is one run in column order."""
     counts = instance.encode(np.ones((5, 3), dtype=bool), 0, 2, (5, 7))
     assert counts == coco_mask.encode(np.asfortranarray(box(0, 2, 5, 5, (5, 7)).astype(np.uint8)))["counts"]
 
@@ -86,7 +86,7 @@ def test_a_better_scored_mistake_halves_the_precision():
     assert instance.average_precision([image], CLASSES, frozenset({0})).summary["AP"] == pytest.approx(50)
 
 
-def test_a_crowd_region_absorbs_detections_and_is_no_truth():
+def test_detections_in_a_crowd_region_are_ignored_and_the_region_is_no_object():
     crowd = true(0, box(20, 0, 40, 60), crowd=True)
     good, in_crowd = found(0, 0.5, box(0, 0, 20, 20)), found(0, 0.9, box(22, 5, 30, 15))
     image = ImageInstances(SIZE, [true(0, box(0, 0, 20, 20)), crowd], [in_crowd, good])
@@ -96,7 +96,7 @@ def test_a_crowd_region_absorbs_detections_and_is_no_truth():
 
 
 @pytest.mark.parametrize("images", [[], [ImageInstances(SIZE, [], [])]])
-def test_nothing_at_all_has_no_figures(images):
+def test_without_truth_and_predictions_there_are_no_metrics(images):
     assert instance.average_precision(images, CLASSES, CLASSES.thing_labels).summary == {}
 
 
@@ -108,7 +108,7 @@ def test_no_prediction_is_0_and_prediction_without_truth_is_undefined():
 
 
 def random_images(seed: int, count: int = 12) -> list[ImageInstances]:
-    """Boxes of all sizes, predictions shaken, some missing, some wrong, some crowd."""
+    """Boxes of all sizes with jittered predictions, some missing, some wrong, some crowd."""
     rng = np.random.default_rng(seed)
     size = (150, 200)
     images = []
@@ -203,7 +203,7 @@ def test_boundary_ap_by_hand():
     assert by_boundary["AP"] == pytest.approx(20)  # 56 / (76 + 74 - 56) = 0.596 passes 0.5 and 0.55
 
 
-def test_boundary_ap_takes_the_smaller_iou_and_pardons_crowds():
+def test_boundary_ap_takes_the_smaller_iou_and_ignores_crowds():
     crowd = true(0, box(20, 0, 40, 60), crowd=True)
     in_crowd = found(0, 0.9, box(20, 0, 40, 60))
     small = box(30, 30, 32, 32)  # all boundary: both IoUs are one

@@ -1,4 +1,4 @@
-"""The evaluation's page: the worst images first, everything in one file."""
+"""The evaluation page: worst images first, self-contained."""
 
 import re
 from dataclasses import replace
@@ -57,7 +57,7 @@ def test_the_worst_image_comes_first(catalog, task):
 
 
 def test_instances_are_counted_by_hand():
-    """One disc found, not by its rival of IoU 0.5; one missed, seen faintly; a stray box, one in a crowd."""
+    """One disc matched, not by a second of IoU 0.5; one below the score; a false box, and one in a crowd."""
     size = (20, 60)
 
     def box(left, right):
@@ -110,7 +110,7 @@ def test_prediction_and_truth_are_shown_side_by_side(catalog, task):
     assert crowd or abs(left - right).mean() < 6  # captions of the prediction bear scores
 
 
-def test_the_page_holds_everything_and_loads_nothing(catalog, tmp_path):
+def test_the_page_is_self_contained(catalog, tmp_path):
     config, folder = tiny_config(), tmp_path / "new" / "folder"
     evaluation = measure(predict_records(ColourModel(), catalog, config), catalog, config)
     files = write_page(folder, "A <title> & more", evaluation, count=4, facts={"images/s": "7.5"})

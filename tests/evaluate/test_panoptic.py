@@ -61,7 +61,7 @@ def test_exactly_half_is_no_match():
     assert (counts.true_positives[0], counts.false_positives[0], counts.false_negatives[0]) == (0, 1, 1)
 
 
-def test_the_wrong_class_is_a_miss_and_a_false_alarm():
+def test_the_wrong_class_is_a_false_negative_and_a_false_positive():
     counts = count_segments(ids_of(0, 10), [0], [False], ids_of(0, 10), [1], 4)
     assert counts.false_negatives.tolist() == [1, 0, 0, 0]
     assert counts.false_positives.tolist() == [0, 1, 0, 0]
@@ -92,7 +92,7 @@ def test_only_void_and_nothing_found():
     }
 
 
-def test_a_class_that_occurs_nowhere_takes_no_part():
+def test_a_class_that_occurs_nowhere_is_left_out():
     counts = count_segments(ids_of(0, 10), [0], [False], ids_of(0, 10), [0], 4)
     scores = panoptic_quality(counts, CLASSES, CLASSES.thing_labels)
     assert scores.summary["PQ"] == 100

@@ -23,7 +23,7 @@ def upsampled(logits: torch.Tensor, sizes: Sizes) -> torch.Tensor:
 
 
 def smooth_logits(queries: int, sizes: Sizes, seed: int) -> torch.Tensor:
-    """Blobs rather than noise: no upsampled value lies within rounding of the threshold by chance."""
+    """Blobs rather than noise, so that no upsampled value is within rounding of the threshold."""
     g = torch.Generator().manual_seed(seed)
     coarse = torch.randn(1, queries, 4, 4, generator=g) * 6
     size = (sizes.padded[0] // 4, sizes.padded[1] // 4)
@@ -89,7 +89,7 @@ def test_a_mask_in_the_padding_is_no_instance():
 
 
 def reference_panoptic(classes, masks, sizes, confidence, overlap, things):
-    """The rules of MaskFormer section 3.4, pixel maps and all."""
+    """The rules of MaskFormer section 3.4 on full maps."""
     scores, labels = classes.double().softmax(-1).max(-1)
     kept = [q for q in range(len(classes)) if labels[q] < classes.shape[-1] - 1 and scores[q] > confidence]
     ids = torch.zeros(sizes.original, dtype=torch.int64)

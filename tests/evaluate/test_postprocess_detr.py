@@ -38,7 +38,7 @@ def test_every_pixel_goes_to_the_largest_mask():
     assert (result.ids[:, 4:] == 2).all()  # the overlap, too, and nothing is void
 
 
-def test_unsure_queries_and_no_object_take_no_part():
+def test_queries_below_the_confidence_and_no_object_are_dropped():
     masks = halves(slice(0, 3), slice(3, 6), slice(6, 8))
     result = found([0, 1, 3], [0.95, 0.8, 0.99], masks)
     assert result.labels == (0,)
@@ -57,7 +57,7 @@ def test_stuff_of_one_class_is_one_segment_and_things_are_not():
     assert found([0, 0, 1], [0.9, 0.95, 0.97], masks).labels == (0, 0, 1)
 
 
-def test_specks_go_and_their_pixels_are_given_anew():
+def test_small_segments_are_removed_and_their_pixels_reassigned():
     masks = halves(slice(0, 4), slice(4, 8), slice(0, 0))
     masks[2, :2, :2] = 9.0  # four pixels
     result = found([0, 1, 1], [0.95] * 3, masks)

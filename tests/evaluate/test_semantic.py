@@ -27,7 +27,7 @@ def test_equals_scikit_learn():
     assert scores.summary["pixel_accuracy"] == pytest.approx((truth == found)[counted].mean() * 100)
 
 
-def test_an_absent_class_takes_no_part_but_costs_where_it_is_predicted():
+def test_an_absent_class_is_left_out_but_lowers_others_where_it_is_predicted():
     """Truth all 0; a quarter predicted as 1: IoU of class 0 is 3/4, class 1 has no truth."""
     truth = np.zeros((4, 4), dtype=int)
     found = truth.copy()
@@ -42,5 +42,5 @@ def test_predicted_void_is_a_miss():
     assert mean_iou(confusion(truth, found, 5), CLASSES).summary["mIoU"] == 75.0
 
 
-def test_only_void_has_no_figures():
+def test_only_void_has_no_metrics():
     assert mean_iou(confusion(np.full((2, 2), 255), np.zeros((2, 2)), 5), CLASSES).summary == {}

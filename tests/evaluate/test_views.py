@@ -1,4 +1,4 @@
-"""Test-time augmentation: which views are taken, and that their queries find each other."""
+"""Test-time augmentation: the choice of views, and the alignment of their queries."""
 
 from dataclasses import replace
 
@@ -44,7 +44,7 @@ def test_the_reference_comes_first_and_every_scale_once_each_way(scales):
     assert seen == sorted((s, m) for s in scales for m in (False, True))
 
 
-def test_queries_of_another_view_are_found_again():
+def test_queries_of_another_view_are_aligned():
     """A view with shuffled queries, of another size and flipped, gets the reference's order."""
     g = torch.Generator().manual_seed(0)
     small = torch.randn(1, 8, 5, 6, generator=g) * 6
@@ -81,7 +81,7 @@ def test_views_of_a_model_that_sees_the_same_in_all_of_them_change_little(task):
         assert together["AP"] == alone["AP"]  # instances come from the reference alone
 
 
-def test_general_inference_leaves_void_where_no_query_is_sure():
+def test_general_inference_is_void_where_no_query_is_confident():
     catalog = scenes(2, seed=1)
     config = tiny_config("semantic")
     record = catalog.records[0]
