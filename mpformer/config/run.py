@@ -100,40 +100,40 @@ def _metric(value: Any) -> Any:
 
 class Evaluate(Section):
     every: Duration | None = None
-    """Evaluate during training, too; null: only at the end."""
+    """Interval of evaluations during training; null: only at the end."""
     at_start: bool = False
-    """Evaluate the untrained model, too."""
+    """Also evaluate the untrained model."""
     limit: Count | None = None
-    """At most that many images of the split, in its order."""
+    """Use only the first images of the split; null: all."""
     score_threshold: Fraction = 0.0
-    """Instances below this score are not kept."""
+    """Instances below this score are dropped."""
     top_k: Count = 100
     """Instances kept per image."""
     class_confidence: Fraction = 0.8
     """Panoptic: a query below this class probability is dropped."""
     overlap: Fraction = 0.8
-    """Panoptic: a segment that keeps less than this share of its mask is dropped."""
+    """Panoptic: a segment that is assigned less than this fraction of its mask is dropped."""
     panoptic: Literal["general", "detr"] = "general"
-    """Panoptic segments by class times mask probability (MaskFormer section 3.4), or as DETR finds them
-    (its class_confidence: 0.85): each pixel to its largest mask, specks dropped, `overlap` unused."""
+    """Panoptic segments by class times mask probability (MaskFormer section 3.4), or by DETR's rule (its
+    class_confidence: 0.85): the largest mask of each pixel, small segments removed, `overlap` unused."""
     semantic: Literal["marginalise", "general"] = "marginalise"
-    """Semantic labels from all queries' probabilities, or the one best query's (MaskFormer section 3.4)."""
+    """Semantic labels from the probabilities of all queries, or of the best one (MaskFormer section 3.4)."""
     general_confidence: Fraction = 0.3
     """General inference: a query below this class probability is dropped."""
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
     """Test-time augmentation of semantic and panoptic results: factors on the size of `data.test_resize`."""
     flip: bool = False
-    """Test-time augmentation: each scale mirrored, too."""
+    """Test-time augmentation: also flip each scale horizontally."""
     boundary: bool = False
-    """Also measure boundary AP."""
+    """Also compute boundary AP."""
     metrics: tuple[Annotated[Plugin, BY_NAME, BeforeValidator(_metric)], ...] = ()
     """Further metrics, each `package.module:Name` or {kind:, options:}; see docs/extending.md."""
     layers: bool = True
-    """Also measure the decoder's layers: mIoU-L and query utilisation (MP-Former section 3)."""
+    """Also compute mIoU-L and query utilisation of the decoder layers (MP-Former section 3)."""
     batch: Count = setting(1)
-    """`predict`: images of one size that go through the model together (evaluation takes one at a time)."""
+    """`predict`: batch size for consecutive images of one size (evaluation predicts one at a time)."""
     pictures: Annotated[int, Field(ge=0)] = 8
-    """Overlays drawn at the end of a run."""
+    """Images on the page of an evaluation; 0: no page."""
 
 
 def _yes_or_no(value: Any) -> Any:
