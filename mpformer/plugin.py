@@ -21,7 +21,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mpformer.types import InputError
 
@@ -105,15 +105,17 @@ def build(
 ) -> _Contract:
     """The plug-in that a reference names, made with `arguments` and `options` and checked against a contract.
 
-    contract: a Protocol or base class; the plug-in needs the public methods that it defines, `__call__`
-    included, each taking the same positional arguments. Raises `InputError` that begins with `place`, the
-    setting's key.
+    contract: a Protocol, or a base class that the plug-in has to derive from; the plug-in needs the public
+    methods that it defines, `__call__` included, each taking the same positional arguments. Raises
+    `InputError` that begins with `place`, the setting's key.
     """
     found = load(reference, place)
     required = _methods(contract)
     what = f"{place}: {reference}"
     plugin: Any
     if inspect.isclass(found):
+        if Protocol not in contract.__bases__ and not issubclass(found, contract):
+            raise InputError(f"{what} is no subclass of {contract.__module__}.{contract.__name__}")
         defined = {name for base in found.__mro__ for name in vars(base)}
         if missing := next((name for name in required if name not in defined), None):
             method = _shown(missing, required[missing])

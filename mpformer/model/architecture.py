@@ -163,11 +163,8 @@ def build_model(config: ModelConfig, classes: ClassTable | int) -> Architecture:
         (named.kind, named.options) if isinstance(named, Plugin) else (ARCHITECTURES[named], {})
     )
     model = plugin.build(reference, options, Architecture, "model.architecture", config, table)
-    if not isinstance(model, Architecture) or not isinstance(getattr(model, "structure", None), Structure):
-        raise InputError(
-            f"model.architecture: {reference}: a subclass of mpformer.model.architecture.Architecture that "
-            "sets `structure` is expected"
-        )
+    if not isinstance(getattr(model, "structure", None), Structure):
+        raise InputError(f"model.architecture: {reference} does not set `structure`, a {__name__}.Structure")
     pilot, layers = config.pilot, len(model.structure.attention_strides)
     if pilot.queries and not model.structure.takes_pilots:
         raise InputError(f"model.pilot.queries: {reference} takes no pilots: 0 is expected")
@@ -175,3 +172,12 @@ def build_model(config: ModelConfig, classes: ClassTable | int) -> Architecture:
         raise InputError(f"model.pilot.layers: {reference} has attention layers 1 to {layers}")
     build_noise(pilot)  # a noise that does not fit is an error now, not in the first step
     return model
+
+
+def check_plugins(config: ModelConfig) -> None:
+    """Raise `InputError` unless the plug-ins that the settings name fit their contracts.
+
+    The model is built without memory for its weights.
+    """
+    with torch.device("meta"):
+        build_model(config.without_pretrained(), 1)

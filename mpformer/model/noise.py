@@ -56,7 +56,7 @@ def build_noise(pilot: Pilot) -> PilotNoise:
     at_each_layer: list[Noise] = []
     for noise in pilot.noise:
         if isinstance(noise, Plugin):
-            at_each_layer.append(plugin.build(noise.kind, noise.options, Noise, "model.pilot.noise"))
+            at_each_layer.append(plugin.shared(noise.kind, noise.options, Noise, "model.pilot.noise"))
         elif isinstance(noise, settings.ShiftNoise) and rules.shift == "released":
             at_once.append(ReleasedShift(noise))
         elif isinstance(noise, settings.ScaleNoise) and rules.scale == "released":

@@ -48,8 +48,14 @@ def test_the_example_noise_erases_its_share_of_the_cells(folder):
             {"pixel_decoder": {"kind": "sum_decoder:SumDecoder", "options": {"kernels": 3}}},
             "model.pixel_decoder.kind: sum_decoder:SumDecoder: .*'kernels'",
         ),
-        ({"architecture": "sum_decoder:SumDecoder"}, "is no subclass of Architecture"),
-        ({"decoder": {"attention": "torch.nn:Identity"}}, "torch.nn:Identity lacks the method weights"),
+        (
+            {"architecture": "sum_decoder:SumDecoder"},
+            "is no subclass of mpformer.model.architecture.Architecture",
+        ),
+        (
+            {"decoder": {"attention": "torch.nn:Identity"}},
+            "torch.nn:Identity is no subclass of .*CrossAttention",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_error_on_the_driver(folder, model, message):

@@ -33,7 +33,7 @@ def settings(**model) -> Config:
         "loss": {"points": 32},
     }
     for section, values in model.items():
-        base[section] = {**base[section], **values} if isinstance(values, dict) else values
+        base[section] = {**base.get(section, {}), **values} if isinstance(values, dict) else values
     by_class = base.get("output") == "per_pixel" or base["loss"].get("assignment") == "fixed"
     data = {"task": "semantic" if by_class else "instance"}
     return Config.model_validate({"model": base, "data": data, "train": {"lr": 1e-3, "clip_norm": 1.0}})
