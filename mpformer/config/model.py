@@ -70,7 +70,7 @@ class Decoder(Section):
     """Queries of the matching part. Where each stands for a class (`model.output: per_pixel`,
     `loss.assignment: fixed`) there are as many as classes instead."""
     layers: Annotated[int, Field(ge=0)] = 9
-    """0: predictions of the supervised queries themselves; of a per-pixel model, none but a convolution."""
+    """0: predictions from the supervised queries themselves; of a per-pixel model, one convolution only."""
     heads: Count = 8
     ffn: Count = 2048
     dropout: Fraction = 0.0
@@ -156,7 +156,7 @@ def _as_noises(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class PilotRules:
-    """Each point in which the paper and the released code differ, decided."""
+    """The choice at each point in which the paper and the released code differ."""
 
     point_flips: Literal["counted", "independent"]
     named_layers: Literal["as_named", "first_four"]
@@ -216,7 +216,7 @@ class Pilot(Section):
     assignment: Literal["hard", "match"] = "hard"
     """Each pilot reconstructs its own object, or is matched to one of its group (MP-Former Table 9)."""
     flavour: Literal["paper", "released"] = "paper"
-    """What all settings below are where they are null: MP-Former as printed, or as its code was released."""
+    """Value of all settings below that are null: MP-Former as printed, or as its code was released."""
     point_flips: Literal["counted", "independent"] | None = None
     """Point noise. paper `counted`: 0 .. ratio * area cells, every number equally likely; released
     `independent`: each cell with probability ratio * area / cells."""
@@ -230,7 +230,7 @@ class Pilot(Section):
     """paper: a factor of its own for each object; released: half of the objects are enlarged, all by the same
     factor, about a centre with swapped axes, drawn once for all layers."""
     complement: bool | None = None
-    """From layer 2 on, pilots with shift or scale noise may see everything but their mask (released: yes)."""
+    """From layer 2, pilots with shift or scale noise attend to all but their mask (released: yes)."""
     level_masks: Literal["any_pixel", "by_noise"] | None = None
     """A cell of a level is on if any pixel in it is; released `by_noise`: so without shift and scale noise,
     else if its first pixel is."""
@@ -242,8 +242,8 @@ class Pilot(Section):
     query_positions: bool | None = None
     """Whether the matching part's queries have learned positions (paper: yes, as in Mask2Former)."""
     padded_slots: Literal["unseen", "trained"] | None = None
-    """Slots that an image cannot fill are seen by nobody (paper), or are zero queries of its groups, trained
-    to predict no object (released)."""
+    """Slots that an image cannot fill are attended to by no query (paper), or are zero queries of its groups,
+    trained to predict no object (released)."""
 
     @field_serializer("noise")
     def _as_written(self, noise: tuple[Noise, ...]) -> Any:
@@ -251,12 +251,12 @@ class Pilot(Section):
         return plain[0] if len(plain) == 1 else plain
 
     def rules(self) -> PilotRules:
-        """The points of difference, decided by their own settings or else by the flavour."""
+        """The choice at each point: its own setting or, where that is null, the flavour's."""
         base = _FLAVOURS[self.flavour]
         own = {name: getattr(self, name) for name in PilotRules.__dataclass_fields__}
         chosen = {name: getattr(base, name) if value is None else value for name, value in own.items()}
         if self.queries == 0 and self.query_positions is None:
-            chosen["query_positions"] = True  # nothing but Mask2Former
+            chosen["query_positions"] = True  # without pilots it is Mask2Former
         return PilotRules(**chosen)
 
     @property
@@ -295,7 +295,7 @@ class Loss(Section):
     dice_weight: NonNegative = 5.0
     no_object_weight: NonNegative = 0.1
     mask_loss: Literal["cross_entropy", "focal"] = "cross_entropy"
-    """What `mask_weight` weighs in loss and matching; focal (alpha 0.25, gamma 2): MaskFormer, DETR."""
+    """The loss and cost that `mask_weight` scales; focal (alpha 0.25, gamma 2): MaskFormer, DETR."""
     points: Count | None = 12544
     """Sampled points per mask in the loss; null computes it on full masks."""
     match_points: Count | Literal["as_loss"] | None = "as_loss"
@@ -305,7 +305,7 @@ class Loss(Section):
     """Share of the loss points taken where the prediction is least certain (PointRend)."""
     shared_pilot_points: bool = False
     """One set of loss points for all pilots of an object, importance-sampled by their mean prediction. It is
-    faster; the statistics are not those of points of each pilot's own (the papers)."""
+    faster; in the papers each pilot has points of its own, which gives other statistics."""
     padding: Literal["counted", "ignored"] = "counted"
     """Whether points in the padding of a crop count, as in the papers' recipes."""
     matching: Literal["each_head", "last_head"] = "each_head"
@@ -369,7 +369,7 @@ class Model(Section):
     loss: Loss = Loss()
 
     def without_pretrained(self) -> Model:
-        """The same model with nothing to fetch: other weights are about to be loaded, or none are needed."""
+        """The same model without pretrained weights: others are loaded, or none are needed."""
         return self.model_copy(update={"backbone": self.backbone.model_copy(update={"pretrained": None})})
 
     def queries(self, classes: int) -> int:

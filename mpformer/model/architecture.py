@@ -104,7 +104,7 @@ class Architecture(nn.Module, ABC):
     def set_progress(self, fraction: float) -> None:
         """Tell the model how much of the training is done, in 0..1: before each training step.
 
-        It is a function of the step, so that a resumed run goes on alike.
+        It has to be a function of the step, so that a resumed run continues identically.
         """
         self.progress = fraction
         self.progress_tensor.fill_(fraction)

@@ -1,4 +1,4 @@
-"""Boxes as (centre x, centre y, width, height) in 0..1 of the padded image, as DETR has them."""
+"""Boxes as (centre x, centre y, width, height) in 0..1 of the padded image, as in DETR."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Convolutional pixel decoders (Mask2Former Table 4e): FPN (MaskFormer's, too), Semantic FPN, BiFPN, FaPN.
 
 All of them turn the backbone's maps, finest first, into mask features [B,C,H/4,W/4] and three memories
-[B,C,h,w] at strides 32, 16, 8. The figures in the papers are of code that was released for FPN only; of the
-others the papers name the source and print FLOPs, which the builds here reproduce.
+[B,C,h,w] at strides 32, 16, 8. Code was released for FPN only; for the others the papers cite the source and
+print FLOPs, which these modules reproduce.
 """
 
 from __future__ import annotations

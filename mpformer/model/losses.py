@@ -339,7 +339,7 @@ def _shared_points(
 def _sample_objects(masks: Tensor, objects: Tensor, points: Tensor, dtype: torch.dtype) -> Tensor:
     """Values of masks[objects[i]] at points[i]: masks [N,H,W] bool, objects [n], points [n,P,2] -> [n,P]."""
     if len(objects) > len(masks):
-        # each group of pilots holds each object once: a mask is read once, at the points of all groups
+        # each group of pilots holds each object once: each mask is sampled once, at the points of all groups
         order = objects.argsort(stable=True)
         values = sample(masks.to(dtype), points[order].view(len(masks), -1, 2))
         return values.view(points.shape[:2])[order.argsort()]

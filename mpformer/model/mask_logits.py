@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 def mask_logits_of(embeddings: Tensor, features: Tensor) -> Tensor:
     """embeddings [B,Q,C], features [B,C,h,w] -> [B,Q,h,w].
 
-    In training most queries' masks are in no loss (of 100 queries as many as there are objects are matched).
-    On a CPU the gradient is computed from those that are.
+    In training most masks are in no loss: of 100 queries only as many as there are objects are matched. On a
+    CPU the gradient is computed from the masks in the loss alone.
     """
     if features.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.einsum("bqc,bchw->bqhw", embeddings, features)
@@ -36,7 +36,7 @@ class _MaskLogits(torch.autograd.Function):
         flat, grad = features.flatten(2), grad.flatten(2)
         grad_embeddings = torch.zeros_like(embeddings)
         grad_flat = torch.empty(flat.shape, dtype=flat.dtype)
-        # a norm, which would say the same, takes twenty times as long
+        # a norm would give the same answer in twenty times the time
         for b, used in enumerate((grad.amax(2) != 0) | (grad.amin(2) != 0)):
             rows = used.nonzero()[:, 0]
             chosen = grad[b] if len(rows) == len(used) else grad[b, rows]

@@ -141,7 +141,7 @@ def point_noise(masks: Tensor, ratio: float, scores: Tensor, amounts: Tensor) ->
     area = masks.flatten(1).sum(dim=1)
     most = (ratio * area).floor().clamp(max=cells)
     count = (amounts * (most + 1)).floor().clamp(max=most).long()
-    # the cells with the `count` smallest scores: scores are looked up in order only as far as can be needed
+    # the cells with the `count` smallest scores; only as many scores are sorted as can be needed
     longest = min(cells, int(ratio * cells) + 1)
     order = _smallest(scores, longest)
     beyond = torch.full_like(order[:, :1], float("inf"))

@@ -27,7 +27,7 @@ _RELEASED_STRIDE = MEMORY_STRIDES[-1]
 
 @dataclass(frozen=True)
 class PilotLayout:
-    """How the pilot slots of a micro-batch are used; one entry per image."""
+    """How the pilot slots of a micro-batch are used: one entry per image in each tuple."""
 
     groups: tuple[int, ...]
     per_group: tuple[int, ...]

@@ -30,7 +30,7 @@ def draw_points(
 ) -> HeadPoints:
     """Draw the points of a head for images with that many pairs; matching: whether it is matched at all.
 
-    An image's stream gives the points of matching first, then those of the losses, head after head.
+    An image's stream yields the points of matching first, then those of the losses, head after head.
     """
     images = range(len(pairs))
     shared = tuple(matching_points(config, draws, b) if matching else None for b in images)
@@ -54,7 +54,7 @@ def loss_points(masks: int, counts: PointCounts, draws: SampleRandom, b: int) ->
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Half precision as float32, float32 and float64 as they are: losses lose no digits."""
+    """Half precision as float32, float32 and float64 unchanged: losses are computed in full precision."""
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -62,8 +62,8 @@ def unpack(points: Tensor) -> Tensor:
     """Packed points [...] int32 as (x, y) in 0..1, float32 [...,2].
 
     A packed point has x in its lower and y in its upper 16 bits, in units of 1/65536 of the map's width and
-    height; it stands for the centre of its unit. That is 4 bytes instead of 8 per point, and one random
-    number of 64 bits makes two of them.
+    height, and is the centre of its unit. A point takes 4 bytes instead of 8, and a random number of 64 bits
+    gives two of them.
     """
     both = torch.stack((points & 0xFFFF, (points >> 16) & 0xFFFF), dim=-1)
     return (both.float() + 0.5) / 65536

@@ -23,7 +23,7 @@ def sine_position(h: int, w: int, channels: int, device: torch.device, dtype: to
 @functools.lru_cache(maxsize=64)
 def _table(h: int, w: int, channels: int, device: str) -> Tensor:
     # computed once per size: the position does not depend on the image
-    with torch.inference_mode(False):  # a table made during inference must serve training, too
+    with torch.inference_mode(False):  # a table made during inference is used in training, too
         return _compute(h, w, channels, device)
 
 

@@ -25,7 +25,7 @@ class Segmenter(Architecture):
 
     def __init__(self, config: ModelConfig, classes: ClassTable) -> None:
         super().__init__(config, classes)
-        # timm takes seconds to load, which those who start, follow or look up runs need not wait for
+        # timm takes seconds to import: only where a model is built
         from mpformer.model.backbone import Backbone
 
         self.structure = structure_of(config, len(classes))

@@ -56,7 +56,7 @@ def _shift_mask(
         position = torch.arange(count, device=device)
         return (position >= count - window).int() + (position >= count - shift).int()
 
-    with torch.inference_mode(False):  # a mask made during inference must serve training, too
+    with torch.inference_mode(False):  # a mask made during inference is used in training, too
         by_row, by_column = (region(*axis) for axis in zip(size, window, shift))
         regions = 3 * by_row[:, None] + by_column[None, :]
         cells = _to_windows(regions[None, :, :, None], window)

@@ -1,4 +1,4 @@
-"""Numbers on their way between the host and its device: only for `to_host` does the host wait."""
+"""Copies between host and device; only `to_host` makes the host wait."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def to_host(values: Tensor) -> Tensor:
-    """The values on the CPU. The host waits for all that its GPU was given to do before.
+    """The values on the CPU. The host waits until queued GPU work finishes.
 
-    Of a training step these are the only waits: torch's sync debug mode forbids all others and lets this one
-    pass, since it waits for an event.
+    These are the only waits of a training step: a test forbids all others with torch's sync debug mode, which
+    permits waiting for an event.
     """
     if values.device.type != "cuda":
         return values.cpu()
@@ -23,7 +23,7 @@ def to_host(values: Tensor) -> Tensor:
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Values of the CPU on a device; the host does not wait."""
+    """Values of the CPU copied to a device; the host does not wait."""
     if device.type == "cuda":
-        values = values.pin_memory()  # from other memory the driver would copy while the host waits
+        values = values.pin_memory()  # from pageable memory the copy would be synchronous
     return values.to(device, non_blocking=True)

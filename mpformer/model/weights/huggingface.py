@@ -155,7 +155,7 @@ def write_huggingface(model: Architecture, folder: Path, resize: TestResize) -> 
     """Write config.json, preprocessor_config.json (with the model's `resize` for evaluation) and
     model.safetensors.
 
-    Pilots are left out: inference knows nothing of them. Raises `InputError` for a model that
+    Pilot embeddings are left out: inference does not use them. Raises `InputError` for a model that
     `transformers` has no equal of.
     """
     if not isinstance(model, Segmenter):
