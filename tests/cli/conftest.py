@@ -10,7 +10,7 @@ import torch
 from mpformer.config import Config, dump_yaml, load_config
 from mpformer.data.catalog import open_split
 from mpformer.data.synthetic import generate
-from mpformer.model.segmenter import Segmenter, build_model
+from mpformer.model.architecture import Architecture, build_model
 from mpformer.tracking.mlflow_store import prepare_store
 from mpformer.tracking.tracker import Entry, Tracker
 from mpformer.train import checkpoint
@@ -42,7 +42,7 @@ class FinishedRun:
     recipe: Path
     folder: Path
     config: Config
-    model: Segmenter
+    model: Architecture
     scenes: Path
     mlflow_uri: str
     mlflow_run: str
