@@ -73,6 +73,7 @@ def test_no_machine_on_aws_takes_the_group_that_ray_makes():
         assert node["node_config"]["MetadataOptions"] == {"HttpTokens": "required"}
 
 
+@pytest.mark.slow  # moto's AWS takes seconds to load
 def test_what_aws_needs_is_made_once_and_shut(monkeypatch, tmp_path):
     """Against moto's AWS: twice, from two addresses; the file that comes out is one that Ray accepts."""
     boto3 = pytest.importorskip("boto3", reason="boto3 is not installed")

@@ -13,14 +13,13 @@ from mpformer.types import InputError
 from tests.data.folders import coco_folder
 from tests.data.test_pipeline import break_image, digests, joined, stream
 
-pytestmark = pytest.mark.usefixtures("two_cpu_ray")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("two_cpu_ray")]
 
 
 def with_ray(data):
     return data.model_copy(update={"loader": "ray"})
 
 
-@pytest.mark.slow
 def test_the_same_batches_over_several_executions(tmp_path, monkeypatch):
     """Two epochs and a bit, cut into many blocks and executions, from the start and from the middle."""
     data = coco_folder(tmp_path, images=11)
@@ -33,7 +32,6 @@ def test_the_same_batches_over_several_executions(tmp_path, monkeypatch):
     assert stream(with_ray(data), catalog, start=5, stop=7) == expected[5:]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loader", ["ray", "torch"])
 def test_any_loader_and_any_number_of_workers_over_two_epochs(tmp_path, loader):
     """Worlds of 1, 2 and 4 against the in-process loader: 11 images twice, in batches of 4."""
@@ -46,7 +44,6 @@ def test_any_loader_and_any_number_of_workers_over_two_epochs(tmp_path, loader):
         assert joined(shares) == expected, world
 
 
-@pytest.mark.slow
 def test_an_interruption_at_any_step_with_another_number_of_workers_afterwards(tmp_path):
     data = coco_folder(tmp_path, images=11)
     catalog = open_split(data, "train")

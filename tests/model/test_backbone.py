@@ -79,7 +79,9 @@ def test_frozen_statistics_do_not_follow_the_batch():
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet101c", "regnetx_002"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", pytest.param("resnet101c", marks=pytest.mark.slow), "regnetx_002"]
+)
 def test_frozen_norms_are_what_they_are_when_folded(name):
     """Random statistics: the maps and the gradients are those of a BatchNorm in evaluation mode."""
     folded, plain = build(name).double(), build(name, norm="bn").double().eval()
