@@ -13,10 +13,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 quickstart: $(READY)
 	$(BIN)/mpformer quickstart
 
-# the end-to-end tests wait for processes while the others compute: side by side, the former report after the latter
+# the end-to-end tests mostly wait for processes: they run beside the others, and their report comes last
 test: lint
 	@$(BIN)/python -m pytest tests/e2e > .e2e.log 2>&1 & e2e=$$!; \
-	$(BIN)/python -m pytest --ignore=tests/e2e; others=$$?; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/e2e; others=$$?; \
 	wait $$e2e; failed=$$?; cat .e2e.log; exit $$((others | failed))
 
 test-fast: lint
