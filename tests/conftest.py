@@ -10,6 +10,7 @@ for _key, _value in {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_worker_niceness": "0",  # Ray's own is 15: beside other tests a run would wait for all of them
+    "RAY_memory_monitor_refresh_ms": "0",  # it would kill workers for the memory that others take
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "OMP_WAIT_POLICY": "PASSIVE",
 }.items():

@@ -62,7 +62,7 @@ RECIPE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Done:
-    """What a command came to."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -81,19 +81,19 @@ def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 240) -> Done:
-    """Wait for a command that was started."""
+def finish(process: subprocess.Popen[str], timeout: float = 400) -> Done:
+    """Wait for the end of a started command."""
     out, err = process.communicate(timeout=timeout)
     return Done(process.returncode, out, err)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray cluster of the tests. Commands are told its address, as a cluster's user tells them."""
+    """A Ray cluster of the tests. Commands get its address in RAY_ADDRESS, as on any cluster."""
 
     address: str
     settings: Mapping[str, str] = field(default_factory=dict)
-    """Of Ray Train, as environment variables."""
+    """Ray Train's settings, as environment variables."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -108,7 +108,7 @@ class Cluster:
         from mpformer.cli.main import main
 
         out, err = io.StringIO(), io.StringIO()
-        warnings = logging.StreamHandler(err)  # what logging writes by itself where nothing else is set up
+        warnings = logging.StreamHandler(err)  # logging's last resort, which pytest's own handlers replace
         warnings.setLevel(logging.WARNING)
         logger = logging.getLogger("mpformer")
         interrupt, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
@@ -124,12 +124,12 @@ class Cluster:
                 code = main([*map(str, arguments)])
         finally:
             logger.removeHandler(warnings)
-            signal.signal(signal.SIGINT, interrupt)  # Ray Train has put its own there
+            signal.signal(signal.SIGINT, interrupt)  # Ray Train has installed its own handler
             torch.set_num_threads(threads)
         return Done(code, out.getvalue(), err.getvalue())
 
     def train(self, recipe: Path, *settings: str) -> Done:
-        """`mpformer train` in this process, and the training, too: Ray Train's local mode."""
+        """`mpformer train` in this process, training included (Ray Train's local mode)."""
         from ray.train import ScalingConfig
 
         from mpformer.train import launch
@@ -152,7 +152,7 @@ def _title(process: psutil.Process) -> str:
 
 @contextlib.contextmanager
 def started_cluster(cpus: int) -> Iterator[Any]:
-    """A head with so many logical CPUs. Nobody joins it who is not told its address."""
+    """A head node with that many logical CPUs. Only processes that are given its address join it."""
     import ray
     from ray._common.utils import reset_ray_address
     from ray.cluster_utils import Cluster as Nodes
@@ -171,13 +171,13 @@ def started_cluster(cpus: int) -> Iterator[Any]:
 def head() -> Iterator[Cluster]:
     """One machine of eight logical CPUs for all tests; Ray is started once."""
     with started_cluster(cpus=8) as nodes:
-        # nobody takes this machine away: one process less for every run
+        # this machine is no spot instance: without the watcher each run starts one process less
         yield Cluster(nodes.address, {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"})
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _left_cluster() -> Iterator[None]:
-    """After each module this process leaves the cluster that it has joined: the next may be another."""
+    """This process disconnects from its cluster after each module: the next one may use another."""
     yield
     import ray
 

@@ -27,7 +27,7 @@ def run_dir_of(recipe: Path, *settings: str) -> Path:
 
 
 def wait_for(
-    condition: Callable[[], object], process: subprocess.Popen[str] | None = None, seconds: float = 240
+    condition: Callable[[], object], process: subprocess.Popen[str] | None = None, seconds: float = 400
 ) -> None:
     """Until it holds, while the process runs."""
     deadline = time.monotonic() + seconds

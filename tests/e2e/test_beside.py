@@ -14,7 +14,7 @@ from mpformer.tracking.run_dir import RunDir
 from tests.e2e.conftest import Cluster, write_recipe
 from tests.e2e.faults import assert_mirrored, at_step, difference, run_dir_of, values, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 COMMON = ["evaluate.at_start=true"]
 

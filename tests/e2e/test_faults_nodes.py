@@ -82,7 +82,7 @@ def test_a_node_is_lost_and_the_run_goes_on_with_those_left(recipe: Path, nodes:
 
 
 def test_a_spot_warning_makes_a_checkpoint_at_once(recipe: Path, nodes: Any, fleet: Cluster) -> None:
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # a Cython module without types
     from ray.core.generated import autoscaler_pb2
 
     settings = [*COMMON, "train.length=150 steps", "train.checkpoint_every=150 steps"]
