@@ -1,4 +1,4 @@
-"""Hours and money of a study, reckoned beforehand. Imports neither torch nor ray."""
+"""Estimated hours and price of a study. Imports neither torch nor ray."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from mpformer.ablation.makespan import Interruptions, makespan
 from mpformer.ablation.spec import Study, Trial
@@ -30,15 +30,15 @@ class PlanOptions(Section):
     gpu_seconds_per_image: Positive | None = None
     """Stated speed of all runs; null: measured in finished runs of the study, else of the costs file."""
     gpus: Count = 8
-    """GPUs that are there at the same time."""
+    """GPUs that can be used at the same time."""
     instance: str | None = None
-    """The machine of the costs file whose price is reckoned."""
+    """The instance of the costs file for the price."""
     interruptions_per_hour: NonNegative = 0.0
     """How often a run is interrupted."""
     checkpoint_minutes: Positive = 30.0
-    """Training between two checkpoints: what an interruption loses is on average somewhat less than half."""
+    """Training between two checkpoints; an interruption loses somewhat less than half of it on average."""
     restart_minutes: NonNegative = 5.0
-    """From the interruption until the run trains again."""
+    """From an interruption until the run trains again."""
 
     @classmethod
     def read(cls, options: Mapping[str, Any]) -> PlanOptions:
@@ -56,7 +56,7 @@ class PlanOptions(Section):
 
 
 class Hours(Section):
-    """A run whose hours are known."""
+    """A run of known length and hours."""
 
     dataset: str
     task: str
@@ -69,8 +69,15 @@ class Hours(Section):
     hours: Positive
     batch_size: Count = 16
 
+    @model_validator(mode="after")
+    def _check_length(self) -> Hours:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("either `steps` or `epochs` is expected")
+        return self
+
     def gpu_seconds_per_image(self, images_per_epoch: int) -> float:
-        images = self.steps * self.batch_size if self.steps else self.epochs * images_per_epoch
+        epochs = self.epochs or 0
+        images = self.steps * self.batch_size if self.steps else epochs * images_per_epoch
         return self.hours * 3600 * self.gpus / images
 
 
@@ -88,7 +95,7 @@ class CostFile(Section):
 
 @dataclass(frozen=True)
 class Costs:
-    """What is known of the speed of runs."""
+    """Known speeds of runs."""
 
     file: CostFile
     stated: float | None = None
@@ -119,7 +126,7 @@ class Costs:
         return duration_in_steps(config.train.length, images or 0, config.train.batch_size)
 
     def gpu_seconds_per_image(self, trial: Trial) -> tuple[float, str] | None:
-        """The speed of a run and where it comes from; None where nothing is known."""
+        """The speed of a run and where it comes from; None where none is known."""
         if self.stated is not None:
             return self.stated, "as stated"
         if (own := self.measured.get(trial.config.name)) is not None:
@@ -135,11 +142,13 @@ class Costs:
                 return entry.gpu_seconds_per_image(images), "printed hours of the costs file"
         return None
 
-    def gpu_hours(self, trial: Trial) -> float | None:
-        speed, steps = self.gpu_seconds_per_image(trial), self.steps(trial.config)
-        if speed is None or steps is None:
+    def priced(self, trial: Trial) -> _Priced | None:
+        """The hours of a run; None where its speed or its length is not known."""
+        known, steps = self.gpu_seconds_per_image(trial), self.steps(trial.config)
+        if known is None or steps is None:
             return None
-        return speed[0] * steps * trial.config.train.batch_size / 3600
+        speed, source = known
+        return _Priced(trial, speed * steps * trial.config.train.batch_size / 3600, source)
 
 
 def _measured(study: Study) -> dict[str, float]:
@@ -153,41 +162,59 @@ def _measured(study: Study) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
+@dataclass(frozen=True)
+class _Priced:
+    """A run whose hours are known."""
+
+    trial: Trial
+    gpu_hours: float
+    source: str
+    """Where its speed comes from."""
+
+    @property
+    def workers(self) -> int:
+        return self.trial.config.cluster.workers
+
+    @property
+    def gpus(self) -> int:
+        """Of workers and evaluators."""
+        return self.workers + self.trial.config.cluster.evaluators
+
+
 def cost_lines(trials: Sequence[Trial], costs: Costs, options: PlanOptions) -> list[str]:
     """GPU-hours, makespan and price of the runs that are not finished."""
     pending = [trial for trial in trials if not trial.finished]
-    hours = {id(trial): costs.gpu_hours(trial) for trial in pending}
-    unknown = [trial for trial in pending if hours[id(trial)] is None]
-    known = [trial for trial in pending if hours[id(trial)] is not None]
+    known = [priced for trial in pending if (priced := costs.priced(trial)) is not None]
     lines = []
-    if unknown:
-        names = ", ".join(dict.fromkeys(trial.config.name for trial in unknown))
+    if len(known) < len(pending):
+        named = {id(priced.trial) for priced in known}
+        unknown = dict.fromkeys(trial.config.name for trial in pending if id(trial) not in named)
         lines.append(
-            f"hours of {len(unknown)} runs are not known ({names}): finish one run of the study, or give "
-            "plan.gpu_seconds_per_image="
+            f"hours of {len(pending) - len(known)} runs are not known ({', '.join(unknown)}): finish one run "
+            "of the study, or give plan.gpu_seconds_per_image="
         )
     if not known:
         return lines
-    total = sum(hours[id(trial)] for trial in known)
-    sources = "; ".join(sorted({costs.gpu_seconds_per_image(trial)[1] for trial in known}))
+    total = sum(run.gpu_hours for run in known)
+    sources = "; ".join(sorted({run.source for run in known}))
     lines.append(f"training: {total:,.1f} GPU-hours in {len(known)} runs ({sources}); evaluation not counted")
     fleet = Interruptions(
         options.interruptions_per_hour,
         options.checkpoint_minutes / 60,
         restart_hours=options.restart_minutes / 60,
     )
-    widths = [trial.config.cluster.workers for trial in known]
-    spent = [fleet.spent(hours[id(trial)] / width).total for trial, width in zip(known, widths)]
-    expected = sum(time * width for time, width in zip(spent, widths))
+    spent = [fleet.spent(run.gpu_hours / run.workers).total for run in known]
     if options.interruptions_per_hour:
+        expected = sum(hours * run.workers for hours, run in zip(spent, known))
         lines.append(
             f"with {options.interruptions_per_hour:g} interruptions per hour and run, a checkpoint every "
             f"{options.checkpoint_minutes:g} min and {options.restart_minutes:g} min to start again: "
             f"x {expected / total:.3f} = {expected:,.1f} GPU-hours"
         )
-    held = [width + trial.config.cluster.evaluators for trial, width in zip(known, widths)]
-    span = makespan(spent, held, options.gpus)
-    lines.append(f"on {options.gpus} GPUs, {_widths(held)} a run: {span:,.1f} hours from start to end")
+    gpus = [run.gpus for run in known]
+    span = makespan(spent, gpus, options.gpus)
+    each = str(min(gpus)) if min(gpus) == max(gpus) else f"{min(gpus)} to {max(gpus)}"
+    lines.append(f"on {options.gpus} GPUs, {each} a run: {span:,.1f} hours from start to end")
     if options.instance is not None:
         instance = costs.file.instances[options.instance]
         machines = math.ceil(options.gpus / instance.gpus)
@@ -197,8 +224,3 @@ def cost_lines(trials: Sequence[Trial], costs: Costs, options: PlanOptions) -> l
             f"{instance.currency}/h = {price:,.0f} {instance.currency}"
         )
     return lines
-
-
-def _widths(widths: Sequence[int]) -> str:
-    low, high = min(widths), max(widths)
-    return str(low) if low == high else f"{low} to {high}"

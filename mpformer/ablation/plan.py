@@ -1,4 +1,4 @@
-"""What a study is going to do, before anything of it is started. Imports neither torch nor ray."""
+"""The plan of a study, before anything starts: rows, runs, hours, price. Imports neither torch nor ray."""
 
 from __future__ import annotations
 
@@ -15,47 +15,51 @@ from mpformer.types import InputError
 def plan_text(study: Study, only: str | None = None) -> str:
     """Rows x seeds, what each row changes against the common base, the runs, their steps, hours and state.
 
-    Raises `InputError` where there is no row `only`, and for a `plan.KEY` that is none.
+    Raises `InputError` for an unknown row in `only` and for an unknown `plan.KEY`.
     """
     options = PlanOptions.read(study.options)
     costs = Costs.read(study, options)
     trials = study.trials(only)
     rows = list(dict.fromkeys(trial.row for trial in trials))
-    lines = [f"{study.name}: {study.file.title}", ""]
     width = max(len(key) for row in rows for key in [*changes(study, row), ""])
+    lines = [f"{study.name}: {study.file.title}", ""]
     for row in rows:
-        mark = " (baseline)" if row == study.file.baseline else ""
-        title = f": {study.title(row)}" if study.title(row) != row else ""
-        lines.append(f"  {row}{title}{mark}")
-        lines += [
-            f"      {key:{width}}  {show_value(a)} -> {show_value(b)}"
-            for key, (a, b) in changes(study, row).items()
-        ]
-        if not changes(study, row):
-            lines.append("      the base as it is")
-        parts = study.file.parts_of(row)
-        lengths = {part: _length(study.runs[row, part]) for part in parts}
-        if len(set(lengths.values())) == 1:
-            lines.append(
-                f"      length {lengths[parts[0]]}" + (f", each of {', '.join(parts)}" if parts[0] else "")
-            )
-        else:
-            lines += [f"      length {length}, {part}" for part, length in lengths.items()]
-    runs = f" x {len(study.file.part_names)} parts" if len(study.file.part_names) > 1 else ""
-    seeds = ", ".join(map(str, study.seeds))
-    lines += [
-        "",
-        f"rows x seeds: {len(rows)} x {len(study.seeds)} (seeds {seeds}){runs} = {len(trials)} runs",
-    ]
-    if study.file.search:
-        lines[-1] += f", then {study.file.search.samples} samples of the search"
-    steps = [costs.steps(trial.config) for trial in trials]
-    if None not in steps:
-        images = sum(n * trial.config.train.batch_size for n, trial in zip(steps, trials))
-        lines[-1] += f", {sum(steps):,} steps, {images:,} images"
-    lines += cost_lines(trials, costs, options)
+        lines += _row_lines(study, row, width)
+    lines += ["", _count_line(study, trials, costs), *cost_lines(trials, costs, options)]
     lines.append(f"in {study.folder}: {state_text(trials)}")
     return "\n".join(lines)
+
+
+def _row_lines(study: Study, row: str, width: int) -> list[str]:
+    """What a row changes, its keys padded to `width`, and how long it trains."""
+    mark = " (baseline)" if row == study.file.baseline else ""
+    title = f": {study.title(row)}" if study.title(row) != row else ""
+    lines = [f"  {row}{title}{mark}"]
+    changed = changes(study, row)
+    lines += [f"      {key:{width}}  {show_value(a)} -> {show_value(b)}" for key, (a, b) in changed.items()]
+    if not changed:
+        lines.append("      the base as it is")
+    lengths = {part: _length(study.runs[row, part]) for part in study.file.parts_of(row)}
+    if len(set(lengths.values())) > 1:
+        return lines + [f"      length {length}, {part}" for part, length in lengths.items()]
+    first, *_ = lengths
+    each = f", each of {', '.join(lengths)}" if first else ""
+    return [*lines, f"      length {lengths[first]}{each}"]
+
+
+def _count_line(study: Study, trials: Sequence[Trial], costs: Costs) -> str:
+    """The number of runs and, where the lengths of all are known, of steps and images."""
+    rows = len({trial.row for trial in trials})
+    seeds = ", ".join(map(str, study.seeds))
+    parts = f" x {len(study.file.bases)} parts" if len(study.file.bases) > 1 else ""
+    text = f"rows x seeds: {rows} x {len(study.seeds)} (seeds {seeds}){parts} = {len(trials)} runs"
+    if study.file.search:
+        text += f", then {study.file.search.samples} samples of the search"
+    steps = [known for trial in trials if (known := costs.steps(trial.config)) is not None]
+    if len(steps) == len(trials):
+        images = sum(n * trial.config.train.batch_size for n, trial in zip(steps, trials))
+        text += f", {sum(steps):,} steps, {images:,} images"
+    return text
 
 
 def changes(study: Study, row: str) -> dict[str, tuple[Any, Any]]:
@@ -73,7 +77,7 @@ def changes(study: Study, row: str) -> dict[str, tuple[Any, Any]]:
 
 
 def state_text(trials: list[Trial]) -> str:
-    """How many of the runs are finished, begun and still to be started."""
+    """How many of the runs are finished, begun and not yet begun."""
     finished = sum(trial.finished for trial in trials)
     begun = sum(trial.run_dir.exists() and not trial.finished for trial in trials)
     return f"{finished} finished, {begun} begun, {len(trials) - finished - begun} to start"
@@ -84,7 +88,7 @@ def _length(config: Config) -> str:
 
 
 def show_value(value: Any) -> str:
-    """A setting's value as a person writes it."""
+    """The value of a setting as a settings file has it."""
     if isinstance(value, list):
         return "[" + ", ".join(map(show_value, value)) + "]"
     return "null" if value is None else str(value)

@@ -21,7 +21,7 @@ from mpformer.config.section import Section
 from mpformer.config.shipped import locate
 from mpformer.config.yamlfile import Source, merge, nearest, parse_scalar, read_yaml
 from mpformer.tracking.run_dir import RunDir
-from mpformer.types import InputError
+from mpformer.types import InputError, Task
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Trial:
     config: Config
     part: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
-    """What MLflow is told of it, beside what follows from its settings."""
+    """Extra MLflow tags."""
 
     @property
     def run_dir(self) -> Path:
@@ -41,7 +41,7 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        """A run writes its summary when it has ended well, and then it is never run again."""
+        """Whether the run has its summary: then it is not run again."""
         return RunDir(self.run_dir).finished
 
     @property
@@ -137,46 +137,54 @@ def load_study(path: str | Path, settings: Sequence[str] = ()) -> Study:
     chosen, overrides = _split_settings(path, file, settings)
     profile = file.profiles[chosen.profile] if chosen.profile else Profile()
     key = f"profiles.{chosen.profile}"
-    layers = _Layers(source, profile, key, overrides)
-    bases, runs = {}, {}
-    for part in file.part_names:
-        own = file.parts[part] if part else None
-        keys = ["parts", part, "base"] if part else ["base"]
-        recipe = _recipe(source, own.base if own else file.base, keys)
-        common = recipe
-        if profile.base is not None:
-            task = recipe.tree.get("data", {}).get("task", "instance")
-            kept = (*profile.carry, *profile.replace)
-            at_scale = {k: v for k, v in flatten(recipe.tree).items() if _under(k, kept)}
-            common = layers.lay(_profile_recipe(source, profile, key, task), at_scale, "base")
-        common.tree["name"] = path.stem
-        common = layers.lay(common, file.settings, "settings")
-        if own:
-            common = layers.lay(common, own.settings, f"parts.{part}.settings")
-        common = layers.lay(common, profile.settings, f"{key}.settings", carried=False)
-        bases[part] = layers.build(common)
-        for name, row in file.rows.items():
-            if part in file.parts_of(name):
-                tree = layers.lay(common, row.settings, f"rows.{name}.settings")
-                tree = layers.lay(tree, row.parts.get(part, {}), f"rows.{name}.parts.{part}")
-                tree = layers.lay(tree, profile.rows.get(name, {}), f"{key}.rows.{name}", carried=False)
-                runs[name, part] = layers.build(tree)
+    layers = _Layers(source, file, profile, key, overrides)
+    common = {part: layers.common(part) for part in file.bases}
+    bases = {part: layers.build(settings) for part, settings in common.items()}
     check_columns(source, file, {part: base.data.task for part, base in bases.items()})
-    runs = {(row, part): runs[row, part] for row in file.rows for part in file.parts_of(row)}
-    return Study(
-        path, file, chosen.profile, bases, runs, chosen.seeds or profile.seeds or file.seeds, chosen.plan
-    )
+    runs = {
+        (row, part): layers.build(layers.row(common[part], row, part))
+        for row in file.rows
+        for part in file.parts_of(row)
+    }
+    seeds = chosen.seeds or profile.seeds or file.seeds
+    return Study(path, file, chosen.profile, bases, runs, seeds, chosen.plan)
 
 
 @dataclass(frozen=True)
 class _Layers:
-    """Lays the settings of a study file over each other; what comes from the paper's scale is carried over
-    to the profile's by its `drop` and `replace`."""
+    """Lays the settings of a study file over each other.
+
+    With a profile of another size, what comes from the paper's size is adapted by `drop` and `replace`.
+    """
 
     source: Source
+    file: StudyFile
     profile: Profile
     profile_key: str
     overrides: Sequence[str]
+
+    def common(self, part: str) -> Source:
+        """The settings that the rows of a part have in common."""
+        own = self.file.parts.get(part)
+        keys = ["parts", part, "base"] if own else ["base"]
+        common = recipe = _recipe(self.source, self.file.bases[part], keys)
+        if self.profile.base is not None:
+            task = recipe.tree.get("data", {}).get("task", "instance")
+            kept = (*self.profile.carry, *self.profile.replace)
+            at_scale = {k: v for k, v in flatten(recipe.tree).items() if _under(k, kept)}
+            common = self.lay(self._profile_recipe(self.profile.base, task), at_scale, "base")
+        common.tree["name"] = self.source.path.stem
+        common = self.lay(common, self.file.settings, "settings")
+        if own:
+            common = self.lay(common, own.settings, f"parts.{part}.settings")
+        return self.lay(common, self.profile.settings, f"{self.profile_key}.settings", carried=False)
+
+    def row(self, common: Source, name: str, part: str) -> Source:
+        """The settings of a row over those of its part."""
+        row, of_profile = self.file.rows[name], self.profile.rows.get(name, {})
+        settings = self.lay(common, row.settings, f"rows.{name}.settings")
+        settings = self.lay(settings, row.parts.get(part) or {}, f"rows.{name}.parts.{part}")
+        return self.lay(settings, of_profile, f"{self.profile_key}.rows.{name}", carried=False)
 
     def lay(self, under: Source, tree: Mapping[str, Any], keys: str, carried: bool = True) -> Source:
         if carried:
@@ -185,6 +193,15 @@ class _Layers:
 
     def build(self, source: Source) -> Config:
         return build_config(inline_dataset(source.overridden(self.overrides), Path()))
+
+    def _profile_recipe(self, base: str | Mapping[Task, str], task: Task) -> Source:
+        keys = [*self.profile_key.split("."), "base"]
+        if isinstance(base, str):
+            return _recipe(self.source, base, keys)
+        if task not in base:
+            where = f"{self.source.place(keys)}: {self.profile_key}.base"
+            raise InputError(f"{where}: no recipe for the task '{task}'")
+        return _recipe(self.source, base[task], [*keys, task])
 
     def _carried_over(self, tree: Mapping[str, Any], keys: str) -> dict[str, Any]:
         if not self.profile.drop and not self.profile.replace:
@@ -228,16 +245,6 @@ def _with_profiles(source: Source) -> Source:
     return Source(source.path, {**source.tree, "profiles": profiles}, {**places, **source.places})
 
 
-def _profile_recipe(source: Source, profile: Profile, key: str, task: str) -> Source:
-    base = profile.base
-    if isinstance(base, str):
-        return _recipe(source, base, [*key.split("."), "base"])
-    if task not in base:
-        place = source.place([*key.split("."), "base"])
-        raise InputError(f"{place}: {key}.base: no recipe for the task '{task}'")
-    return _recipe(source, base[task], [*key.split("."), "base", task])
-
-
 def _recipe(source: Source, name: str, keys: Sequence[str]) -> Source:
     path = locate(name, source.path.parent).resolve()
     if not path.is_file():  # raises, with the nearest file
@@ -246,7 +253,7 @@ def _recipe(source: Source, name: str, keys: Sequence[str]) -> Source:
 
 
 class _Chosen(Section):
-    """What the command line says about the study itself."""
+    """The settings of the command line that are the study's own, not its runs'."""
 
     profile: str | None = None
     seeds: Seeds | None = None

@@ -1,4 +1,4 @@
-"""The schema of a study file, and its errors in words.
+"""The schema of a study file, and its errors as messages.
 
     # MP-Former, Table 7: the components one after the other.
     title: What each component brings
@@ -140,12 +140,14 @@ class StudyFile(Section):
         return self
 
     @property
-    def part_names(self) -> tuple[str, ...]:
-        """The parts; one without a name where a row is a single run."""
-        return tuple(self.parts) or ("",)
+    def bases(self) -> dict[str, str]:
+        """The recipe of each part; that of the one part without a name where a row is a single run."""
+        if self.base is not None:
+            return {"": self.base}
+        return {name: part.base for name, part in self.parts.items()}
 
     def parts_of(self, row: str) -> tuple[str, ...]:
-        return tuple(part for part in self.part_names if self.rows[row].parts.get(part, {}) is not None)
+        return tuple(part for part in self.bases if self.rows[row].parts.get(part, {}) is not None)
 
 
 def split_column(column: str) -> tuple[str, str]:
@@ -178,17 +180,17 @@ Space = Choice | Uniform | LogUniform | Integers
 
 
 class Search(Section):
-    """Settings to look for, beside the rows: `samples` of them are run, each as a row of its own."""
+    """A search over settings, beside the rows: `samples` points are run, each as a row of its own."""
 
     space: Annotated[dict[str, Space], Field(min_length=1)]
     """By setting: {choice: [...]}, or [low, high] of `uniform`, `loguniform` or `integers`."""
     samples: Annotated[int, Field(ge=1)] = 20
     column: str
-    """What is to become as large as possible."""
+    """The column to maximise."""
     row: str
     """The row that the samples vary."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the points, which are drawn at random."""
+    """Of the random points."""
     stop: Literal["none", "asha"] = "none"
     """asha: samples that lag behind at a rung are stopped (Tune's ASHAScheduler); needs `evaluate.every`."""
     grace: Annotated[int, Field(ge=1)] = 1
@@ -214,7 +216,7 @@ def check(source: Source) -> StudyFile:
             where = f"{source.place(keys)}: {'.'.join(keys)}"
             raise InputError(f"{where}: no {what} '{name}'; nearest: {nearest(name, names)}")
     for column in file.columns:
-        if split_column(column)[0] not in file.part_names:
+        if split_column(column)[0] not in file.bases:
             expected = f"PART:METRIC with a part of {', '.join(file.parts)}" if file.parts else "a metric"
             raise InputError(f"{source.place(['columns', column])}: columns.{column}: {expected} is expected")
     for name, row in file.rows.items():
@@ -236,8 +238,8 @@ def _names(file: StudyFile) -> Iterator[tuple[str, Mapping[str, Any], str, tuple
     """Every name that must stand elsewhere in the file: (name, where, what it is, its own place)."""
     yield file.baseline, file.rows, "row", ("baseline",)
     for profile_name, profile in file.profiles.items():
-        for row in profile.rows:
-            yield row, file.rows, "row", ("profiles", profile_name, "rows", row)
+        for row_name in profile.rows:
+            yield row_name, file.rows, "row", ("profiles", profile_name, "rows", row_name)
     for name, row in file.rows.items():
         for part in row.parts:
             yield part, file.parts, "part", ("rows", name, "parts", part)
@@ -263,7 +265,7 @@ def _explain(error: ValidationError, source: Source) -> str:
 
 
 def message(error: Mapping[str, Any]) -> str:
-    """pydantic's words for an error, and the value that was given."""
+    """pydantic's message of an error, and the value that was given."""
     if error["type"] == "dict_type":
         return f"lines `name: value` are expected (given: {error['input']!r})"
     shown = "" if isinstance(error["input"], Mapping) else f" (given: {error['input']!r})"

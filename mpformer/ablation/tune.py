@@ -1,8 +1,8 @@
 """The runs of a study as trials of Ray Tune, each a Ray Train run of its own.
 
-What a trial has done lies in its run's folder, and a run's name depends on its settings alone. So nothing of
-Tune's own state is needed to go on: a finished run is not a trial any more, an interrupted one resumes at
-its last checkpoint, and rows or seeds that were added later are simply runs that do not exist yet.
+The state of a trial is its run's folder, whose name depends on its settings alone. So Tune's own state is not
+needed to resume: a finished run is not a trial any more, an interrupted one resumes at its last checkpoint,
+and rows or seeds that were added later are runs that do not exist yet.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from mpformer.train import plugins  # noqa: E402
 from mpformer.train.launch import fit, only_driver, start_ray  # noqa: E402
 from mpformer.types import InputError, RunError  # noqa: E402
 
-DRIVER_RESOURCES = {"memory": 1}
+DRIVER_RESOURCES: dict[str, float] = {"memory": 1}
 """A trial's driver only waits, so it claims no CPU: a run that fits alone fits as a trial, too. Tune requires
 some resource; this is one byte."""
 
@@ -60,7 +60,7 @@ class Failure:
 
 
 class _Evaluations(TuneReportCallback):
-    """Tells Tune of a run's evaluations, but for that of the last step: a scheduler would stop the run there
+    """Reports a run's evaluations to Tune, except that of the last step: a scheduler would stop the run there
     before it has written its summary."""
 
     def __init__(self, total_steps: int) -> None:
@@ -111,11 +111,11 @@ def run_trials(
 ) -> list[Failure]:
     """Run or resume every trial that is not finished, as many at once as the cluster holds.
 
-    `bases`: by part, the settings that MLflow's parameters of a run are told against. The samples of a
-    `search` that lag behind are given up, if it says so; their folder notes it, and they are not taken up
-    again. Returns the failures; `on_failure` is told of each at once, and the other trials go on. Raises
-    `InputError`, with the arithmetic, where not even one trial fits into the cluster, and at once where the
-    data are not there; `RunError` where another process is at work on one of the runs.
+    `bases`: by part, the settings that a run's MLflow parameters are the difference to. With a `search` that
+    stops early, lagging samples are stopped; a file in their folder says so, and they are not resumed.
+    Returns the failures; `on_failure` is called for each at once, and the other trials go on. Raises
+    `InputError`, with the arithmetic, for a trial that does not fit into the cluster, and before anything
+    starts for missing data; `RunError` where another process is at work on one of the runs.
     """
     pending = [trial for trial in trials if not trial.finished]
     if not pending:
@@ -125,10 +125,10 @@ def run_trials(
     for trial in pending:
         plugins.check(trial.config)
         if trial.run_dir.is_dir():
-            with only_driver(trial.run_dir):  # another command on the same study: told before anything starts
+            with only_driver(trial.run_dir):  # raises, before anything starts, for another command at work
                 pass
     start_ray(trial.config for trial in pending)
-    # a trial's failure is told in one line and not as a traceback
+    # a trial's failure is reported in one line and not as a traceback
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     capacity = Capacity.of(ray.nodes())
     at_once = trials_at_once(pending, capacity)
@@ -136,10 +136,10 @@ def run_trials(
     entries = [Entry(experiment, tracking_parent, bases[trial.part], trial.tags) for trial in pending]
 
     asha = _asha(search, pending[0]) if search else None
-    told_until = asha.total_steps if asha else None
+    total_steps = asha.total_steps if asha else None  # the scheduler itself must not go to the trials
 
     def drive(settings: dict[str, int]) -> dict[str, Any]:
-        callbacks = [] if told_until is None else [_Evaluations(told_until)]
+        callbacks = [] if total_steps is None else [_Evaluations(total_steps)]
         number = settings["trial"]
         try:
             fit(configs[number], entry=entries[number], callbacks=callbacks)
@@ -153,7 +153,7 @@ def run_trials(
         param_space={"trial": tune.grid_search(list(range(len(pending))))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=at_once,
-            # a driver that is stopped from outside must not be used again: its run may still be ending
+            # a driver that the scheduler stops must not be reused: its run may still be ending
             reuse_actors=asha is None,
             scheduler=asha.scheduler if asha else None,
             trial_name_creator=lambda trial: pending[trial.config["trial"]].label,
@@ -164,31 +164,35 @@ def run_trials(
             storage_path=str(folder.resolve()),
             verbose=0,
             callbacks=[endings],
-            # what `drive` does not catch is the end of its process: with its machine, or for want of memory
+            # what `drive` does not catch is the end of its process: a lost machine, or no memory left
             failure_config=tune.FailureConfig(max_failures=_max_failures(pending)),
         ),
     )
     results = tuner.fit()
     if asha:
-        by_folder = {trial.run_dir.name: trial for trial in pending}
-        for result in results:
-            trial = by_folder[Path(result.path).name]
-            if result.error is None and not trial.finished and "failure" not in result.metrics:
-                step = result.metrics["step"]
-                RunDir(trial.run_dir).stopped.write_text(json.dumps({"by": "asha", "step": step}))
-                close_run(trial.run_dir, "KILLED")
+        _mark_stopped([results[i] for i in range(len(results))], pending)
     return endings.failures
 
 
+def _mark_stopped(results: Sequence[tune.Result], trials: Sequence[Trial]) -> None:
+    """Write into the folder of each trial that the scheduler has stopped at which step that was."""
+    by_folder = {trial.run_dir.name: trial for trial in trials}
+    for result in results:
+        trial, metrics = by_folder[Path(result.path).name], result.metrics or {}
+        if result.error is None and not trial.finished and "failure" not in metrics:
+            mark = json.dumps({"by": "asha", "step": metrics["step"]})
+            RunDir(trial.run_dir).stopped.write_text(mark)
+            close_run(trial.run_dir, "KILLED")
+
+
 def _max_failures(trials: Sequence[Trial]) -> int:
-    """Of any trial; -1 (without limit) where one asks for it."""
+    """The most of any trial; -1 (no limit) where one has that."""
     each = [trial.config.cluster.max_failures for trial in trials]
     return -1 if -1 in each else max(each)
 
 
 class _Endings(TrialProgressCallback):
-    """Collects failures as they happen; in the place of the callback with which Tune says that a trial is
-    complete: `progress` says more."""
+    """Collects failures as they happen, in place of Tune's own callback that prints completed trials."""
 
     def __init__(self, trials: Sequence[Trial], on_failure: Callable[[Failure], None]) -> None:
         super().__init__()
@@ -203,7 +207,7 @@ class _Endings(TrialProgressCallback):
             self._add(trial, result["failure"], result["bad_input"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial's process ended, and may not be started again."""
+        """The trial's process ended and has no restarts left."""
         self._add(trial, _reason(trial.get_pickled_error() or trial.get_error()), bad_input=False)
 
     def log_result(self, *args: Any, **info: Any) -> None:
@@ -215,10 +219,10 @@ class _Endings(TrialProgressCallback):
 
 
 def _reason(error: BaseException) -> str:
-    """What ended a trial, in one line.
+    """The cause of a trial's end, in one line.
 
-    Ray gives a traceback as text, whose last exception it is, or the words of an exception of its own, which
-    says it in its first line.
+    Ray gives a traceback as text, with the cause as its last exception, or the message of an exception of its
+    own, with the cause in the first line.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     named = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Exit): ", line)]

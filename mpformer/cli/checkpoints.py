@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mpformer.cli.output import say
 from mpformer.config import Config, build_config, inline_dataset, read_recipe
 from mpformer.config.yamlfile import Source
+from mpformer.tracking.progress import duration_text
 from mpformer.tracking.run_dir import RunDir, step_of
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def predict(checkpoint: str, images: Sequence[str], out: str, settings: Sequence
 def open_checkpoint(
     file: Path, data: str | None, settings: Sequence[str]
 ) -> tuple[Architecture, Catalog, Config, torch.device]:
-    """Model, validation split, settings and device for looking at a checkpoint."""
+    """Model, validation split, settings and device to evaluate a checkpoint with."""
     from mpformer.data.catalog import check_same_classes, open_split
     from mpformer.model.weights.loading import load_checkpoint
 
@@ -101,13 +102,13 @@ def open_checkpoint(
 def _for_evaluation(trained: Config, checkpoint: str, data: str | None, settings: Sequence[str]) -> Config:
     """A checkpoint's settings with other data: a folder in the layout of its own, or a recipe's `data`."""
     source = Source(Path(checkpoint), trained.model_dump(mode="json"), {})
-    source.set(["cluster", "workers"], 1, checkpoint)  # as many as asked for, not as many as trained it
+    source.set(["cluster", "workers"], 1, checkpoint)  # not the number that trained it
     if data is not None and Path(data).is_dir():
         source.set(["data", "root"], data, f"--data {data}")
     elif data is not None:
         other = read_recipe(data).tree.get("data", {})
         if "dataset" in other:
-            source.tree["data"].pop("dataset")  # the other one stands for itself
+            source.tree["data"].pop("dataset")  # replaced as a whole, not key by key
         source = source.laid_under(Source(Path(data), {"data": other}, {}))
     return build_config(inline_dataset(source.overridden(settings), Path()))
 
@@ -127,7 +128,7 @@ def _inference_device() -> torch.device:
 
 
 def _progress() -> Callable[..., None]:
-    """Says at most every 10 seconds how many images are done and how long the rest will take."""
+    """Prints, at most every 10 seconds, how many images are done and the time left."""
     start = said = time.monotonic()
 
     def report(done: int, total: int, left: float | None = None) -> None:
@@ -136,7 +137,7 @@ def _progress() -> Callable[..., None]:
         if now - said >= 10 or done == total:
             said = now
             left = (now - start) / done * (total - done) if left is None else left
-            say(f"{done}/{total} images, {left / 60:.0f}:{left % 60:02.0f} min left")
+            say(f"{done}/{total} images, {duration_text(left)} left")
 
     return report
 
@@ -150,7 +151,7 @@ class _Origin:
     run: Path | None
     """The folder of its run, if it lies in one."""
     folder: Path
-    """Where files about it go."""
+    """Where the results go."""
     name: str
     step: int
 
@@ -171,8 +172,8 @@ def _origin(checkpoint: str) -> _Origin:
 
 
 def _attach(origin: _Origin, values: dict[str, float], folder: Path) -> None:
-    """To the MLflow run that mirrors the checkpoint's, if there is one."""
+    """Add figures and pictures to the MLflow run of the checkpoint's run, if there is one."""
     from mpformer.tracking.tracker import attach
 
-    if origin.run is not None and (told := attach(origin.run, origin.step, values, folder)) is not None:
-        say(told)
+    if origin.run is not None and (line := attach(origin.run, origin.step, values, folder)) is not None:
+        say(line)

@@ -1,4 +1,4 @@
-"""The runs of a study as a table that stays in the terminal while they go on; lines where there is none."""
+"""The runs of a study as a live table in a terminal, as lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 from mpformer.tracking.progress import QUALITY, Follower, Tally, follow
 
 LINES_AROUND = 6
-"""Of a terminal's height: the line above the table, its head and frame, and a line for the cursor."""
+"""Lines of a terminal that hold no run: the title, the table's header and frame, and the cursor."""
 
 
 @contextmanager
@@ -23,8 +23,8 @@ def shown(
 ) -> Iterator[None]:
     """While the body runs, show the runs' state on `console`, by default the standard output.
 
-    In a terminal it is a table that is drawn again every second; starts and warnings are told above it. In a
-    file or a pipe, all of it is told in lines.
+    A terminal gets a table that is redrawn every second, with starts and warnings above it; a file or
+    a pipe gets lines only.
     """
     console = console or Console()
     tally = Tally(followers)
@@ -40,7 +40,7 @@ def shown(
 
 
 def _table(followers: Sequence[Follower], tally: Tally, height: int) -> Group:
-    """As many runs as the terminal holds, those at work before all others."""
+    """As many runs as the terminal has lines for, running ones first."""
     states = {follower: _state(follower) for follower in followers}
     at_work_first = sorted(followers, key=lambda follower: states[follower] != "running")
     chosen = set(at_work_first[: max(1, height - LINES_AROUND)])

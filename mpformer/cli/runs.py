@@ -13,7 +13,7 @@ from mpformer.tracking.run_dir import RunDir
 
 
 def train(recipe: str, settings: Sequence[str]) -> None:
-    """One run to its end; the same command again resumes it, or shows what it came to."""
+    """One run to its end; the same command again resumes it, or prints its final metrics."""
     config = stored_absolutely(load_config(recipe, settings))
     run_dir = Path(config.storage) / run_name(config)
     say(f"run {run_dir}")
@@ -31,7 +31,7 @@ def train(recipe: str, settings: Sequence[str]) -> None:
 
 
 def sync(run: str) -> None:
-    """Bring to MLflow what it could not take while the run went on."""
+    """Bring to MLflow what it missed while the run went on."""
     from mpformer.tracking.tracker import sync as sync_run
 
     say(sync_run(Path(run)))
@@ -46,7 +46,7 @@ def tell_mlflow_problem(run_dir: Path) -> None:
 
 
 def stored_absolutely(config: Config) -> Config:
-    """Workers of Ray stand in folders of their own."""
+    """With an absolute storage folder: Ray's workers have working folders of their own."""
     return config.model_copy(update={"storage": str(Path(config.storage).resolve())})
 
 

@@ -5,20 +5,21 @@ mpformer show RECIPE    runs    python -m mpformer.cli.size < settings.json
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 from mpformer.config import Config
 
 ASSUMED_CLASSES = 80
-"""COCO's, where the data set is not here to be asked."""
+"""COCO's, where the data set is unavailable."""
 
 
 def size_line(config: Config) -> str:
-    """One line: parameters, multiply-adds and what they were counted for; or why they cannot be counted."""
+    """One line: parameters, multiply-adds and the input they are for; or why they cannot be counted."""
     done = subprocess.run(
         [sys.executable, "-m", "mpformer.cli.size"],
-        input=config.model_dump_json(),
+        input=json.dumps(config.model_dump(mode="json")),  # ASCII, whatever the encoding of pipes
         capture_output=True,
         text=True,
     )
@@ -37,7 +38,7 @@ def _classes(config: Config) -> tuple[int, str]:
     try:
         found = len(open_split(config.data, "val").classes)
     except InputError:
-        return ASSUMED_CLASSES, f"{ASSUMED_CLASSES} classes (assumed: the data set is not here)"
+        return ASSUMED_CLASSES, f"{ASSUMED_CLASSES} classes (assumed: data set unavailable)"
     return found, f"{found} classes"
 
 

@@ -38,9 +38,9 @@ def quickstart(settings: Sequence[str]) -> None:
 
 
 def ablate(study_file: str, settings: Sequence[str], only: str | None, plan: bool) -> None:
-    """A study's runs, then its table and curves; with `plan`, only what it would do.
+    """The runs of a study, then its table and curves; with `plan`, only what would be done.
 
-    Raises `RunError`, or `InputError` where that is the reason, when runs have failed: after the table.
+    Raises, after the table, `RunError` when runs have failed, `InputError` where all failed for bad input.
     """
     if plan:
         say(plan_text(load_study(study_file, settings), only))
@@ -54,7 +54,7 @@ def ablate(study_file: str, settings: Sequence[str], only: str | None, plan: boo
     failures = _run_study(study, trials) if not all(trial.finished for trial in trials) else []
     _diagnose_pilots(study, trials)
     if study.file.search and only is None:
-        failures += _search(study)
+        failures += _search(study, study.file.search)
     _write_report(study, collect(study))
     for trial in trials:
         tell_mlflow_problem(trial.run_dir)
@@ -67,7 +67,7 @@ def ablate(study_file: str, settings: Sequence[str], only: str | None, plan: boo
 
 
 def _diagnose_pilots(study: Study, trials: Sequence[Trial]) -> None:
-    """Figures of the pilots (columns `diag/pilot_...`) of finished runs that lack them."""
+    """Measure the pilots of finished runs that lack these figures, for columns `diag/pilot_...`."""
     if not any("diag/pilot_" in column for column in study.file.columns):
         return
     from mpformer.cli.checkpoints import open_checkpoint
@@ -87,13 +87,12 @@ def _diagnose_pilots(study: Study, trials: Sequence[Trial]) -> None:
         say(f"{trial.label}: figures of the pilots measured")
 
 
-def _search(study: Study) -> list[Failure]:
-    """The samples of the study's search, those that exist left as they are; then their table."""
+def _search(study: Study, search: Search) -> list[Failure]:
+    """Run the samples of the study's search that have not ended, then write and print their table."""
     from mpformer.ablation.results import read_run
     from mpformer.ablation.search import samples, table
     from mpformer.ablation.studyfile import split_column
 
-    search = study.file.search
     found = samples(study)
     open_ones = [one.trial for one in found if not one.trial.finished and one.stopped_at is None]
     say(f"search: {len(found)} samples of row {search.row}, {len(open_ones)} to run")
@@ -124,9 +123,9 @@ def _run_study(study: Study, trials: Sequence[Trial], search: Search | None = No
     followers = {
         trial.run_dir: Follower(trial.label, trial.run_dir, trial.config.train.batch_size) for trial in trials
     }
-    for trial in trials:
-        if trial.finished:
-            followers[trial.run_dir].values |= read_summary(trial.run_dir)["metrics"]
+    for run_dir, follower in followers.items():
+        if (summary := read_summary(run_dir)) is not None:
+            follower.values |= summary["metrics"]
 
     def on_failure(failure: Failure) -> None:
         followers[failure.trial.run_dir].failed = True
@@ -134,19 +133,19 @@ def _run_study(study: Study, trials: Sequence[Trial], search: Search | None = No
 
     with shown(list(followers.values()), say):
         failures = run_trials(trials, study.folder, study.name, parent, study.bases, search, on_failure)
-    if parent:
+    if uri and parent:
         close_parent(uri, parent, "FAILED" if failures else "FINISHED")
     return failures
 
 
 def _tracked_in(trial: Trial, uri: str | None) -> Trial:
-    """All runs of a study share one store, which lies beside the study's folder and not in it."""
+    """With the one store of all runs of a study, which lies beside the study's folder and not in it."""
     tracking = trial.config.tracking.model_copy(update={"mlflow": uri})
     return replace(trial, config=trial.config.model_copy(update={"tracking": tracking}))
 
 
 def _generate_data(study: Study) -> None:
-    """The generated data set of the study's size, if that has one and the study still reads it."""
+    """Generate the data set of the study's profile, if there is one and the study reads it."""
     generate = study.file.profiles[study.profile].generate if study.profile else None
     if generate is None or study.base.data.root != generate.root:
         return
@@ -158,7 +157,7 @@ def _generate_data(study: Study) -> None:
 
 
 def _write_report(study: Study, results: Results) -> None:
-    """A study's table and curves, from what its runs have measured so far."""
+    """Write and print a study's table and curves of the results so far."""
     from mpformer.ablation.report import write_report
     from mpformer.tracking.tracker import attach_report
 

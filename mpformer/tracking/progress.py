@@ -76,7 +76,7 @@ class Follower:
         speed = self.values.get("speed/images_per_second")
         if not speed or not self.total_steps or self.step >= self.total_steps:
             return None
-        return f"{_duration((self.total_steps - self.step) * self.batch_size / speed)} left"
+        return f"{duration_text((self.total_steps - self.step) * self.batch_size / speed)} left"
 
     def lines(self, points: bool = True) -> list[str]:
         """One line for each start, each warning, and, with `points`, each point since the last call."""
@@ -168,7 +168,7 @@ class Tally:
         done = finished - self._before + sum(follower.shares[0] for follower in going_on)
         if going_on and done > 0:
             each = (time.monotonic() - self._began) / done
-            text += f", about {_duration(each * sum(follower.shares[1] for follower in going_on))} left"
+            text += f", about {duration_text(each * sum(follower.shares[1] for follower in going_on))} left"
         return text
 
 
@@ -210,7 +210,8 @@ def follow(
         look()
 
 
-def _duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
+    """Seconds as "2:48 min" or "3 h 05 min"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

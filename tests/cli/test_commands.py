@@ -247,6 +247,14 @@ def test_evaluation_takes_its_data_from_the_run_a_folder_or_a_recipe(tmp_path):
         checkpoints._for_evaluation(trained, "run", "nowhere", [])
 
 
+@pytest.mark.parametrize(("done", "left"), [(1, "0:59 min"), (4, "0:59 min")])
+def test_progress_says_the_time_left(done, left, capsys, monkeypatch):
+    now = iter([100.0, 100.0 + 59.0 * done, 100.0 + 59.0 * done])
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: next(now))
+    checkpoints._progress()(done, done + 1)
+    assert capsys.readouterr().out == f"{done}/{done + 1} images, {left} left\n"
+
+
 def test_doctor_ends_well_with_clear_words():
     done = subprocess.run(
         [sys.executable, "-m", "mpformer", "doctor"],

@@ -73,6 +73,7 @@ def test_every_encoding_gets_what_it_can_hold_and_no_traceback(folder, encoding,
     assert done.stdout.splitlines()[-1:] == ["codes [0, 0, 0, 0, 0, 2]"], done.stderr
     assert f"study: {title}" in done.stdout
     assert figure in done.stdout
+    assert " M parameters, " in done.stdout
     assert "no row 'R" in done.stderr
     assert "Traceback" not in done.stderr
 
