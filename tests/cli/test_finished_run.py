@@ -54,7 +54,7 @@ def test_evaluate_prints_the_figures_and_writes_their_page(finished_run, capsys)
     told = capsys.readouterr().out
     config = finished_run.config
     split = open_split(config.data, "val")
-    found = evaluation.evaluate(finished_run.model, split, config, device="cpu")
+    found, _ = evaluation.evaluate(finished_run.model, split, config, device="cpu")
     expected = {key: f"{value:.2f}" for key, value in {**found.scores.summary, **found.layers}.items()}
     assert expected.items() <= printed_figures(told).items()
     assert {"PQ", "AP", "mIoU", "layer_iou_1"} <= expected.keys()
@@ -69,7 +69,7 @@ def test_evaluate_takes_other_data_of_the_same_classes(finished_run, capsys, tmp
     assert main(["data", "synth", str(other), "train=1", "val=3", "size=64", "seed=7"]) == 0
     command = ["evaluate", str(finished_run.folder), "--data", str(other), "evaluate.pictures=0"]
     assert main([*command, "evaluate.limit=2"]) == 0
-    assert f"{finished_run.folder}: 2 images of synthetic-panoptic val on cpu" in capsys.readouterr().out
+    assert ": 2 images of synthetic-panoptic val on cpu" in capsys.readouterr().out
     annotations = other / "annotations/panoptic_val2017.json"
     content = json.loads(annotations.read_text())
     content["categories"][0]["name"] = "sphere"
