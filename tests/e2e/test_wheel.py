@@ -17,7 +17,7 @@ import pytest
 
 from mpformer import __version__
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 PACKED = ("mpformer", "experiments", "pyproject.toml", "setup.py", "README.md", "LICENSE")
@@ -73,7 +73,7 @@ def run(command: list[str], folder: Path) -> str:
     """What a command prints in a folder, with nothing of this checkout on its paths."""
     without = ("PYTHONPATH", "RAY_ADDRESS", "VIRTUAL_ENV")
     kept = {key: value for key, value in os.environ.items() if key not in without}
-    done = subprocess.run(command, cwd=folder, env=kept, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=folder, env=kept, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
