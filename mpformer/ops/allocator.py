@@ -1,8 +1,8 @@
-"""The C library's memory: what a step frees is kept for the next one, on CPUs.
+"""Settings of the C library's allocator: memory that a step frees is kept for the next one, on CPUs.
 
-glibc gives a tensor of more than 32 MiB back to the system when it is freed, and of smaller ones what lies at
-the end of its heap. The next step asks for the same memory again, and the system clears and maps it page by
-page: in a virtual machine, where a page costs microseconds, that was seen to take a tenth of a training step.
+glibc returns a tensor of more than 32 MiB to the system when it is freed, and of smaller ones what is at the
+end of its heap. The next step allocates the same memory again, and the system clears and maps it page by
+page: in a virtual machine, where a page costs microseconds, that was measured at a tenth of a training step.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _GROWTH = 64 << 20
 
 
 def keep_freed_memory() -> bool:
-    """From now on this process gives no freed memory back before 2 GiB of it lie together; False: cannot.
+    """From now on this process returns freed memory only in blocks of 2 GiB. False where that is impossible.
 
-    Gaps between blocks may raise the peak a little (seen: -3 to +2 % in a training step). Memory lent by an
-    allocator of torch's own (GPUs) is not touched. Needs glibc: nothing happens on other systems.
+    Fragmentation may change the peak a little (measured: -3 to +2 % in a training step). Memory of torch's
+    own allocators (GPUs) is unaffected. Needs glibc: does nothing on other systems.
     """
     if sys.platform != "linux":
         return False

@@ -1,4 +1,4 @@
-"""Which code runs `ms_deform_attn` on which device: chosen once per process, said loudly if it is slow."""
+"""Which code runs `ms_deform_attn` on which device: chosen once per process, with a warning if it is slow."""
 
 import os
 import warnings
@@ -67,7 +67,7 @@ def _chosen(device: str, index: int) -> Kernel | None:
 
 
 def reference_wanted() -> bool:
-    """Whether the environment variable MPFORMER_DEFORM_ATTN asks for the reference."""
+    """Whether the environment variable MPFORMER_DEFORM_ATTN selects the reference."""
     setting = os.environ.get(SETTING, "auto")
     if setting not in ("auto", "reference"):
         raise ValueError(f"{SETTING} must be auto or reference, not {setting!r}")
@@ -77,7 +77,7 @@ def reference_wanted() -> bool:
 def find_kernel(device: str, index: int = 0) -> tuple[Kernel | None, str]:
     """The kernel for a device, and in words where it comes from or why there is none."""
     if reference_wanted():
-        return None, f"{SETTING}=reference asks for it"
+        return None, f"{SETTING}=reference selects it"
     if device == "cpu":
         return _cpu_kernel()
     if device == "cuda":
@@ -87,7 +87,7 @@ def find_kernel(device: str, index: int = 0) -> tuple[Kernel | None, str]:
 
 @lru_cache
 def _cpu_kernel() -> tuple[Library | None, str]:
-    """The library made at installation if it is of these sources, else the one of the user's cache."""
+    """The library built at installation if it is of these sources, else the one in the user's cache."""
     reasons = []
     for path in sorted(Path(__file__).parent.glob("_deform_attn_cpu*.so")):
         try:
@@ -95,7 +95,7 @@ def _cpu_kernel() -> tuple[Library | None, str]:
         except OSError as error:
             reasons.append(f"the installed library does not load ({error})")
         except OtherSourcesError:
-            reasons.append("the installed library is of other sources")
+            reasons.append("the installed library was built from other sources")
     try:
         path = build.cached_library()
         return Library(str(path), build.source_hash()), f"built on first use: {path}"

@@ -1,4 +1,4 @@
-"""CUDA source to running kernels with what torch brings along: NVRTC compiles, the driver loads and launches.
+"""CUDA source to running kernels with the libraries that torch installs: NVRTC compiles, the driver launches.
 
 Both are plain C libraries, called through ctypes: no toolkit, no headers and no further package are needed on
 a machine where a CUDA build of torch runs. Compiled code is kept in the user's cache (mpformer/ops/build.py).
@@ -23,7 +23,7 @@ Argument: TypeAlias = "ctypes._SimpleCData[Any] | ctypes.Structure"
 
 
 class CudaError(Exception):
-    """NVRTC or the driver is missing or refused; the message says what, in one line."""
+    """NVRTC or the driver is missing or failed; the message says what, in one line."""
 
 
 @lru_cache
@@ -108,7 +108,9 @@ def _compile(source: str, options: list[str], native: bool) -> bytes:
             log = ctypes.create_string_buffer(size.value)
             _check(library.nvrtcGetProgramLog(program, log))
             lines = log.value.decode().splitlines()
-            raise CudaError(next((line for line in lines if "error" in line), "NVRTC failed without a word"))
+            raise CudaError(
+                next((line for line in lines if "error" in line), "NVRTC failed without an error line")
+            )
         what = "CUBIN" if native else "PTX"
         size = ctypes.c_size_t()
         _check(getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))

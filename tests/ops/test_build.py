@@ -150,13 +150,13 @@ def test_an_installed_library_is_used_only_if_it_is_of_these_sources(process, ne
         source.write("// changed\n")
     status, err = finish(process(PATH=str(tmp_path)))
     assert status[1] == "False"
-    assert "the installed library is of other sources; no C++ compiler" in status[2]
+    assert "the installed library was built from other sources; no C++ compiler" in status[2]
     older = tmp_path / "older.cpp"  # it lacks what was added since
     older.write_text('extern "C" const char* mpformer_deform_attn_source() { return "older"; }')
     library = process.package / "ops" / "_deform_attn_cpu.test.so"
     subprocess.run([*build.find_compiler(), "-shared", "-fPIC", str(older), "-o", str(library)], check=True)
     status, err = finish(process(PATH=str(tmp_path)))
-    assert "the installed library is of other sources; no C++ compiler" in status[2]
+    assert "the installed library was built from other sources; no C++ compiler" in status[2]
     library.write_bytes(b"not a library")
     status, err = finish(process(PATH=str(tmp_path)))
     assert "the installed library does not load" in status[2]
