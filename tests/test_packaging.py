@@ -36,6 +36,12 @@ def test_the_command_says_the_version(capsys):
     assert capsys.readouterr().out == f"mpformer {__version__}\n"
 
 
+def test_images_bear_the_version():
+    files = [*(ROOT / "cluster").rglob("*.yaml"), ROOT / "cluster/Dockerfile", *(ROOT / "docs").glob("*.md")]
+    tags = {tag for path in files for tag in re.findall(r"/mpformer:([\d.]+)-ray", path.read_text())}
+    assert tags == {__version__}
+
+
 def test_continuous_integration_covers_the_supported_pythons():
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
     job = jobs["all"]
