@@ -38,7 +38,7 @@ FENCES = {
         *("data/pipeline", "evaluate/inference", "train/worker", "train/launch", "train/background"),
         *("ablation/tune", "cli/doctor"),
     },
-    "mlflow": {"tracking/mlflow_store", "tracking/tracker", "ablation/results", "cli/doctor"},
+    "mlflow": {"tracking/mlflow_store", "tracking/mlflow", "ablation/results", "cli/doctor"},
     "sqlalchemy": {"tracking/mlflow_store"},
     "timm": {"model/backbone"},
     "torchvision": {"model/backbone"},

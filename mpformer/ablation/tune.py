@@ -38,8 +38,9 @@ from mpformer.ablation.studyfile import Search, split_column  # noqa: E402
 from mpformer.capacity import Capacity, with_shared_cores  # noqa: E402
 from mpformer.config import Config, duration_in_steps  # noqa: E402
 from mpformer.data.catalog import check_root  # noqa: E402
+from mpformer.tracking.entry import Entry  # noqa: E402
 from mpformer.tracking.run_dir import RunDir  # noqa: E402
-from mpformer.tracking.tracker import Entry, close_run  # noqa: E402
+from mpformer.tracking.tracker import close_run  # noqa: E402
 from mpformer.train import plugins  # noqa: E402
 from mpformer.train.launch import fit, only_driver, start_ray  # noqa: E402
 from mpformer.types import InputError, RunError  # noqa: E402

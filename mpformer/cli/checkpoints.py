@@ -173,7 +173,7 @@ def _origin(checkpoint: str) -> _Origin:
 
 def _attach(origin: _Origin, values: dict[str, float], folder: Path) -> None:
     """Add figures and pictures to the MLflow run of the checkpoint's run, if there is one."""
-    from mpformer.tracking.tracker import attach
+    from mpformer.tracking.mlflow import attach
 
     if origin.run is not None and (line := attach(origin.run, origin.step, values, folder)) is not None:
         say(line)

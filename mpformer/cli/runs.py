@@ -23,7 +23,7 @@ def train(recipe: str, settings: Sequence[str]) -> None:
     label = f"{config.name} s{config.train.seed}"
     with follow([Follower(label, run_dir, config.train.batch_size)], say):
         summary = fit(config)
-    tell_mlflow_problem(run_dir)
+    tell_tracking_problems(run_dir)
     for key, value in summary["metrics"].items():
         before = summary["untrained_metrics"].get(key)
         say(f"{key:16} {value:8.2f}" + ("" if before is None else f"   untrained {before:.2f}"))
@@ -31,18 +31,18 @@ def train(recipe: str, settings: Sequence[str]) -> None:
 
 
 def sync(run: str) -> None:
-    """Bring to MLflow what it missed while the run went on."""
+    """Bring to MLflow and other trackers what they lack of a run's record."""
     from mpformer.tracking.tracker import sync as sync_run
 
     say(sync_run(Path(run)))
 
 
-def tell_mlflow_problem(run_dir: Path) -> None:
-    from mpformer.tracking.tracker import Link
+def tell_tracking_problems(run_dir: Path) -> None:
+    """One line for each tracker that lacks a part of the run."""
+    from mpformer.tracking.tracker import problems
 
-    link = Link.read(run_dir)
-    if link is not None and link.problem is not None:
-        say(f"MLflow lacks a part of this run ({link.problem}); later: mpformer sync {run_dir}")
+    for line in problems(run_dir):
+        say(line)
 
 
 def stored_absolutely(config: Config) -> Config:

@@ -13,7 +13,7 @@ from mpformer import atomic
 from mpformer.ablation.plan import plan_text, state_text
 from mpformer.ablation.spec import Study, Trial, load_study
 from mpformer.cli.output import say
-from mpformer.cli.runs import stored_absolutely, tell_mlflow_problem
+from mpformer.cli.runs import stored_absolutely, tell_tracking_problems
 from mpformer.config.shipped import experiments
 from mpformer.tracking.run_dir import RunDir, StudyDir
 from mpformer.types import InputError, RunError
@@ -57,7 +57,7 @@ def ablate(study_file: str, settings: Sequence[str], only: str | None, plan: boo
         failures += _search(study, study.file.search)
     _write_report(study, collect(study))
     for trial in trials:
-        tell_mlflow_problem(trial.run_dir)
+        tell_tracking_problems(trial.run_dir)
     for failure in failures:
         say(f"failed: {failure.trial.label}: {failure.reason}")
     if failures:
@@ -159,7 +159,7 @@ def _generate_data(study: Study) -> None:
 def _write_report(study: Study, results: Results) -> None:
     """Write and print a study's table and curves of the results so far."""
     from mpformer.ablation.report import write_report
-    from mpformer.tracking.tracker import attach_report
+    from mpformer.tracking.mlflow import attach_report
 
     text, files = write_report(study, results)
     say(f"\n{text}")

@@ -184,6 +184,8 @@ def _store(value: Any) -> Any:
 class Tracking(Section):
     mlflow: Annotated[str | None, BeforeValidator(_store)] = "auto"
     """MLflow store: 'auto' is sqlite in the storage folder, null none, else a tracking URI."""
+    also: tuple[Annotated[Plugin, BY_NAME], ...] = ()
+    """Further trackers, fed like MLflow from the record at each checkpoint (docs/extending.md)."""
 
     @model_validator(mode="after")
     def _check(self) -> Tracking:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Before mlflow is imported anywhere: give up on a dead server within seconds, not minutes, and be quiet.
+# Before mlflow is imported anywhere: no long retries of a dead server, and no log output.
 for _name, _value in {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -35,7 +35,7 @@ def prepare_store(config: Config, experiment: str, nodes: int = 1) -> str | None
 
     Called once by the driver, before any worker starts, since two processes cannot both create a sqlite file.
     Raises `InputError` for a store that MLflow does not know and for a file on this machine when there are
-    more `nodes` than one. A server that is down is noted, and raises nothing.
+    more `nodes` than one. For a server that is down it warns.
     """
     uri = store_uri(config)
     if uri is None:
@@ -57,7 +57,7 @@ def prepare_store(config: Config, experiment: str, nodes: int = 1) -> str | None
 
 
 def check_uri(uri: str) -> str:
-    """The scheme of a tracking URI. Raises `InputError` for one that is no store of MLflow's."""
+    """The scheme of a tracking URI. Raises `InputError` for one that MLflow does not know."""
     scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else "file"
     if scheme not in ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks"):
         raise InputError(
@@ -68,14 +68,14 @@ def check_uri(uri: str) -> str:
 
 
 def store_uri(config: Config) -> str | None:
-    """The tracking URI that a run's settings mean; None switches MLflow off."""
+    """The tracking URI of a run's settings; None switches MLflow off."""
     if config.tracking.mlflow == "auto":
         return f"sqlite:///{Path(config.storage).resolve() / 'mlflow.db'}"
     return config.tracking.mlflow
 
 
 def open_parent(folder: Path, uri: str, experiment: str, tags: Mapping[str, str]) -> str | None:
-    """The MLflow run above all runs of a study, the same at every call; None where out of reach."""
+    """The parent MLflow run of a study's runs, the same at every call; None where the store is down."""
     path = StudyDir(Path(folder)).mlflow
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     failures = mlflow_failures()
@@ -146,19 +146,20 @@ def experiment_id(store: MlflowClient, name: str) -> str:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was first
                 raise
             found = store.get_experiment_by_name(name)
+            if found is None:  # and has deleted it since
+                raise
     return found.experiment_id
 
 
 def _artifact_folder(uri: str) -> str | None:
-    """Beside a database file; MLflow's own default is the working folder, and workers stand elsewhere."""
+    """Next to a database file: MLflow's default is the working folder, which differs between workers."""
     if not uri.startswith("sqlite:///"):
         return None
     return (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
 
 
 def first_line(error: BaseException) -> str:
-    """Why, on one line: what the system says where that is the reason, else the exception's own words, or its
-    name where it has none."""
+    """The reason on one line: the system's message for an `OSError`, else the exception's, or its name."""
     cause = error
     while (inner := cause.__cause__ or cause.__context__) is not None:
         cause = inner

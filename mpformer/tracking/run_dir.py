@@ -84,6 +84,15 @@ class RunDir:
         return self.path / MLFLOW_FILE
 
     @property
+    def trackers(self) -> Path:
+        """Folder of the notes of trackers from outside the package."""
+        return self.path / TRACKERS
+
+    def tracker(self, name: str) -> Path:
+        """How far a tracker from outside the package has got."""
+        return self.trackers / f"{name}.json"
+
+    @property
     def diagnose(self) -> Path:
         """Figures of the pilots, measured after training."""
         return self.path / "diagnose.json"

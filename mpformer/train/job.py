@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpformer.config import Config, duration_in_steps
-from mpformer.tracking.tracker import Entry
+from mpformer.tracking.entry import Entry
 
 if TYPE_CHECKING:
     import ray

@@ -22,10 +22,11 @@ from mpformer.data.catalog import check_same_classes, open_split
 from mpformer.data.version import data_version
 from mpformer.model.weights.checkpoints import latest, model_file
 from mpformer.plugin import inherited_folder
+from mpformer.tracking.entry import Entry
 from mpformer.tracking.mlflow_store import prepare_store
 from mpformer.tracking.record import read_summary
 from mpformer.tracking.run_dir import RunDir
-from mpformer.tracking.tracker import Entry, close_run
+from mpformer.tracking.tracker import close_run
 from mpformer.train import plugins
 from mpformer.train.mirror import open_mirror
 from mpformer.types import InputError, RunError

@@ -14,8 +14,10 @@ import pytest
 from mpformer.ablation.report import cells, markdown
 from mpformer.ablation.results import collect, collect_mlflow
 from mpformer.ablation.spec import load_study
+from mpformer.tracking.entry import Entry
+from mpformer.tracking.mlflow import attach_report
 from mpformer.tracking.mlflow_store import client, open_parent, prepare_store, store_uri
-from mpformer.tracking.tracker import Entry, Tracker, attach_report
+from mpformer.tracking.tracker import Tracker
 from mpformer.types import RunError
 
 STUDY = """\

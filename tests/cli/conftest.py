@@ -11,8 +11,9 @@ from mpformer.config import Config, dump_yaml, load_config
 from mpformer.data.catalog import open_split
 from mpformer.data.synthetic import generate
 from mpformer.model.architecture import Architecture, build_model
+from mpformer.tracking.entry import Entry
 from mpformer.tracking.mlflow_store import prepare_store
-from mpformer.tracking.tracker import Entry, Tracker
+from mpformer.tracking.tracker import Tracker
 from mpformer.train import checkpoint
 from mpformer.train.launch import run_directory
 from mpformer.train.optim import build_optimizer

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mpformer.model.weights.checkpoints import complete
-from mpformer.tracking.tracker import Link
+from mpformer.tracking.mlflow import Link
 from tests.e2e.conftest import Cluster
 from tests.e2e.faults import (
     assert_as_unbroken,

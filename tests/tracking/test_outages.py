@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from mpformer.tracking import mlflow_store
-from mpformer.tracking.tracker import Link, sync
+from mpformer.tracking.mlflow import Link
+from mpformer.tracking.tracker import sync
 from mpformer.types import RunError
 from tests.servers import MlflowServer
 from tests.tracking.test_tracker import begin, in_mlflow, in_record, log_steps

@@ -1,4 +1,4 @@
-"""The record of a run and its MLflow mirror, looked at through sqlite itself."""
+"""The record of a run and what MLflow holds of it, read from its sqlite file."""
 
 import json
 import math
@@ -16,11 +16,12 @@ import pytest
 from mpformer import __version__
 from mpformer.config import Config, config_hash
 from mpformer.tracking import mlflow_store
-from mpformer.tracking import tracker as tracking
 from mpformer.tracking.commit import git_commit
+from mpformer.tracking.entry import Entry
+from mpformer.tracking.mlflow import Link, attach
 from mpformer.tracking.mlflow_store import prepare_store
-from mpformer.tracking.record import read_summary
-from mpformer.tracking.tracker import Entry, Link, Tracker, attach, read_metrics, sync
+from mpformer.tracking.record import read_metrics, read_summary
+from mpformer.tracking.tracker import Tracker, close_run, sync
 from mpformer.types import InputError, RunError
 from tests.servers import closed_port
 
@@ -153,11 +154,11 @@ def test_the_driver_tells_mlflow_of_a_run_whose_workers_died(storage):
     tracker = begin(storage)
     log_steps(tracker, 0, 9)
     tracker.commit(6)  # and then the worker is gone
-    tracking.close_run(storage / "run", "FAILED")
+    close_run(storage / "run", "FAILED")
     run = mlflow_store.client(prepare_store(settings(storage), "study")).get_run(tracker.mlflow_run_id)
     assert run.info.status == "FAILED"
     assert {step for _, step in in_mlflow(storage, tracker.mlflow_run_id)} == set(range(7))
-    tracking.close_run(storage / "elsewhere", "FAILED")  # a run that was never tracked: nothing to tell
+    close_run(storage / "elsewhere", "FAILED")  # a run that was never tracked: nothing to tell
 
 
 def test_the_step_0_of_a_run_restarted_from_nothing_is_not_double(storage):
@@ -194,17 +195,18 @@ def test_a_restart_behind_what_mlflow_has_doubles_nothing(storage):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from mpformer.tracking import tracker as tracking
+from mpformer.tracking import mlflow as tracking
 from tests.tracking.test_tracker import begin, log_steps
 tracker = begin(Path(sys.argv[1]))
 log_steps(tracker, 0, 29)
 tracking.METRICS_PER_CALL = 7  # the kill falls between the calls of one commit
-send, calls = tracker._mirror._client.log_batch, []
+from mlflow.tracking import MlflowClient
+send, calls = MlflowClient.log_batch, []
 def log_batch(*args, **kwargs):
     if len(calls) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     calls.append(send(*args, **kwargs))
-tracker._mirror._client.log_batch = log_batch
+MlflowClient.log_batch = log_batch
 tracker.commit(20)
 """
 
@@ -225,7 +227,7 @@ def test_a_kill_in_the_middle_of_sending_doubles_and_loses_nothing(storage):
     assert set(in_mlflow(storage, half.run_id).values()) == {1}
 
 
-def test_a_run_deleted_in_mlflow_is_mirrored_anew_and_whole(storage):
+def test_a_run_deleted_in_mlflow_is_sent_anew_and_whole(storage):
     tracker = begin(storage)
     log_steps(tracker, 0, 5)
     tracker.commit(5)

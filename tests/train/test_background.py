@@ -9,8 +9,9 @@ import pytest
 
 from mpformer.model.architecture import build_model
 from mpformer.model.weights.loading import load_checkpoint
+from mpformer.tracking.entry import Entry
 from mpformer.tracking.record import read_metrics
-from mpformer.tracking.tracker import Entry, Tracker
+from mpformer.tracking.tracker import Tracker
 from mpformer.train import background, checkpoint
 from mpformer.train.background import BackgroundEvaluator
 from mpformer.types import InputError
