@@ -25,7 +25,7 @@ test-fast: lint
 lint: $(TESTABLE)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-#	$(BIN)/mypy
+	$(BIN)/mypy
 
 $(READY): pyproject.toml constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \

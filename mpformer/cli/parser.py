@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from mpformer import __version__
 from mpformer.cli import checkpoints, data, runs, studies, weights
@@ -25,7 +25,7 @@ SETTINGS = "settings to change, for instance train.lr=2e-4"
 IMAGES = "image files or folders; and key=value settings, for instance evaluate.batch=8"
 
 if TYPE_CHECKING:
-    _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 _SETTING = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 

@@ -8,9 +8,10 @@ the other exactly.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -19,7 +20,7 @@ class PadThenShift:
 
     window_size: tuple[int, int]
     shift_size: tuple[int, int]
-    attn: nn.Module
+    attn: Any  # timm's WindowAttention, whatever its class there
 
     def _attn(self, x: Tensor) -> Tensor:
         """x [B,h,w,C], normed -> [B,h,w,C]."""

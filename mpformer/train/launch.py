@@ -174,8 +174,9 @@ def _scaling(config: Config, capacity: Capacity) -> ScalingConfig:
     capacity.check_fits(config)
     cluster, use_gpu = config.cluster, capacity.uses_gpus(config.cluster)
     least = cluster.least_workers
+    workers: Any = cluster.workers if least == cluster.workers else (least, cluster.workers)
     return ScalingConfig(
-        num_workers=cluster.workers if least == cluster.workers else (least, cluster.workers),
+        num_workers=workers,  # Ray's annotation lacks the elastic pair
         use_gpu=use_gpu,
         resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
     )

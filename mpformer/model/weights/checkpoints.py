@@ -42,7 +42,7 @@ def complete(run_dir: Path) -> list[Path]:
 
 def latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest undamaged checkpoint, and one line for each newer one, saying how it is damaged."""
-    damaged = []
+    damaged: list[str] = []
     for path in reversed(complete(run_dir)):
         try:
             return read(path), damaged
