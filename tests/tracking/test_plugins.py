@@ -20,7 +20,7 @@ from mpformer.tracking.record import Point, read_metrics
 from mpformer.tracking.tracker import Tracker, close_run, problems, sync
 from mpformer.types import InputError, RunError
 
-EXAMPLES = Path(__file__).parents[1] / "plugins"
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 
 class Remote:
