@@ -16,7 +16,8 @@ from tests.e2e.faults import assert_mirrored, at_step, difference, run_dir_of, v
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-COMMON = ["evaluate.at_start=true"]
+# views of up to 8 times the size: an evaluation takes long enough to be interrupted
+COMMON = ["evaluate.at_start=true", "evaluate.scales=[1, 4, 8]", "evaluate.flip=true"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,8 @@ def test_a_run_killed_during_an_evaluation_has_the_points_of_one_that_waits(
     settings = [*COMMON, "cluster.evaluators=1"]
     run_dir = run_dir_of(recipe, *settings)
     process = head.start("train", recipe, *settings)
-    wait_for(at_step(run_dir, 6), process)
+    weights = RunDir(run_dir).evaluation(6)  # until the checkpoint after their evaluation
+    wait_for(lambda: at_step(run_dir, 6)() and weights.exists(), process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     left = sorted(path.name for path in RunDir(run_dir).evaluations.iterdir())

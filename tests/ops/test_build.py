@@ -30,9 +30,7 @@ print(cpu.kernel, cpu.compiled, cpu.reason, cpu.advice, sep="|")
 def process(tmp_path):
     """Starts Python on a copy of the package without installed libraries, with an empty cache."""
     copied = tmp_path / "source" / "mpformer"
-    copied.mkdir(parents=True)
-    shutil.copy(PACKAGE / "__init__.py", copied)
-    shutil.copytree(PACKAGE / "ops", copied / "ops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(PACKAGE, copied, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
 
     def start(code: str = RUN, **environment: str) -> subprocess.Popen:
         base = {k: v for k, v in os.environ.items() if k not in ("CXX", "MPFORMER_DEFORM_ATTN", "PYTHONPATH")}

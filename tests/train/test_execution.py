@@ -56,6 +56,7 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # the compiler itself is slow on a busy machine
+@pytest.mark.filterwarnings("default")  # the compiler of torch calls what torch itself deprecates
 def test_compiled_steps_have_the_same_losses_and_gradients():
     """Also with another number of pilots, which is another shape."""
     torch.compiler.reset()
