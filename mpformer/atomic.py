@@ -25,6 +25,9 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         partial.replace(path)
         if durable:
             flush(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is told without a name
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -83,11 +83,8 @@ def load(reference: str, place: str) -> Any:
     _make_importable()
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # the plug-in's own code runs here and may raise anything
-        if isinstance(error, ModuleNotFoundError) and _names(error.name, module_name):
-            raise _no_module(reference, place) from None
-        what = f"{type(error).__name__}: {error}"
-        raise InputError(f"{place}: '{reference}' cannot be imported: {what}") from error
+    except (Exception, SystemExit) as error:  # the plug-in's own code runs here and may raise anything
+        raise _not_importable(error, reference, place) from error
     try:
         return getattr(module, name)
     except AttributeError:
@@ -123,10 +120,7 @@ def build(
         if abstract := sorted(getattr(found, "__abstractmethods__", ())):
             raise InputError(f"{what} lacks the methods of {contract.__name__}: {', '.join(abstract)}")
         _check_call(found, arguments, options, what)
-        try:
-            plugin = found(*arguments, **options)
-        except ValueError as error:  # an option out of its range
-            raise InputError(f"{what}: {error}") from error
+        plugin = _instance(found, arguments, options, what)
     elif callable(found) and required.keys() == {"__call__"}:
         _check_call(found, required["__call__"], options, what)
         plugin = functools.partial(found, **options)
@@ -160,8 +154,8 @@ def source_hash(reference: str, place: str) -> str:
     _make_importable()
     try:
         spec = importlib.util.find_spec(module_name)
-    except ModuleNotFoundError:
-        spec = None
+    except (Exception, SystemExit) as error:  # the packages around the module are imported
+        raise _not_importable(error, reference, place) from error
     if spec is None:
         raise _no_module(reference, place)
     if spec.origin is None or not Path(spec.origin).is_file():
@@ -179,6 +173,29 @@ def _make_importable() -> None:
 def _names(missing: str | None, module_name: str) -> bool:
     """Whether the missing module is the plug-in's own, or a package around it."""
     return missing is not None and f"{module_name}.".startswith(f"{missing}.")
+
+
+def _not_importable(error: BaseException, reference: str, place: str) -> InputError:
+    if isinstance(error, ModuleNotFoundError) and _names(error.name, reference.partition(":")[0]):
+        return _no_module(reference, place)
+    return InputError(f"{place}: '{reference}' cannot be imported: {described(error)}")
+
+
+def described(error: BaseException) -> str:
+    """An exception of a plug-in's own code in a few words: its class and message."""
+    return f"{type(error).__name__}: {error}"
+
+
+def _instance(found: type, arguments: tuple[Any, ...], options: Mapping[str, Any], what: str) -> Any:
+    try:
+        return found(*arguments, **options)
+    except InputError:
+        raise
+    except Exception as error:
+        if found.__module__.split(".")[0] == __name__.split(".")[0]:
+            raise  # of the package's own classes: no plug-in's fault
+        reason = str(error) if isinstance(error, ValueError) else described(error)
+        raise InputError(f"{what}: {reason}") from error
 
 
 def _no_module(reference: str, place: str) -> InputError:
@@ -208,6 +225,8 @@ def _shown(name: str, parameters: tuple[str, ...]) -> str:
 
 
 def _check_call(function: Any, arguments: tuple[Any, ...], options: Mapping[str, Any], what: str) -> None:
+    if not callable(function):
+        raise InputError(f"{what}: a method is expected, not {function!r}")
     try:
         signature = inspect.signature(function)
     except ValueError:  # a builtin without a signature

@@ -38,8 +38,9 @@ def test_a_full_disk_tears_no_file(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
     atomic._partial(path).symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as told:
         atomic.write_text(path, "new")
+    assert told.value.filename == str(path)
     assert path.read_text() == "old"
 
 

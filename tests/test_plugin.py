@@ -1,5 +1,6 @@
 """Plug-ins: how they are found, checked against a contract, and enter a run's identity."""
 
+import datetime
 import sys
 from typing import Annotated, Literal, Protocol
 
@@ -26,6 +27,13 @@ class TooFew:
 
 class Silent:
     pass
+
+class Demanding(Doubled):
+    def __init__(self, offset=0):
+        self.offset = {}[offset]
+
+class Uncallable:
+    __call__ = None
 
 def tripled(value, offset=0):
     return 3 * value + offset
@@ -67,6 +75,8 @@ def test_a_class_is_made_with_its_options_and_a_function_called_with_them(folder
         ("changes:TooFew", {}, r"key: changes:TooFew: \(value\) of Change: too many positional"),
         ("changes:Silent", {}, r"key: changes:Silent lacks the method \(value\) of Change"),
         ("changes:constant", {}, "key: changes:constant is no class or function"),
+        ("changes:Demanding", {}, "key: changes:Demanding: KeyError: 0"),
+        ("changes:Uncallable", {}, r"key: changes:Uncallable: \(value\) of Change: a method is expected"),
     ],
 )
 def test_what_does_not_fit_is_one_error_that_names_the_setting(folder, reference, options, message):
@@ -109,6 +119,19 @@ def test_the_version_of_torch_enters_no_identity():
     assert not any(key.endswith(".source") for key in identity_settings(config))
 
 
+def test_a_module_that_leaves_the_process_is_one_error(folder):
+    (folder / "broken.py").write_text("import sys\nsys.exit(3)\n")
+    with pytest.raises(InputError, match="'broken:Name' cannot be imported: SystemExit: 3"):
+        plugin.load("broken:Name", "key")
+
+
+def test_a_package_that_cannot_be_imported_has_no_hash(folder):
+    (folder / "broken").mkdir()
+    (folder / "broken" / "__init__.py").write_text("raise RuntimeError('not today')\n")
+    with pytest.raises(InputError, match=r"'broken.part:Name' cannot be imported: RuntimeError: not today"):
+        plugin.source_hash("broken.part:Name", "key")
+
+
 class Point(Section):
     kind: Literal["point"] = "point"
     ratio: float = 0.2
@@ -137,6 +160,11 @@ def test_settings_take_plug_ins_beside_their_own_kinds():
     assert Settings.model_validate(settings.model_dump(mode="json")) == settings
     assert list(references(settings)) == [("noise.1", "a.b:C"), ("attention", "a:B")]
     assert list(references(Settings())) == []
+
+
+def test_options_are_plain_values():
+    with pytest.raises(ValueError, match="options"):
+        Plugin.model_validate({"kind": "a:B", "options": {"day": datetime.date(2024, 1, 1)}})
 
 
 def test_a_kind_that_is_neither_is_an_error_that_lists_plug_ins():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from mpformer.config import plugins
-from mpformer.config.plugins import PLUGIN_TAG, Plugin, Reference
+from mpformer.config.plugins import PLUGIN_TAG, Options, Plugin, Reference
 from mpformer.config.section import Count, Fraction, Positive, Section, setting
 from mpformer.types import STRIDE, Task
 
@@ -140,7 +140,7 @@ class PluginDataSet(Section):
     name: str = "custom"
     format: Reference
     """`package.module:Name`, importable where the command runs and on every worker."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
     """Keyword arguments of the reader."""
 
 

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from mpformer.config.plugins import BY_NAME, PLUGIN_TAG, Plugin, Reference
+from mpformer.config.plugins import BY_NAME, PLUGIN_TAG, Options, Plugin, Reference
 from mpformer.config.plugins import kind as by_kind
 from mpformer.config.section import Count, Fraction, NonNegative, Section
 from mpformer.config.yamlfile import nearest
@@ -44,7 +44,7 @@ class PixelDecoder(Section):
     """Multi-scale deformable attention over strides 32, 16, 8, then one FPN step to stride 4; or one of the
     convolutional pixel decoders of Mask2Former's Table 4e, of which `fpn` is MaskFormer's; or a plug-in
     `package.module:Name`."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
     """Keyword arguments of a plug-in."""
     layers: Annotated[int, Field(ge=0)] = 6
     """Layers of deformable attention; the convolutional decoders have none."""

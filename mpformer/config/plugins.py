@@ -14,10 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue, StringConstraints
 
 from mpformer.config.section import Section
 from mpformer.plugin import REFERENCE, is_reference
+
+Options = dict[str, JsonValue]
+"""Keyword arguments of a plug-in: plain values, since they are stored and hashed with the settings."""
 
 Reference = Annotated[str, StringConstraints(pattern=REFERENCE)]
 """`package.module:Name`."""
@@ -31,7 +34,7 @@ class Plugin(Section):
 
     kind: Reference
     """`package.module:Name`, importable where the command runs and on every worker."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
     """Keyword arguments of the plug-in."""
 
 

@@ -61,10 +61,19 @@ def augmentation(config: AnyAugment) -> Augmentation:
     """The augmentation that the settings name; `InputError` for a plug-in that does not fit its contract."""
     if isinstance(config, Plugin):
         own = plugin.shared(config.kind, config.options, Augmentation, "data.augment")
-        if (canvas := own.canvas()) is not None and any(side % STRIDE for side in canvas):
-            raise InputError(f"data.augment: {config.kind}: canvas {canvas}: multiples of {STRIDE} expected")
+        _check_canvas(own.canvas(), f"data.augment: {config.kind}")
         return own
     return _KINDS[type(config)](config)
+
+
+def _check_canvas(canvas: object, what: str) -> None:
+    sides = canvas if isinstance(canvas, tuple) and len(canvas) == 2 else (0,)
+    if canvas is not None and not all(
+        type(side) is int and side > 0 and side % STRIDE == 0 for side in sides
+    ):
+        raise InputError(
+            f"{what}: canvas {canvas}: None or (height, width), multiples of {STRIDE}, is expected"
+        )
 
 
 def place(height: int, width: int, config: AnyAugment, random: np.random.Generator) -> Placement:
@@ -82,6 +91,8 @@ def place(height: int, width: int, config: AnyAugment, random: np.random.Generat
 def _check_placement(
     placement: Placement, height: int, width: int, canvas: tuple[int, int] | None, what: str
 ) -> None:
+    if not isinstance(placement, Placement):
+        raise InputError(f"{what}: a Placement is expected, not {placement!r}")
     w = placement.window
     inside = 0 <= w.x < w.x + w.width <= width and 0 <= w.y < w.y + w.height <= height
     if not inside:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,19 +67,33 @@ def _open_plugin(dataset: PluginDataSet, data: Data, split: str) -> Catalog:
     root = _root(data)
     place = f"data.dataset: {dataset.format}"
     read = plugin.build(dataset.format, dataset.options, Reader, "data.dataset.format")
-    opened = read(root, split, data.task)
+    try:
+        opened = read(root, split, data.task)
+    except InputError:
+        raise
+    except Exception as error:  # the reader's own code
+        raise InputError(f"{place}: {plugin.described(error)}") from error
     if not (isinstance(opened, tuple) and len(opened) == 2 and isinstance(opened[0], ClassTable)):
         raise InputError(f"{place}: a tuple (ClassTable, records) is expected, not {type(opened).__name__}")
     classes, records = opened
     if not isinstance(records, Records):
+        if not isinstance(records, Iterable):
+            raise InputError(f"{place}: records are expected, not {type(records).__name__}")
         listed = list(records)
+        seen: set[str] = set()
         for record in listed:
+            if not isinstance(record, Record):
+                raise InputError(f"{place}: a Record is expected for each image, not {record!r}")
+            if record.image_id in seen:
+                raise InputError(f"{place}: image {record.image_id} is there a second time")
+            seen.add(record.image_id)
             if not isinstance(record.image, str) or not isinstance(record.label_map, str | None):
                 raise InputError(
                     f"{place}: image {record.image_id}: paths are expected in listed records; pixels or "
                     "encoded files need a `Records` class"
                 )
-            if wrong := [s.label for s in record.segments if not 0 <= s.label < len(classes)]:
+            labels = [s.label for s in record.segments]
+            if wrong := [label for label in labels if label not in range(len(classes))]:
                 raise InputError(
                     f"{place}: image {record.image_id}: label {wrong[0]} is none of {len(classes)} classes"
                 )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from mpformer.evaluate.panoptic import Counts, count_classes, count_segments, pa
 from mpformer.evaluate.prediction import Prediction, Scores
 from mpformer.evaluate.semantic import confusion, mean_iou
 from mpformer.evaluate.truth import Truth
-from mpformer.plugin import build
+from mpformer.plugin import build, described
 from mpformer.types import RunError, Task
 
 
@@ -74,8 +74,8 @@ def score(
     for index, prediction in ordered:
         own = None if catalog.instances is None else catalog.instances[index]
         truth = Truth(catalog.records[index], classes, own)
-        for plugin in plugins.values():
-            plugin.update(prediction, truth)
+        for place, metric in plugins.items():
+            _called(place, metric.update, prediction, truth)
         if prediction.instances is not None:
             instances.append(ImageInstances(prediction.size, truth.instances, prediction.instances))
         if prediction.panoptic is not None:
@@ -103,14 +103,27 @@ def score(
     if task == "semantic":
         quality = panoptic_quality(counts, classes, frozenset()).summary
         scores = scores.merged(Scores({k: v for k, v in quality.items() if k.endswith("_stuff")}))
-    for place, plugin in plugins.items():
-        scores = scores.merged(Scores(_plugin_values(place, plugin, scores.summary)))
+    for place, metric in plugins.items():
+        scores = scores.merged(Scores(_plugin_values(place, metric, scores.summary)))
     return scores
+
+
+def _called(place: str, method: Callable[..., Any], *arguments: Any) -> Any:
+    """What a method of a metric from outside returns; `RunError` for whatever it raises."""
+    try:
+        return method(*arguments)
+    except Exception as error:
+        raise RunError(f"{place}: {described(error)}") from error
 
 
 def _plugin_values(place: str, metric: Metric, known: Mapping[str, float]) -> dict[str, float]:
     values: dict[str, float] = {}
-    for name, value in metric.compute().items():
+    computed = _called(place, metric.compute)
+    if not isinstance(computed, Mapping):
+        raise RunError(f"{place}: `compute` must return values by name, not {computed!r}")
+    for name, value in computed.items():
+        if not isinstance(name, str) or not name:
+            raise RunError(f"{place}: the name of a value must be a text, not {name!r}")
         if name in known:
             raise RunError(f"{place}: there is a metric '{name}' already; return another name")
         try:

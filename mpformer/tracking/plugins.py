@@ -84,7 +84,10 @@ class PluginFeed(Feed[PluginNote]):
     def _open(self) -> Mapping[str, int]:
         note = self.note
         run = TrackedRun(self.run_dir, note.name, note.experiment, note.parameters, note.tags)
-        return self._call("open", run, note.sent)
+        held = self._call("open", run, note.sent)
+        if not isinstance(held, Mapping):
+            raise RunError(f"tracking.also: {note.kind}: open: steps by metric key expected, not {held!r}")
+        return held
 
     def _send(self, points: Sequence[Point]) -> None:
         self._call("send", points)

@@ -26,7 +26,10 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+        return content
     except ValueError as error:
         raise RunError(
             f"{path}: damaged ({error}): delete it, and the same command writes it again from the run's "
@@ -90,7 +93,9 @@ def read_part(part: Path, offset: int = 0) -> tuple[list[Point | int], int]:
     for line in content.splitlines():
         try:
             fields = json.loads(line)
-        except json.JSONDecodeError as error:
+            if not isinstance(fields, dict):
+                raise ValueError("no JSON object")
+        except ValueError as error:
             shown = line[:40].decode(errors="replace")
             raise RunError(f"{part}: a damaged line, '{shown}': {error}") from None
         entries.append(fields["start_step"] if "start_step" in fields else _point(fields))

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mpformer import atomic
 from mpformer.capacity import Capacity
 from mpformer.config import Config, dump_yaml, run_name
 from mpformer.cores import usable_cores
@@ -70,7 +71,11 @@ def start_ray(configs: Iterable[Config] = ()) -> None:
     try:
         _init_ray(address, plugins.runtime_env(configs))
     except Exception as error:  # Ray raises exceptions of no class of its own here
-        where = f"no cluster answers at RAY_ADDRESS={address}" if address else "none starts on this machine"
+        where = (
+            f"no cluster answers at RAY_ADDRESS={address}"
+            if address
+            else "no local cluster started (on a busy machine, try again)"
+        )
         raise RunError(f"Ray: {where}: {_first_line(error)}") from error
 
 
@@ -121,7 +126,7 @@ def fit(
     check_same_classes(splits["train"].classes, splits["val"].classes, splits["val"].name)
     run_dir.mkdir(parents=True, exist_ok=True)
     with only_driver(run_dir):
-        RunDir(run_dir).config.write_text(dump_yaml(config))
+        atomic.write_text(RunDir(run_dir).config, dump_yaml(config))
         begun, damaged = latest(run_dir)
         for line in damaged:
             log.warning("%s. The run goes on from the checkpoint before", line)

@@ -62,9 +62,17 @@ def build_optimizer(model: Architecture, config: TrainConfig) -> torch.optim.Opt
 def check_plugins(config: TrainConfig) -> None:
     """Raise `InputError` unless the plug-ins of schedule and optimiser fit their contracts."""
     schedule(config.schedule)
-    weight = nn.Parameter(torch.zeros(2, 2))
-    group = {"params": [weight], "lr": config.lr, "base_lr": config.lr, "weight_decay": config.weight_decay}
-    _optimizer([group], config)
+    if isinstance(config.optimizer, Plugin):
+        weights = [nn.Parameter(torch.ones(shape)) for shape in ((2,), (2, 2), (2, 2, 3, 3))]
+        rates = {"lr": config.lr, "base_lr": config.lr, "weight_decay": config.weight_decay}
+        optimizer = _optimizer([{"params": weights, **rates}], config)
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        try:
+            optimizer.step()
+        except Exception as error:  # the optimiser's own code
+            what = f"train.optimizer: {config.optimizer.kind}: a step fails"
+            raise InputError(f"{what}: {plugin.described(error)}") from error
 
 
 def _optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:

@@ -10,6 +10,7 @@ from mpformer.config import Config
 from mpformer.config.plugins import references
 from mpformer.data.augment import augmentation
 from mpformer.evaluate.metrics import build_metrics
+from mpformer.tracking.plugins import TrackerPlugin
 from mpformer.train import optim
 
 
@@ -27,6 +28,8 @@ def check(config: Config) -> None:
     augmentation(config.data.augment)
     optim.check_plugins(config.train)
     build_metrics(config.evaluate)
+    for index, tracker in enumerate(config.tracking.also):
+        plugin.build(tracker.kind, tracker.options, TrackerPlugin, f"tracking.also.{index}")
 
 
 def runtime_env(configs: Iterable[Config]) -> dict[str, Any]:

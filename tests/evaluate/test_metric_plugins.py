@@ -40,6 +40,17 @@ class Undefined(Clash):
     def compute(self):
         return {"nothing": float("nan"), "images": 2}
 
+class Failing(Clash):
+    def update(self, prediction, truth):
+        raise KeyError("nothing")
+
+class Empty(Clash):
+    def compute(self): ...
+
+class Nameless(Clash):
+    def compute(self):
+        return {3: 1.0}
+
 class NoMetric:
     def update(self, prediction, truth): ...
 """
@@ -111,6 +122,9 @@ def test_the_command_line_evaluates_with_a_metric(examples, tmp_path, capsys):
     ("metric", "error", "message"),
     [
         ("odd_metrics:Clash", RunError, "evaluate.metrics.0: odd_metrics:Clash: .*'AP' already"),
+        ("odd_metrics:Failing", RunError, "evaluate.metrics.0: odd_metrics:Failing: KeyError: 'nothing'"),
+        ("odd_metrics:Empty", RunError, "odd_metrics:Empty: `compute` must return values by name, not None"),
+        ("odd_metrics:Nameless", RunError, "odd_metrics:Nameless: the name .* must be a text, not 3"),
         ("odd_metrics:Text", RunError, "evaluate.metrics.0: odd_metrics:Text: .*'quality' must be a number"),
         (
             "odd_metrics:NoMetric",

@@ -169,6 +169,33 @@ class Odd(TooLarge):
     def canvas(self):
         return 100, 64
 
+class Wide(TooLarge):
+    def canvas(self):
+        return 64
+
+class Nowhere(TooLarge):
+    def place(self, height, width, random):
+        return None
+
+def encoded(root, split, task):
+    return read(root, split, task, image=b"1")
+
+def twice(root, split, task):
+    classes, records = read(root, split, task)
+    return classes, [*records] * 2
+
+def between(root, split, task):
+    return read(root, split, task, label=0.5)
+
+def failing(root, split, task):
+    return {}["nothing"]
+
+def no_records(root, split, task):
+    return ClassTable((ClassInfo("one", 1),)), None
+
+def texts(root, split, task):
+    return ClassTable((ClassInfo("one", 1),)), ["a.png"]
+
 def records_only(root, split, task):
     return []
 
@@ -181,7 +208,12 @@ def empty(root, split, task):
     ("reader", "options", "message"),
     [
         ("own:read", {"label": 1}, "data.dataset: own:read: image a: label 1 is none of 1 classes"),
-        ("own:read", {"image": b"1"}, "paths are expected in listed records"),
+        ("own:encoded", {}, "paths are expected in listed records"),
+        ("own:between", {}, "own:between: image a: label 0.5 is none of 1 classes"),
+        ("own:twice", {}, "own:twice: image a is there a second time"),
+        ("own:failing", {}, "data.dataset: own:failing: KeyError: 'nothing'"),
+        ("own:no_records", {}, "own:no_records: records are expected, not NoneType"),
+        ("own:texts", {}, "own:texts: a Record is expected for each image, not 'a.png'"),
         ("own:read", {}, "a.png: no such file"),
         ("own:read", {"colour": 1}, "data.dataset.format: own:read: .*'colour'"),
         ("own:records_only", {}, r"own:records_only: a tuple .ClassTable, records. is expected, not list"),
@@ -199,7 +231,9 @@ def test_what_a_reader_does_wrong_is_one_error(folder, reader, options, message)
     ("kind", "message"),
     [
         ("own:TooLarge", r"data.augment: own:TooLarge: .* exceeds the canvas of 32x32 pixels"),
-        ("own:Odd", r"data.augment: own:Odd: canvas .100, 64.: multiples of 32 expected"),
+        ("own:Odd", r"data.augment: own:Odd: canvas .100, 64.: None or .*, multiples of 32, is expected"),
+        ("own:Wide", "data.augment: own:Wide: canvas 64: None or"),
+        ("own:Nowhere", "data.augment: own:Nowhere: a Placement is expected, not None"),
         ("own:Outside", r"data.augment: own:Outside: .* lies outside of the 64x64 image"),
     ],
 )

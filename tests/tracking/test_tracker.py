@@ -372,11 +372,20 @@ def test_later_findings_survive_a_store_that_is_gone(storage):
     assert "does not have" in told
 
 
-def test_a_damaged_summary_is_named_with_its_remedy(tmp_path):
+@pytest.mark.parametrize("content", ['{"metrics": {"val/A', "[]"])
+def test_a_damaged_summary_is_named_with_its_remedy(tmp_path, content):
     assert read_summary(tmp_path) is None
-    (tmp_path / "summary.json").write_text('{"metrics": {"val/A')
+    (tmp_path / "summary.json").write_text(content)
     with pytest.raises(RunError, match=r"summary\.json: damaged .*: delete it, and the same command"):
         read_summary(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["[]", "null", "{"])
+def test_a_damaged_line_of_the_record_is_named(tmp_path, line):
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "0001.jsonl").write_text(f'{{"start_step": 0, "time": 1}}\n{line}\n')
+    with pytest.raises(RunError, match=r"0001\.jsonl: a damaged line"):
+        read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"uri": "sqlite:///x"'])

@@ -113,6 +113,7 @@ def test_any_optimizer_of_torch_gets_the_groups(model):
             "train.optimizer: module 'torch.optim' has no 'SDG'; nearest: .*:SGD",
         ),
         ({"optimizer": "torch.optim:LBFGS"}, r"torch.optim:LBFGS: step\(\) of OptimizerStep: .*closure"),
+        ({"optimizer": "torch.optim:SparseAdam"}, "torch.optim:SparseAdam: a step fails: RuntimeError"),
         ({"optimizer": "torch.nn:ModuleList"}, "torch.nn:ModuleList lacks the method step"),
         ({"optimizer": "tests.plugins.optimizers:Half"}, "is no torch.optim.Optimizer"),
         (
