@@ -45,6 +45,8 @@ class MlflowServer:
         where = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "server", *store, *where],
+            # one process and not fifteen: nothing here is a job of the server's
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
