@@ -192,6 +192,18 @@ def test_what_only_talks_loads_neither_torch_nor_ray(code, tmp_path):
     assert not heavy & loaded_after(code, tmp_path)
 
 
+def test_idle_threads_do_not_spin(tmp_path):
+    # OpenMP reads it when torch is loaded, so the command line sets it before any command does that
+    code = """
+import os
+os.environ.pop("OMP_WAIT_POLICY", None)  # conftest.py has set it
+from mpformer.cli.main import main
+main(["train", "nothing"])
+assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+"""
+    assert "torch" not in loaded_after(code, tmp_path)
+
+
 def test_what_starts_runs_does_not_load_what_builds_models(tmp_path):
     # Ray's controllers, and the trials of a study, import this, too: it decides how long a run takes to begin
     heavy = {"timm", "torchvision", "sympy", "mlflow", "matplotlib", "tensorboardX"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -116,8 +115,6 @@ def _for_evaluation(trained: Config, checkpoint: str, data: str | None, settings
 
 def _inference_device() -> torch.device:
     """A GPU if there is one, else this process's CPU, which then keeps its memory from image to image."""
-    # before torch is loaded: idle OpenMP threads that spin take the cores from other processes
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     from mpformer.cores import usable_cores

@@ -18,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: the exit code of the command that `argv` (default: the process's arguments) asks for."""
     for stream in (sys.stdout, sys.stderr):
         print_any_text(stream)
+    # before torch is loaded: idle OpenMP threads that spin take the cores from other processes
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         function, arguments = parse(sys.argv[1:] if argv is None else argv)
         function(**arguments)
