@@ -29,7 +29,7 @@ import yaml
 
 from mpformer.ablation.makespan import Interruptions, best_interval, makespan
 from mpformer.config import load_config, run_name
-from mpformer.tracking.record import Point, parts, read_part, read_points
+from mpformer.tracking.record import Point, read_entries, read_points, record_files
 from mpformer.tracking.run_dir import RunDir
 
 ROOT = Path(__file__).parents[1]
@@ -267,7 +267,7 @@ def check_makespan() -> None:
         drawn = _draw(np.random.default_rng(0))
         kills = study.run(environment, _whenever(drawn))
         measured = study.end - study.began
-        lives = [len(parts(run)) for run in study.runs]
+        lives = [len(record_files(run)) for run in study.runs]
     at = [[seconds for node, seconds in kills if node == which] for which in (0, 1)]
     print("interruptions, seconds after the command:", [[round(s, 1) for s in node] for node in at])
     print("starts of the runs:", lives)
@@ -340,7 +340,7 @@ class Study:
 
     def seconds(self, kill: float) -> Seconds:
         """Times from the records, which have one per step; `kill`: seconds until the only kill."""
-        lives = {run: [_life(part) for part in parts(run)] for run in self.runs}
+        lives = {run: [_life(part) for part in record_files(run)] for run in self.runs}
         broken = next(run for run in self.runs if len(lives[run]) == 2)
         unbroken = [run for run in self.runs if run != broken]
         plain, after_checkpoint, ends = [], [], []
@@ -364,7 +364,7 @@ class Study:
 
 
 def _life(part: Path) -> list[Point]:
-    return [entry for entry in read_part(part)[0] if isinstance(entry, Point)]
+    return [entry for entry in read_entries(part)[0] if isinstance(entry, Point)]
 
 
 def _worker_of(node: int) -> psutil.Process | None:

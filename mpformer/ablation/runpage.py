@@ -8,7 +8,7 @@ from mpformer import draw
 from mpformer.ablation.page import html_page
 from mpformer.ablation.tables import figure_text, markdown_table
 from mpformer.config import load_config
-from mpformer.tracking.record import parts, read_metrics, read_summary
+from mpformer.tracking.record import read_metrics, read_summary, record_files
 from mpformer.tracking.run_dir import RunDir
 from mpformer.types import InputError
 
@@ -19,7 +19,7 @@ def write_run_report(run_dir: Path) -> tuple[str, list[Path]]:
     Returns the table as Markdown, and the files. Raises `InputError` for a folder that is no run's.
     """
     files = RunDir(run_dir)
-    if not parts(run_dir) or not files.config.is_file():
+    if not record_files(run_dir) or not files.config.is_file():
         raise InputError(
             f"{run_dir}: no run here: a study file or the folder of a run (config.yaml, metrics/) is expected"
         )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mpformer.tracking.record import Point, parts, read_part
+from mpformer.tracking.record import Point, read_entries, record_files
 from mpformer.tracking.run_dir import RunDir
 from mpformer.types import RunError
 
@@ -52,8 +52,8 @@ class Follower:
         self.step = self._first_step = 0
         self.total_steps: int | None = None
         self.begun = self.failed = False
-        self._told = set(parts(run_dir))
-        self._part: Path | None = None
+        self._told = set(record_files(run_dir))
+        self._file: Path | None = None
         self._offset = 0
         self._warnings = RunDir(run_dir).warnings
         self._warned = self._warnings.stat().st_size if self._warnings.exists() else 0
@@ -81,14 +81,14 @@ class Follower:
     def lines(self, points: bool = True) -> list[str]:
         """One line for each start, each warning, and, with `points`, each point since the last call."""
         lines = []
-        for part in parts(self.run_dir):
-            if part in self._told:
+        for file in record_files(self.run_dir):
+            if file in self._told:
                 continue
-            if part != self._part:
-                self._told |= {self._part} if self._part else set()
-                self._part, self._offset = part, 0
+            if file != self._file:
+                self._told |= {self._file} if self._file else set()
+                self._file, self._offset = file, 0
                 self._waits_from_start = True
-            entries, self._offset = read_part(part, self._offset)
+            entries, self._offset = read_entries(file, self._offset)
             told = [self._line(entry) for entry in entries]
             lines += [text for entry, text in zip(entries, told) if points or isinstance(entry, int)]
         return lines + self._new_warnings()

@@ -1,8 +1,7 @@
 """The record of a run: `RUN/metrics/0001.jsonl`, `0002.jsonl`, ..., the source of truth.
 
-There is one part per (re)start, one line per point, never appended to by a later start. A part begins with
-the step it was started from; what older parts say about later steps is void, because the run went that way
-again.
+Each (re)start writes a file of its own, one line per point; no later start appends to it. A file begins with
+the step that its start went on from; what older files say about later steps is void: the run repeated them.
 """
 
 from __future__ import annotations
@@ -47,14 +46,14 @@ class Point:
 
 
 def read_points(run_dir: Path) -> list[Point]:
-    """The record of a run in the order of its steps, cut where later parts went on from an earlier step.
+    """The record of a run in the order of its steps, cut where later starts went on from an earlier step.
 
     A line torn by a kill is left out. Non-finite values come back as NaN. Raises `RunError` for a damaged
     line.
     """
     points: list[Point] = []
-    for part in parts(run_dir):
-        for entry in read_part(part)[0]:
+    for file in record_files(run_dir):
+        for entry in read_entries(file)[0]:
             if isinstance(entry, int):
                 points = [point for point in points if point.step <= entry]
             else:
@@ -77,15 +76,15 @@ def read_metrics(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
     return [(point.step, point.values) for point in read_points(run_dir)]
 
 
-def parts(run_dir: Path) -> list[Path]:
-    """The parts of a run's record, oldest first."""
+def record_files(run_dir: Path) -> list[Path]:
+    """The files of a run's record, oldest first."""
     return sorted(RunDir(Path(run_dir)).metrics.glob("[0-9]*.jsonl"))
 
 
-def read_part(part: Path, offset: int = 0) -> tuple[list[Point | int], int]:
-    """The entries of a part from byte `offset` on, and the offset after them: first the step that the part
-    was started from, then its points. Raises `RunError` for a damaged line."""
-    with part.open("rb") as file:
+def read_entries(path: Path, offset: int = 0) -> tuple[list[Point | int], int]:
+    """The entries of a file from byte `offset` on, and the offset after them: first the step that its start
+    went on from, then its points. Raises `RunError` for a damaged line."""
+    with path.open("rb") as file:
         file.seek(offset)
         content = file.read()
     content = content[: content.rfind(b"\n") + 1]  # what follows is being written, or was torn by a kill
@@ -97,7 +96,7 @@ def read_part(part: Path, offset: int = 0) -> tuple[list[Point | int], int]:
                 raise ValueError("no JSON object")
         except ValueError as error:
             shown = line[:40].decode(errors="replace")
-            raise RunError(f"{part}: a damaged line, '{shown}': {error}") from None
+            raise RunError(f"{path}: a damaged line, '{shown}': {error}") from None
         entries.append(fields["start_step"] if "start_step" in fields else _point(fields))
     return entries, offset + len(content)
 
@@ -107,11 +106,11 @@ def _point(fields: dict[str, Any]) -> Point:
     return Point(step, stamp, {key: math.nan if value is None else value for key, value in fields.items()})
 
 
-class Part:
-    """The part of the record that this start of a run writes."""
+class RecordWriter:
+    """Writes the file of this start of a run."""
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
-        older = parts(run_dir)
+        older = record_files(run_dir)
         number = int(older[-1].stem) + 1 if older else 1
         self.path = RunDir(Path(run_dir)).metrics / f"{number:04d}.jsonl"
         try:

@@ -13,7 +13,7 @@ from mpformer.tracking.entry import Entry
 from mpformer.tracking.feed import Feed
 from mpformer.tracking.mlflow import Link, MlflowFeed
 from mpformer.tracking.plugins import PluginFeed, known_notes, new_feeds
-from mpformer.tracking.record import Part, parts
+from mpformer.tracking.record import RecordWriter, record_files
 from mpformer.tracking.run_dir import RunDir
 from mpformer.types import InputError, RunError
 
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 class Tracker:
     """Writes the record of one run and feeds its trackers. For one process only: rank 0."""
 
-    def __init__(self, part: Part, feeds: Sequence[Feed[Any]], start_step: int) -> None:
-        self._part = part
+    def __init__(self, writer: RecordWriter, feeds: Sequence[Feed[Any]], start_step: int) -> None:
+        self._writer = writer
         self._feeds = feeds
         self._last_step = self._committed = start_step
 
@@ -46,7 +46,7 @@ class Tracker:
         a bad plug-in in `tracking.also`; a tracker that cannot be reached raises nothing.
         """
         run_dir = Path(run_dir)
-        part = Part(run_dir, start_step)
+        writer = RecordWriter(run_dir, start_step)
         feeds: list[Feed[Any]] = []
         if mlflow_uri is not None:
             link = Link.of(run_dir, config, entry, mlflow_uri, start_step, run_name)
@@ -54,7 +54,7 @@ class Tracker:
         feeds += new_feeds(run_dir, config, entry, start_step, run_name)
         for feed in feeds:
             feed.attempt()
-        return cls(part, feeds, start_step)
+        return cls(writer, feeds, start_step)
 
     @property
     def mlflow_run_id(self) -> str | None:
@@ -63,14 +63,14 @@ class Tracker:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record one point at once: `values` by metric key, measured after `step` optimiser steps."""
-        point = self._part.add(step, values)
+        point = self._writer.add(step, values)
         self._last_step = max(self._last_step, step)
         for feed in self._feeds:
             feed.add(point)
 
     def commit(self, step: int) -> None:
         """The checkpoint of `step` is written: points up to it go to the trackers."""
-        self._part.sync()
+        self._writer.sync()
         self._committed = step
         for feed in self._feeds:
             feed.advance(committed_step=step)
@@ -79,8 +79,8 @@ class Tracker:
     def finish(self, status: str = "FINISHED") -> None:
         """Close the record. FINISHED sends all remaining points; FAILED and KILLED do not: a resumed run
         measures again what no checkpoint covers."""
-        self._part.sync()
-        self._part.close()
+        self._writer.sync()
+        self._writer.close()
         last = self._last_step if status == "FINISHED" else self._committed
         for feed in self._feeds:
             feed.advance(committed_step=last, status=status)
@@ -94,7 +94,7 @@ def sync(run_dir: Path) -> str:
     again. Raises `InputError` where the folder is no tracked run, `RunError` where a tracker still fails.
     """
     run_dir = Path(run_dir)
-    if not parts(run_dir):
+    if not record_files(run_dir):
         raise InputError(
             f"{run_dir}: no metrics record here; a run's folder is expected, for instance runs/NAME"
         )

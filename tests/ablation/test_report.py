@@ -13,7 +13,7 @@ from mpformer.ablation.report import cells, markdown, table_lines, write_report
 from mpformer.ablation.results import collect
 from mpformer.ablation.spec import Study, load_study
 from mpformer.ablation.statistics import estimate, mean_curve, paired_difference
-from mpformer.tracking.record import Part
+from mpformer.tracking.record import RecordWriter
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 30])
@@ -93,12 +93,12 @@ def study(tmp_path) -> Study:
         if (trial.row, trial.seed) in figures:
             write_run(trial.run_dir, figures[trial.row, trial.seed], trial.seed)
     unfinished = next(t for t in study.trials() if (t.row, t.seed) == ("pilots", 2))
-    Part(unfinished.run_dir, 0).add(0, {"val/AP": 0.25})
+    RecordWriter(unfinished.run_dir, 0).add(0, {"val/AP": 0.25})
     return study
 
 
 def write_run(run_dir: Path, ap: float, seed: int) -> None:
-    part = Part(run_dir, 0)
+    part = RecordWriter(run_dir, 0)
     part.add(0, {"val/AP": 0.5 + seed})
     part.add(10, {"val/AP": ap / 2, "train/loss": 3.0})
     part.add(20, {"val/AP": ap})
@@ -190,7 +190,7 @@ rows:
     assert lines()["per-pixel"] == ["0", "–", "–", "–†", "–"]
     for trial in study.trials():
         metric = "val/PQ" if trial.part == "objects" else "val/mIoU"
-        Part(trial.run_dir, 0).add(20, {metric: 30.0})
+        RecordWriter(trial.run_dir, 0).add(20, {metric: 30.0})
         (trial.run_dir / "summary.json").write_text("{}")
     assert lines()["per-pixel"] == ["1", "30.0 *", "+0.0 *", "–†", "–"]
     assert lines()["masks (baseline)"] == ["1", "30.0 *", "–", "30.0 *", "–"]
@@ -202,7 +202,7 @@ rows:
 def test_a_figure_that_some_seeds_have_is_their_mean(study):
     for trial in study.trials():
         if (trial.row, trial.seed) == ("plain", 0):
-            Part(trial.run_dir, 20).add(20, {"val/PQ": 12.5})
+            RecordWriter(trial.run_dir, 20).add(20, {"val/PQ": 12.5})
     table = {(cell.row, cell.metric): cell for cell in cells(study, collect(study))}
     cell = table["plain", "val/PQ"]
     assert (cell.ours.mean, cell.n, cell.without) == (12.5, 1, 2)

@@ -6,14 +6,14 @@ import pytest
 
 from mpformer.ablation.runpage import write_run_report
 from mpformer.config import Config, dump_yaml
-from mpformer.tracking.record import Part
+from mpformer.tracking.record import RecordWriter
 from mpformer.types import InputError
 
 
 def test_a_run_s_folder_gives_its_table_curves_and_page(tmp_path):
     config = Config.model_validate({"name": "mine", "train": {"batch_size": 4, "seed": 3}})
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
-    part = Part(tmp_path, 0)
+    part = RecordWriter(tmp_path, 0)
     part.add(5, {"train/loss": 3.0})
     part.add(10, {"val/AP": 12.5, "val/PQ": 20.0})
     part.add(20, {"val/AP": 25.0})

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from mpformer.cli.live import shown
 from mpformer.tracking.progress import Follower
-from mpformer.tracking.record import Part
+from mpformer.tracking.record import RecordWriter
 
 
 def runs(tmp_path, count):
@@ -32,9 +32,9 @@ def last_frame(text):
 
 def work(followers):
     """One run is done, one at step 20, one has failed; the others wait."""
-    Part(followers[0].run_dir, 0).add(100, {"train/loss": 1.0, "val/PQ": 31.24})
+    RecordWriter(followers[0].run_dir, 0).add(100, {"train/loss": 1.0, "val/PQ": 31.24})
     finish(followers[0])
-    Part(followers[1].run_dir, 0).add(20, {"train/loss": 43.2119, "speed/images_per_second": 4.0})
+    RecordWriter(followers[1].run_dir, 0).add(20, {"train/loss": 43.2119, "speed/images_per_second": 4.0})
     followers[2].failed = True
 
 
@@ -55,7 +55,7 @@ def test_a_terminal_shows_a_table_and_tells_starts_above_it(tmp_path):
 
 def test_a_small_terminal_shows_the_runs_at_work(tmp_path):
     followers = runs(tmp_path, 40)
-    Part(followers[30].run_dir, 0).add(20, {"train/loss": 1.0})
+    RecordWriter(followers[30].run_dir, 0).add(20, {"train/loss": 1.0})
     screen = io.StringIO()
     with shown(followers, lambda line: None, Console(file=screen, force_terminal=True, width=100, height=12)):
         pass

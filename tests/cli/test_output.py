@@ -15,7 +15,7 @@ from mpformer.cli.live import shown
 from mpformer.cli.output import print_any_text
 from mpformer.data.synthetic import generate
 from mpformer.tracking.progress import Follower
-from mpformer.tracking.record import Part
+from mpformer.tracking.record import RecordWriter
 
 ROOT = Path(__file__).parents[2]
 STUDY = """\
@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
     (folder / "study.yaml").write_text(STUDY, encoding="utf-8")
     for trial in load_study(folder / "study.yaml").trials():
         if trial.row == "plain":
-            Part(trial.run_dir, 0).add(20, {"val/AP": 40.0 + trial.seed})
+            RecordWriter(trial.run_dir, 0).add(20, {"val/AP": 40.0 + trial.seed})
             (trial.run_dir / "summary.json").write_text(json.dumps({"metrics": {"val/AP": 40.0}}))
     generate(folder / "scènes", {"train": 2, "val": 1}, size=64)
     return folder

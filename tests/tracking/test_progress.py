@@ -5,7 +5,7 @@ import logging
 from types import SimpleNamespace
 
 from mpformer.tracking.progress import Follower, Tally, follow, kept_warnings
-from mpformer.tracking.record import Part
+from mpformer.tracking.record import RecordWriter
 
 
 def follower(tmp_path) -> Follower:
@@ -15,7 +15,7 @@ def follower(tmp_path) -> Follower:
 
 def test_a_training_point_tells_loss_speed_wait_and_time_left(tmp_path):
     following = follower(tmp_path)
-    part = Part(tmp_path, 0)
+    part = RecordWriter(tmp_path, 0)
     part.add(20, {"train/loss": 43.2119, "speed/images_per_second": 4.0, "time/data_wait": 0.1})
     start, line = following.lines()
     assert start == "tiny s0  starts"
@@ -25,7 +25,7 @@ def test_a_training_point_tells_loss_speed_wait_and_time_left(tmp_path):
 
 def test_waiting_for_data_is_warned_of_above_a_tenth_of_the_step(tmp_path):
     following = follower(tmp_path)
-    part = Part(tmp_path, 0)
+    part = RecordWriter(tmp_path, 0)
     for step, wait in ((10, 1.0), (20, 0.2), (40, 0.22), (100, 0.22)):
         part.add(step, {"train/loss": 1.0, "speed/images_per_second": 4.0, "time/data_wait": wait})
     _, first, short, long, last = following.lines()
@@ -37,20 +37,22 @@ def test_waiting_for_data_is_warned_of_above_a_tenth_of_the_step(tmp_path):
 
 def test_an_evaluation_tells_its_figures(tmp_path):
     following = follower(tmp_path)
-    Part(tmp_path, 0).add(50, {"val/AP": 12.34, "val/PQ": 20.0, "val/AP50": 30.0, "speed/images_seen": 400})
+    RecordWriter(tmp_path, 0).add(
+        50, {"val/AP": 12.34, "val/PQ": 20.0, "val/AP50": 30.0, "speed/images_seen": 400}
+    )
     assert following.lines()[1] == "tiny s0  step 50/100  val/AP 12.3  val/PQ 20.0"
 
 
 def test_each_point_is_told_once_and_a_restart_is_announced(tmp_path):
-    old = Part(tmp_path, 0)
+    old = RecordWriter(tmp_path, 0)
     old.add(1, {"train/loss": 1.0})
     following = follower(tmp_path)
     assert following.lines() == []
-    first = Part(tmp_path, 1)
+    first = RecordWriter(tmp_path, 1)
     first.add(2, {"train/loss": 2.0})
     assert [line.split("  ")[1] for line in following.lines()] == ["goes on from step 1", "step 2/100"]
     first.add(3, {"train/loss": 2.0})
-    second = Part(tmp_path, 2)
+    second = RecordWriter(tmp_path, 2)
     second.add(3, {"train/loss": 2.5})
     assert [line.split("  ")[1] for line in following.lines()] == [
         "step 3/100",
@@ -63,7 +65,7 @@ def test_each_point_is_told_once_and_a_restart_is_announced(tmp_path):
 def test_a_start_from_other_weights_says_what_was_taken(tmp_path):
     following = follower(tmp_path)
     (tmp_path / "init.txt").write_text("/w/model.safetensors\n9 tensors loaded\n2 re-initialised: a, b\n")
-    Part(tmp_path, 0)
+    RecordWriter(tmp_path, 0)
     assert following.lines() == [
         "tiny s0  starts from /w/model.safetensors; 9 tensors loaded; 2 re-initialised: a, b"
     ]
@@ -92,7 +94,7 @@ def test_the_runs_of_a_study_are_counted(tmp_path, monkeypatch):
     followers = [follower(run_dir) for run_dir in run_dirs]
     tally = Tally(followers)
     assert tally.lines() == []
-    Part(run_dirs[1], 0).add(50, {"train/loss": 1.0})  # half of the 100 steps
+    RecordWriter(run_dirs[1], 0).add(50, {"train/loss": 1.0})  # half of the 100 steps
     followers[1].lines()
     assert tally.lines() == []
     (run_dirs[0] / "summary.json").write_text("{}")
@@ -106,7 +108,7 @@ def test_the_runs_of_a_study_are_counted(tmp_path, monkeypatch):
 
 def test_a_line_being_written_waits_for_its_end(tmp_path):
     following = follower(tmp_path)
-    part = Part(tmp_path, 0)
+    part = RecordWriter(tmp_path, 0)
     following.lines()
     with part.path.open("a") as file:
         file.write('{"step": 7, "time": 0, "train')
@@ -119,13 +121,13 @@ def test_a_line_being_written_waits_for_its_end(tmp_path):
 def test_following_ends_with_everything_told(tmp_path):
     told = []
     with follow([follower(tmp_path)], told.append):
-        Part(tmp_path, 0).add(5, {"train/loss": 1.0})
+        RecordWriter(tmp_path, 0).add(5, {"train/loss": 1.0})
     assert told == ["tiny s0  starts", "tiny s0  step 5/100  loss 1.000"]
 
 
 def test_hours_are_told_as_hours(tmp_path):
     following = follower(tmp_path)
-    Part(tmp_path, 0).add(0, {"speed/images_per_second": 0.1})
+    RecordWriter(tmp_path, 0).add(0, {"speed/images_per_second": 0.1})
     assert following.lines()[1].endswith("2 h 13 min left")
 
 
@@ -142,7 +144,7 @@ def test_what_a_resumed_run_had_done_before_is_not_counted_as_done_now(tmp_path,
     monkeypatch.setattr("mpformer.tracking.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
     following = follower(tmp_path)
     tally = Tally([following])
-    Part(tmp_path, 40).add(60, {"train/loss": 1.0})
+    RecordWriter(tmp_path, 40).add(60, {"train/loss": 1.0})
     following.lines()
     # 20 of its 100 steps took 30 s, 40 are left
     assert tally.text() == "0 of 1 runs finished, about 1:00 min left"
@@ -150,6 +152,6 @@ def test_what_a_resumed_run_had_done_before_is_not_counted_as_done_now(tmp_path,
 
 def test_without_points_only_starts_and_warnings_are_told(tmp_path):
     following = follower(tmp_path)
-    Part(tmp_path, 0).add(20, {"train/loss": 1.0, "val/PQ": 3.0})
+    RecordWriter(tmp_path, 0).add(20, {"train/loss": 1.0, "val/PQ": 3.0})
     assert following.lines(points=False) == ["tiny s0  starts"]
     assert (following.step, following.total_steps, following.values["val/PQ"]) == (20, 100, 3.0)
