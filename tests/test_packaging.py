@@ -17,7 +17,7 @@ WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 
 
 def test_the_metadata_take_the_version_from_the_package():
-    # tests/e2e/test_wheel.py looks into the wheel, tests/tracking/test_tracker.py at what MLflow is told
+    # tests/test_wheel.py looks into the wheel, tests/tracking/test_tracker.py at what MLflow is told
     assert PROJECT["project"]["dynamic"] == ["version"]
     assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "mpformer.__version__"}
 

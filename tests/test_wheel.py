@@ -19,7 +19,7 @@ from mpformer import __version__
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PACKED = ("mpformer", "experiments", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 TINY = (
     *("train.length=2 steps", "train.batch_size=2", "data.augment.size=[64, 64]", "evaluate.limit=2"),
