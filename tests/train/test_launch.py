@@ -80,7 +80,7 @@ def test_a_run_that_could_only_wait_is_refused_with_the_arithmetic(cluster, node
     assert reason in str(refused.value)
 
 
-@pytest.mark.parametrize(("address", "told"), [("auto", "at RAY_ADDRESS=auto"), ("", "none starts")])
+@pytest.mark.parametrize(("address", "told"), [("auto", "at RAY_ADDRESS=auto"), ("", "no local cluster")])
 def test_ray_that_does_not_come_is_one_line(monkeypatch, address, told):
     def fail(**_):
         raise Exception("The current node timed out during startup.\nMore of it.")
