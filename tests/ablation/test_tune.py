@@ -13,6 +13,7 @@ from mpformer.types import RunError
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["mpformer.ablation.tune", "mpformer.train.launch"])
 def test_ray_s_count_of_processes_is_not_told(module, tmp_path):
     # Ray reads the setting when it is imported: it must be there before

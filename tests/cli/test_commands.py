@@ -168,6 +168,7 @@ def test_show_prints_settings_that_load_to_the_same_run(capsys, tmp_path, monkey
     assert run_name(load_config(shown)) == run_name(load_config(TINY, ["train.lr=3e-4"]))
 
 
+@pytest.mark.slow
 def test_show_counts_the_model_for_the_classes_of_the_data_or_else_coco_s(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     size = r"^# [0-9.]+ M parameters, [0-9.]+ G multiply-adds for an image of 128 x 128, "
@@ -255,6 +256,7 @@ def test_progress_says_the_time_left(done, left, capsys, monkeypatch):
     assert capsys.readouterr().out == f"{done}/{done + 1} images, {left} left\n"
 
 
+@pytest.mark.slow
 def test_doctor_ends_well_with_clear_words():
     done = subprocess.run(
         [sys.executable, "-m", "mpformer", "doctor"],
