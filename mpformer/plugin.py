@@ -191,7 +191,7 @@ def _instance(found: type, arguments: tuple[Any, ...], options: Mapping[str, Any
         return found(*arguments, **options)
     except InputError:
         raise
-    except Exception as error:
+    except Exception as error:  # the plug-in's own code may raise anything
         if found.__module__.split(".")[0] == __name__.split(".")[0]:
             raise  # of the package's own classes: no plug-in's fault
         reason = str(error) if isinstance(error, ValueError) else described(error)

@@ -112,7 +112,7 @@ def _called(place: str, method: Callable[..., Any], *arguments: Any) -> Any:
     """What a method of a metric from outside returns; `RunError` for whatever it raises."""
     try:
         return method(*arguments)
-    except Exception as error:
+    except Exception as error:  # the metric's own code may raise anything
         raise RunError(f"{place}: {described(error)}") from error
 
 

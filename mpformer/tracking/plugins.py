@@ -104,8 +104,8 @@ class PluginFeed(Feed[PluginNote]):
             return getattr(self._tracker, method)(*arguments)
         except self.failures():
             raise
-        except Exception as error:
-            text = f"tracking.also: {self.note.kind}: {method}: {type(error).__name__}: {error}"
+        except Exception as error:  # the tracker's own code may raise anything
+            text = f"tracking.also: {self.note.kind}: {method}: {plugin.described(error)}"
             raise RunError(text) from error
 
 

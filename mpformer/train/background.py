@@ -32,7 +32,7 @@ class NoBackgroundEvaluator:
         pass
 
     def submit(self, step: int, model: Architecture) -> None:
-        raise NotImplementedError
+        raise RuntimeError("cluster.evaluators is 0: the workers evaluate, nothing is submitted")
 
     def collect(self, *, wait: bool = True) -> None:
         pass
