@@ -35,6 +35,9 @@ class Split(Section):
     instances: str | None = None
     """COCO panoptic only: the JSON of the same images' instances, which may overlap. AP of a
     panoptic model is measured against it; null: against the things among the panoptic segments."""
+    share: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Range [from, to) within 0..1: of the JSON's images those belong to the split whose id's hash lies in
+    it. One JSON gives both splits: [0, 0.8] and [0.8, 1]."""
 
 
 class DataSet(Section):
@@ -44,6 +47,12 @@ class DataSet(Section):
     format: Literal["coco_instance", "coco_panoptic"] = "coco_instance"
     train: Split = Split(images="train2017", annotations="annotations/instances_train2017.json")
     val: Split = Split(images="val2017", annotations="annotations/instances_val2017.json")
+    stuff: tuple[str, ...] | None = None
+    """Names of the classes that are not countable, where the JSON's categories have no `isthing`; null: as
+    `isthing` says, and without it all are countable (of panoptic data it is an error)."""
+    ignore_iscrowd: bool = False
+    """Take every annotation as one object. Some tools write `iscrowd: 1` for each mask that is stored as run
+    lengths."""
 
 
 class ClassEntry(Section):

@@ -104,7 +104,9 @@ def _check_placement(
 
 def generator(seed: int, epoch: int, image_id: str, purpose: str = "augment") -> np.random.Generator:
     """A generator that depends on its arguments alone: Philox keyed by their hash (Salmon et al. 2011)."""
-    key = hashlib.blake2b(f"{seed}/{epoch}/{purpose}/{image_id}".encode(), digest_size=16).digest()
+    key = hashlib.blake2b(
+        f"{seed}/{epoch}/{purpose}/{image_id}".encode(errors="surrogateescape"), digest_size=16
+    ).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
 

@@ -7,14 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mpformer import plugin
 from mpformer.config import Data, DataSet, LabelMaps, MaskFiles, Packed, PluginDataSet, Split
 from mpformer.config.section import Section
 from mpformer.config.yamlfile import nearest_path
 from mpformer.data import coco, labelmaps
+from mpformer.data.findings import Finding, Notes, Weight
+from mpformer.data.names import OTHER_NAMES, Files
 from mpformer.data.packed import open_packed
 from mpformer.data.records import Catalog, Reader, Record, Records, RecordTable, build_table
 from mpformer.types import ClassTable, InputError
+
+UNUSABLE = "cannot be used"
 
 
 def open_split(data: Data, split: str) -> Catalog:
@@ -23,7 +29,7 @@ def open_split(data: Data, split: str) -> Catalog:
     Raises `InputError` for a missing folder or file and for annotations of the wrong form. A record that is
     wrong by itself (a bad polygon, a missing image, ...) is an error, too, under `on_bad_sample: error`;
     under `skip` it stays in its place with its `problem` noted, so that the other samples keep their
-    positions.
+    positions. What was taken otherwise than it is written stands in the catalog's findings.
     """
     check_root(data)
     catalog = _OPENERS[type(data.dataset)](data.dataset, data, split)
@@ -41,26 +47,30 @@ def _open_packed(dataset: Packed, data: Data, split: str) -> Catalog:
 
 def _open_label_maps(dataset: LabelMaps, data: Data, split: str) -> Catalog:
     root = _root(data)
-    classes, records = labelmaps.read_label_maps(root, dataset, split, data.task, data.on_bad_sample)
-    return Catalog(_name(data, split), classes, records, str(root))
+    classes, records, findings = labelmaps.read_label_maps(root, dataset, split, data.task)
+    _stop_at_faults(data, findings)
+    return Catalog(_name(data, split), classes, records, str(root), findings=findings)
 
 
 def _open_mask_files(dataset: MaskFiles, data: Data, split: str) -> Catalog:
     root = _root(data)
-    classes, records = labelmaps.read_mask_files(root, dataset, split)
-    return Catalog(_name(data, split), classes, records, str(root))
+    classes, records, findings = labelmaps.read_mask_files(root, dataset, split)
+    return Catalog(_name(data, split), classes, records, str(root), findings=findings)
 
 
 def _open_coco(dataset: DataSet, data: Data, split: str) -> Catalog:
     root, place = _root(data), dataset.train if split == "train" else dataset.val
     read = coco.read_panoptic if dataset.format == "coco_panoptic" else coco.read_instance
-    classes, listed = read(root, place)
+    opened = read(root, dataset, place)
     instances = None
     if place.instances is not None and data.task == "panoptic":
         own = place.model_copy(update={"annotations": place.instances})
-        instances = _instances_of(root, own, classes, [record.image_id for record in listed])
-    records = _table(data, root, listed)
-    return Catalog(_name(data, split), classes, records, str(root), instances=instances)
+        image_ids = [record.image_id for record in opened.records]
+        instances = _instances_of(root, dataset, own, opened.classes, image_ids)
+    _stop_at_faults(data, opened.findings)
+    records = _table(data, root, opened.records)
+    name = _name(data, split)
+    return Catalog(name, opened.classes, records, str(root), instances=instances, findings=opened.findings)
 
 
 def _open_plugin(dataset: PluginDataSet, data: Data, split: str) -> Catalog:
@@ -76,6 +86,7 @@ def _open_plugin(dataset: PluginDataSet, data: Data, split: str) -> Catalog:
     if not (isinstance(opened, tuple) and len(opened) == 2 and isinstance(opened[0], ClassTable)):
         raise InputError(f"{place}: a tuple (ClassTable, records) is expected, not {type(opened).__name__}")
     classes, records = opened
+    findings: tuple[Finding, ...] = ()
     if not isinstance(records, Records):
         if not isinstance(records, Iterable):
             raise InputError(f"{place}: records are expected, not {type(records).__name__}")
@@ -97,10 +108,11 @@ def _open_plugin(dataset: PluginDataSet, data: Data, split: str) -> Catalog:
                 raise InputError(
                     f"{place}: image {record.image_id}: label {wrong[0]} is none of {len(classes)} classes"
                 )
+        listed, findings = _located(root, listed)
         records = _table(data, root, listed)
     if not len(records):
         raise InputError(f"{place}: no image in the split '{split}' of {root}")
-    return Catalog(_name(data, split), classes, records, str(root))
+    return Catalog(_name(data, split), classes, records, str(root), findings=findings)
 
 
 _OPENERS: dict[type[Section], Callable[[Any, Data, str], Catalog]] = {
@@ -122,11 +134,20 @@ def _name(data: Data, split: str) -> str:
 
 
 def _table(data: Data, root: Path, listed: list[Record]) -> RecordTable:
-    """The table of records whose paths are relative to `root`; missing images become their problem."""
-    listed = _note_missing_images(root, listed)
-    if data.on_bad_sample == "error" and (problem := next((r.problem for r in listed if r.problem), None)):
-        raise InputError(problem)
+    """The table of records whose paths are relative to `root`."""
+    _stop_at_faults(data, (Finding(UNUSABLE, r.problem, Weight.FAULT) for r in listed if r.problem))
     return build_table(listed, str(root))
+
+
+def _stop_at_faults(data: Data, findings: Iterable[Finding]) -> None:
+    """Raise `InputError` with the first fault, unless faulty data are to be left out."""
+    if data.on_bad_sample == "skip":
+        return
+    faults = [finding.text for finding in findings if finding.weight is Weight.FAULT]
+    if len(faults) == 1:
+        raise InputError(faults[0])
+    if faults:
+        raise InputError(f"{faults[0]} (and {len(faults) - 1} more faults: `mpformer data check` lists them)")
 
 
 def check_root(data: Data) -> None:
@@ -136,10 +157,15 @@ def check_root(data: Data) -> None:
         raise InputError(f"data.root: there is no folder {root}{nearest_path(root, folder=True)}")
 
 
-def _instances_of(root: Path, place: Split, classes: ClassTable, image_ids: Sequence[str]) -> RecordTable:
+def _instances_of(
+    root: Path, dataset: DataSet, place: Split, classes: ClassTable, image_ids: Sequence[str]
+) -> RecordTable:
     """The instance annotations of these images, their labels counted as in the panoptic class table."""
     path = root / place.annotations
-    own, listed = coco.read_instance(root, place)
+    opened = coco.read_instance(
+        root, dataset.model_copy(update={"format": "coco_instance", "stuff": None}), place
+    )
+    own, listed = opened.classes, opened.records
     label_of = classes.labels_by_source_id()
     for info in own.classes:
         if info.source_id not in label_of or not classes.classes[label_of[info.source_id]].is_thing:
@@ -189,6 +215,10 @@ class _Things(Records):
     def fingerprint(self) -> str:
         return self.records.fingerprint()
 
+    def objects_by_label(self) -> np.ndarray | None:
+        every = self.records.objects_by_label()
+        return None if every is None else every[[label for label in self.label_of if label < len(every)]]
+
 
 def _things_only(classes: ClassTable, records: Records) -> tuple[ClassTable, Records]:
     things = sorted(classes.thing_labels)
@@ -202,25 +232,20 @@ def _things_only(classes: ClassTable, records: Records) -> tuple[ClassTable, Rec
     return ClassTable(tuple(classes.classes[i] for i in things)), _Things(records, label_of)
 
 
-def _note_missing_images(root: Path, records: list[Record]) -> list[Record]:
-    listed: dict[str, frozenset[str]] = {}
+def _located(root: Path, records: list[Record]) -> tuple[list[Record], tuple[Finding, ...]]:
+    """A plug-in's records with the files that they mean; one that is not there is its record's problem."""
+    files, notes = Files(root, ""), Notes(root)
 
-    def exists(relative: str) -> bool:  # one listing per folder instead of one look-up per file
-        folder, _, name = relative.rpartition("/")
-        if folder not in listed:
-            path = root / folder
-            listed[folder] = frozenset(p.name for p in path.iterdir()) if path.is_dir() else frozenset()
-        return name in listed[folder]
+    def located(record: Record) -> Record:
+        paths = []
+        for name in filter(None, (record.image, record.label_map)):
+            try:
+                path, other = files.find(name, f"{root}: image {record.image_id}")
+            except InputError as error:
+                return replace(record, problem=str(error))
+            if other:
+                notes.add(OTHER_NAMES, f"image {record.image_id}: '{name}' is taken to be {path}")
+            paths.append(path)
+        return replace(record, image=paths[0], label_map=paths[1] if len(paths) > 1 else None)
 
-    noted = []
-    for record in records:
-        for file in (record.image, record.label_map):
-            if record.problem or not isinstance(file, str) or exists(file):
-                continue
-            folder, _, name = file.rpartition("/")
-            stem = name.rpartition(".")[0] + "."
-            alike = next((f"; nearest: {n}" for n in listed[folder] if n.startswith(stem)), "")
-            near = alike if listed[folder] else f"; the folder {root / folder} is missing or empty"
-            record = replace(record, problem=f"{root / file}: no such file (image {record.image_id}){near}")
-        noted.append(record)
-    return noted
+    return [record if record.problem else located(record) for record in records], notes.findings()

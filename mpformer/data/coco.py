@@ -1,101 +1,187 @@
-"""Readers of COCO's two annotation forms: instances (polygons and run lengths) and panoptic (id PNGs)."""
+"""Readers of COCO's two annotation forms: instances (polygons and run lengths) and panoptic (id PNGs).
+
+What stands in another form but means one thing only (a number written as text, a file name with a Windows
+separator) is used, and noted. A fault of a single record becomes its `problem`.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
-from mpformer.config import Split
+from mpformer.config import DataSet, Split
 from mpformer.config.yamlfile import nearest, nearest_path
-from mpformer.data import masks
-from mpformer.data.records import MapId, Mask, Polygons, Record, Rle, Segment, safe_relative_path
+from mpformer.data import fields
+from mpformer.data.fields import Integers, Wrong, is_integer
+from mpformer.data.findings import Finding, Notes, Weight
+from mpformer.data.names import OTHER_NAMES, Files
+from mpformer.data.records import Polygons, Record, Segment, share_of
 from mpformer.types import ClassInfo, ClassTable, InputError, distinct_color
 
-_LARGEST_ID = 2**63 - 1
+NO_IMAGE = "annotations of images that the file does not list"
+_LIKE_FRACTIONS = 1.5
+"""Polygons none of whose coordinates exceeds it are in units of the image's size: in pixels, all objects
+would lie in one corner."""
 
 
-def read_instance(root: Path, split: Split) -> tuple[ClassTable, list[Record]]:
+@dataclass(frozen=True)
+class Opened:
+    """What a JSON holds."""
+
+    classes: ClassTable
+    records: list[Record]
+    """In the order of the file."""
+    findings: tuple[Finding, ...]
+
+
+class _File:
+    """One annotation file while it is read."""
+
+    def __init__(self, root: Path, dataset: DataSet, place: Split) -> None:
+        self.path = root / place.annotations
+        self.notes = Notes(self.path)
+        self.integers = Integers(self.notes)
+        content = read_json(self.path)
+        self.annotations: list[dict[str, Any]] = content["annotations"]
+        self.images = _images(self.path, content["images"], self.integers)
+        panoptic = dataset.format == "coco_panoptic"
+        self.classes = _class_table(self.path, content["categories"], dataset.stuff, panoptic, self.integers)
+        self.labels = self.classes.labels_by_source_id()
+        self.orphans: list[Finding] = []
+        self._other_forms = _unique_forms(self.images)
+
+    def image_of(self, annotation: Mapping[str, Any], index: int) -> object:
+        """The key of the annotation's image; None, noted, where the file lists no such image."""
+        given = annotation.get("image_id")
+        if isinstance(given, int | str) and given in self.images:
+            return given
+        key = self._other_forms.get(str(fields.as_integer(given)))
+        if key is None:
+            named = annotation.get("id", f"number {index}")
+            text = f"{self.path}: annotation {named}: image_id {given!r} is not the id of any image"
+            self.orphans.append(Finding(NO_IMAGE, text, Weight.FAULT))
+        else:
+            self.notes.add(fields.OTHER_FORM, f"'image_id' {given!r} is taken as {key!r}")
+        return key
+
+    def located(self, files: Files, item: Mapping[str, Any], what: str) -> tuple[str, bool, str]:
+        """(path relative to the root, whether the item's name is another, what is wrong)."""
+        try:
+            path, other = files.find(item.get("file_name"), f"{self.path}: {what}")
+        except InputError as error:
+            return "", False, str(error)
+        if other:
+            self.notes.add(OTHER_NAMES, f"{what}: '{item['file_name']}' is taken to be {path}")
+        return path, other, ""
+
+    def opened(self, records: list[Record], taken: Mapping[str, list[int]]) -> Opened:
+        """`taken`: the places of the records that use a file by another name."""
+        users = defaultdict(list)
+        for index, record in enumerate(records):
+            users[record.image].append(index)
+        for path, places in taken.items():
+            if len(users[path]) > 1:
+                others = ", ".join(records[i].image_id for i in users[path])
+                for i in places:
+                    text = f"{self.path}: images {others} would all be {path}; name each file as it is"
+                    records[i] = replace(records[i], problem=records[i].problem or text)
+        return Opened(self.classes, records, (*self.notes.findings(), *self.orphans))
+
+
+def read_instance(root: Path, dataset: DataSet, place: Split) -> Opened:
     """COCO instance annotations: classes in the order of their ids, records in the order of the file.
 
-    A fault of a single record becomes its `problem`; `InputError` is raised for a fault of the whole file.
+    `InputError` is raised for a fault of the whole file.
     """
-    path = root / split.annotations
-    content = _read_json(path)
-    classes = _class_table(path, content["categories"])
-    labels = classes.labels_by_source_id()
-    images = _images(path, content["images"])
-    segments: dict[object, list[Segment]] = {key: [] for key in images}
+    file = _File(root, dataset, place)
+    segments: dict[object, list[Segment]] = {key: [] for key in file.images}
     problems: dict[object, str] = {}
     seen: set[int] = set()
-    for index, annotation in enumerate(content["annotations"]):
-        key = _image_of(path, images, annotation, f"annotations[{index}]")
+    for index, annotation in enumerate(file.annotations):
+        if (key := file.image_of(annotation, index)) is None:
+            continue
+        image = file.images[key]
         try:
-            segment = _instance(annotation, images[key], classes, labels)
+            size = image["height"], image["width"]
+            segment = fields.instance(annotation, size, file.classes, file.labels, file.integers)
             if segment.id in seen:
-                raise _Wrong("duplicate annotation id")
+                raise Wrong("duplicate annotation id; `mpformer data check --fix` numbers them anew")
             seen.add(segment.id)
-            segments[key].append(segment)
-        except _Wrong as wrong:
+            segments[key].append(replace(segment, crowd=segment.crowd and not dataset.ignore_iscrowd))
+        except Wrong as wrong:
             named = annotation.get("id", f"number {index}")
-            problems.setdefault(key, f"{path}: annotation {named} (image {key}): {wrong}")
-    records = []
-    for key, image in images.items():
-        file, problem = _file_name(path, split.images, image, f"image {key}")
+            problems.setdefault(key, f"{file.path}: annotation {named} (image {key}): {wrong}")
+    if (text := _like_fractions(file, segments)) is not None:
+        file.orphans.append(Finding("coordinates in units of the image's size", text, Weight.OBSTACLE))
+    records: list[Record] = []
+    taken: dict[str, list[int]] = defaultdict(list)
+    files = Files(root, place.images)
+    for key, image in file.images.items():
+        path, other, problem = file.located(files, image, f"image {key}")
+        if other:
+            taken[path].append(len(records))
         records.append(
             Record(
                 image_id=str(key),
-                image=file,
+                image=path,
                 width=image["width"],
                 height=image["height"],
                 segments=tuple(segments[key]),
                 problem=problem or problems.get(key, ""),
             )
         )
-    return classes, records
+    return _shared(file.opened(records, taken), place, file.path)
 
 
-def read_panoptic(root: Path, split: Split) -> tuple[ClassTable, list[Record]]:
+def read_panoptic(root: Path, dataset: DataSet, place: Split) -> Opened:
     """COCO panoptic annotations: one PNG of ids per image and the segments that its ids stand for.
 
     As `read_instance`; the PNGs are decoded later, with the samples.
     """
-    path = root / split.annotations
-    if split.panoptic_masks is None:
+    if place.panoptic_masks is None:
         raise InputError(
-            f"{path}: the data set needs 'panoptic_masks', the folder of the id PNGs, in its file"
+            f"{root / place.annotations}: the data set needs 'panoptic_masks', the folder of the id PNGs, in "
+            "its file"
         )
-    content = _read_json(path)
-    classes = _class_table(path, content["categories"])
-    labels = classes.labels_by_source_id()
-    images = _images(path, content["images"])
+    file = _File(root, dataset, place)
+    maps = Files(root, place.panoptic_masks)
     found: dict[object, tuple[tuple[Segment, ...], str, str]] = {}
-    for index, annotation in enumerate(content["annotations"]):
-        key = _image_of(path, images, annotation, f"annotations[{index}]")
+    for index, annotation in enumerate(file.annotations):
+        if (key := file.image_of(annotation, index)) is None:
+            continue
         if key in found:
             raise InputError(
-                f"{path}: annotations[{index}]: image {key} has a second annotation, one is expected"
+                f"{file.path}: annotations[{index}]: image {key} has a second annotation, one is expected"
             )
-        label_map, problem = _file_name(path, split.panoptic_masks, annotation, f"annotation of image {key}")
+        label_map, _, problem = file.located(maps, annotation, f"annotation of image {key}")
+        segments: tuple[Segment, ...] = ()
         try:
-            segments = _panoptic_segments(annotation, classes, labels)
-        except _Wrong as wrong:
-            segments, problem = (), problem or f"{path}: annotation of image {key}: {wrong}"
+            segments = fields.panoptic_segments(annotation, file.classes, file.labels, file.integers)
+        except Wrong as wrong:
+            problem = problem or f"{file.path}: annotation of image {key}: {wrong}"
         found[key] = (segments, label_map, problem)
-    records = []
-    for key, image in images.items():
-        file, problem = _file_name(path, split.images, image, f"image {key}")
+    records: list[Record] = []
+    taken: dict[str, list[int]] = defaultdict(list)
+    files = Files(root, place.images)
+    for key, image in file.images.items():
+        path, other, problem = file.located(files, image, f"image {key}")
+        if other:
+            taken[path].append(len(records))
         if key not in found:
-            problem = problem or f"{path}: image {key} has no annotation; panoptic data needs one per image"
+            problem = (
+                problem or f"{file.path}: image {key} has no annotation; panoptic data needs one per image"
+            )
         segments, label_map, other_problem = found.get(key, ((), "", ""))
         records.append(
             Record(
                 image_id=str(key),
-                image=file,
+                image=path,
                 width=image["width"],
                 height=image["height"],
                 segments=segments,
@@ -103,22 +189,12 @@ def read_panoptic(root: Path, split: Split) -> tuple[ClassTable, list[Record]]:
                 problem=problem or other_problem,
             )
         )
-    return classes, records
+    return _shared(file.opened(records, taken), place, file.path)
 
 
-class _Wrong(Exception):
-    """A fault of one annotation; the caller adds the file and the annotation's id."""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"no file {path}{nearest_path(path)}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from None
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a COCO file, its three lists of objects there. Raises `InputError`."""
+    content = parse_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: a JSON object is expected, not a {type(content).__name__}")
     for key in ("images", "annotations", "categories"):
@@ -132,189 +208,154 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _class_table(path: Path, categories: list[dict[str, Any]]) -> ClassTable:
+def parse_json(path: Path) -> Any:
+    """Any JSON file's content; `InputError` where it is missing, or no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"no file {path}{nearest_path(path)}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from None
+
+
+def _shared(opened: Opened, place: Split, path: Path) -> Opened:
+    """The records of the split's share of the file."""
+    low, high = place.share
+    if (low, high) == (0.0, 1.0):
+        return opened
+    records = [r for r in opened.records if low <= share_of(r.image_id) < high]
+    if not records:
+        raise InputError(f"{path}: none of {len(opened.records)} images lies in the share {low:g}..{high:g}")
+    return replace(opened, records=records)
+
+
+def _class_table(
+    path: Path,
+    categories: list[dict[str, Any]],
+    stuff: tuple[str, ...] | None,
+    panoptic: bool,
+    integers: Integers,
+) -> ClassTable:
     by_id: dict[int, dict[str, Any]] = {}
+    names: dict[str, int] = {}
     for index, category in enumerate(categories):
-        what = f"{path}: categories[{index}]"
-        source_id, name = category.get("id"), category.get("name")
-        if not _is_int(source_id) or not isinstance(name, str):
-            raise InputError(f"{what}: an integer 'id' and a 'name' are expected")
+        what = f"categories[{index}]"
+        source_id, name = integers.read(category, "id", what), category.get("name")
+        if not is_integer(source_id) or not isinstance(name, str) or not name.strip():
+            raise InputError(f"{path}: {what}: an integer 'id' and a 'name' are expected")
         if source_id in by_id:
-            raise InputError(f"{what}: duplicate id {source_id}")
-        by_id[source_id] = category
+            raise InputError(f"{path}: {what}: duplicate id {source_id}")
+        if name.strip() in names:
+            raise InputError(
+                f"{path}: categories {names[name.strip()]} and {source_id} are both named '{name}': rename "
+                "one, or give their annotations one id"
+            )
+        by_id[source_id], names[name.strip()] = category, source_id
     if not by_id:
         raise InputError(f"{path}: 'categories' is empty: at least one class is expected")
-    infos = []
-    for label, (source_id, category) in enumerate(sorted(by_id.items())):
-        infos.append(
+    things = _things(path, by_id, stuff, panoptic, integers)
+    return ClassTable(
+        tuple(
             ClassInfo(
                 name=category["name"],
                 source_id=source_id,
-                is_thing=bool(category.get("isthing", 1)),
+                is_thing=things[source_id],
                 color=_color(category.get("color")) or distinct_color(label),
             )
+            for label, (source_id, category) in enumerate(sorted(by_id.items()))
         )
-    return ClassTable(tuple(infos))
+    )
+
+
+def _things(
+    path: Path,
+    by_id: Mapping[int, dict[str, Any]],
+    stuff: tuple[str, ...] | None,
+    panoptic: bool,
+    integers: Integers,
+) -> dict[int, bool]:
+    """Whether each category is countable: as the data set's `stuff` says, or its 'isthing'."""
+    names = {category["name"] for category in by_id.values()}
+    if stuff is not None:
+        if unknown := [name for name in stuff if name not in names]:
+            raise InputError(
+                f"{path}: data.dataset.stuff: no category '{unknown[0]}'; "
+                f"nearest: {nearest(unknown[0], names)}"
+            )
+        return {source_id: category["name"] not in stuff for source_id, category in by_id.items()}
+    found: dict[int, bool] = {}
+    for source_id, category in by_id.items():
+        value = integers.read(category, "isthing", f"category {source_id}")
+        if value is None and panoptic:
+            raise InputError(
+                f"{path}: category {source_id} ({category['name']}) has no 'isthing' (1: countable, 0: "
+                "stuff such as sky); add it, or name the stuff: data.dataset.stuff=[NAME, ...], [] for none"
+            )
+        if value not in (None, 0, 1):
+            raise InputError(f"{path}: category {source_id}: 'isthing' is {value!r}, 0 or 1 is expected")
+        found[source_id] = value != 0
+    return found
 
 
 def _color(value: object) -> tuple[int, int, int] | None:
     """A category's RGB; None where there is none, or something else."""
-    if isinstance(value, list) and len(value) == 3 and all(_is_int(c) and 0 <= c <= 255 for c in value):
+    if isinstance(value, list) and len(value) == 3 and all(is_integer(c) and 0 <= c <= 255 for c in value):
         return value[0], value[1], value[2]
     return None
 
 
-def _images(path: Path, listed: list[dict[str, Any]]) -> dict[object, dict[str, Any]]:
+def _images(path: Path, listed: list[dict[str, Any]], integers: Integers) -> dict[object, dict[str, Any]]:
+    """The images by id, their sizes as integers."""
     if not listed:
         raise InputError(f"{path}: no images: at least one is expected")
     images: dict[object, dict[str, Any]] = {}
     for index, image in enumerate(listed):
         key = image.get("id")
-        if not (_is_int(key) or isinstance(key, str)):
+        if isinstance(key, float):
+            key = integers.read(image, "id", f"images[{index}]")
+        if not (is_integer(key) or isinstance(key, str)):
             raise InputError(f"{path}: images[{index}]: an 'id' is expected")
         if key in images:
             raise InputError(f"{path}: images[{index}]: duplicate id {key}")
+        sizes = {}
         for side in ("width", "height"):
-            if not _is_int(image.get(side)) or not 0 < image[side] < 2**31:
+            value = integers.read(image, side, f"image {key}")
+            if not is_integer(value) or not 0 < value < 2**31:
                 raise InputError(
-                    f"{path}: image {key}: '{side}' is {image.get(side)!r}, a count of pixels is expected"
+                    f"{path}: image {key}: '{side}' is {image.get(side)!r}, a count of pixels is expected; "
+                    "`mpformer data check --fix` reads it from the file"
                 )
-        images[key] = image
+            sizes[side] = value
+        images[key] = {**image, **sizes}
     return images
 
 
-def _image_of(path: Path, images: dict[object, Any], annotation: dict[str, Any], what: str) -> object:
-    key = annotation.get("image_id")
-    if not isinstance(key, int | str) or key not in images:
-        raise InputError(f"{path}: {what}: image_id {key!r} is not the id of any image")
-    return key
+def _unique_forms(keys: Mapping[object, Any]) -> dict[str, object]:
+    """Ids by the number that they write, where it is one id's alone."""
+    forms: dict[str, list[object]] = defaultdict(list)
+    for key in keys:
+        forms[str(fields.as_integer(key))].append(key)
+    return {form: found[0] for form, found in forms.items() if len(found) == 1}
 
 
-def _file_name(path: Path, folder: str, item: dict[str, Any], what: str) -> tuple[str, str]:
-    try:
-        name = safe_relative_path(item.get("file_name"), f"{path}: {what}")
-    except InputError as error:
-        return "", str(error)
-    return (f"{folder}/{name}" if folder not in ("", ".") else name), ""
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _id(item: dict[str, Any]) -> int:
-    value = item.get("id")
-    if not _is_int(value) or not -_LARGEST_ID <= value <= _LARGEST_ID:
-        raise _Wrong(f"'id' is {value!r}, an integer below 2^63 is expected")
-    return value
-
-
-def _label(item: dict[str, Any], classes: ClassTable, labels: dict[int, int]) -> int:
-    source_id = item.get("category_id")
-    if _is_int(source_id) and source_id in labels:
-        return labels[source_id]
-    if not _is_int(source_id):
-        raise _Wrong(f"'category_id' is {source_id!r}, an integer is expected")
-    close = min(classes.classes, key=lambda c: abs(c.source_id - source_id))
-    raise _Wrong(f"unknown category {source_id}; nearest: {close.source_id} ({close.name})")
-
-
-def _crowd(item: dict[str, Any]) -> bool:
-    value = item.get("iscrowd", 0)
-    if value not in (0, 1):
-        raise _Wrong(f"'iscrowd' is {value!r}, 0 or 1 is expected")
-    return bool(value)
-
-
-def _area(item: dict[str, Any], otherwise: Callable[[], float]) -> float:
-    value = item.get("area")
-    if value is None:
-        return otherwise()
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise _Wrong(f"'area' is {value!r}, a number is expected")
-    return float(value)
-
-
-def _instance(
-    annotation: dict[str, Any], image: dict[str, Any], classes: ClassTable, labels: dict[int, int]
-) -> Segment:
-    height, width = image["height"], image["width"]
-    identity = _id(annotation)
-    label = _label(annotation, classes, labels)
-    given = annotation.get("segmentation")
-    mask: Mask
-    if isinstance(given, list):
-        mask = _polygons(given, height, width)
-    elif isinstance(given, dict):
-        mask = _run_lengths(given, height, width)
-    else:
-        raise _Wrong("no 'segmentation': a list of polygons or run lengths are expected")
-    area = _area(annotation, lambda: masks.area(mask, height, width))
-    return Segment(label, _crowd(annotation), mask, area, identity)
-
-
-def _polygons(given: list[Any], height: int, width: int) -> Polygons:
-    if not given:
-        raise _Wrong("'segmentation' is empty: at least one polygon is expected")
-    parts = []
-    for number, flat in enumerate(given, 1):
-        try:
-            points = np.asarray(flat, np.float64)
-        except (TypeError, ValueError):
-            raise _Wrong(f"polygon {number}: a list of numbers x, y, x, y, ... is expected") from None
-        if points.ndim != 1 or len(points) % 2:
-            raise _Wrong(f"polygon {number}: an even count of numbers x, y, x, y, ... is expected")
-        if len(points) < 6:
-            raise _Wrong(f"polygon {number} has {len(points) // 2} points, at least 3 are expected")
-        if not np.isfinite(points).all():
-            raise _Wrong(f"polygon {number} has a coordinate that is no finite number")
-        points = points.reshape(-1, 2)
-        # up to one image size beyond the border is imprecise annotation; more is another image's polygon, and
-        # pycocotools' memory grows with the distance
-        size = np.array([width, height])
-        if (points < -size).any() or (points > 2 * size).any():
-            x, y = points[((points < -size) | (points > 2 * size)).any(1)][0].tolist()
-            raise _Wrong(
-                f"polygon {number}: point ({x:g}, {y:g}) lies far outside the {width}x{height} image"
-            )
-        parts.append(points)
-    return Polygons(tuple(parts))
-
-
-def _run_lengths(given: dict[str, Any], height: int, width: int) -> Rle:
-    size, counts = given.get("size"), given.get("counts")
-    if size != [height, width]:
-        raise _Wrong(f"run lengths of size {size}, but the image is {[height, width]} (height, width)")
-    if isinstance(counts, str):
-        try:
-            counts = masks.decompress_counts(counts.encode("ascii"))
-        except ValueError as error:
-            raise _Wrong(f"run lengths: {error}") from None
-    if not isinstance(counts, list) or not all(_is_int(c) and c >= 0 for c in counts):
-        raise _Wrong("run lengths: 'counts' is expected to be a string or a list of counts")
-    if sum(counts) != height * width:
-        raise _Wrong(f"run lengths cover {sum(counts)} pixels, but the image has {height * width}")
-    return masks.compress_counts(counts, height, width)
-
-
-def _panoptic_segments(
-    annotation: dict[str, Any], classes: ClassTable, labels: dict[int, int]
-) -> tuple[Segment, ...]:
-    listed = annotation.get("segments_info")
-    if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
-        raise _Wrong("no 'segments_info': a list of segments is expected")
-    segments: dict[int, Segment] = {}
-    for item in listed:
-        identity = _id(item)
-        if not 0 < identity < 2**24:
-            raise _Wrong(
-                f"segment {identity}: an id of 1 to 16777215 is expected (R + 256 G + 65536 B, 0 is void)"
-            )
-        if identity in segments:
-            raise _Wrong(f"duplicate segment id {identity}")
-        try:
-            label, crowd, area = _label(item, classes, labels), _crowd(item), _area(item, lambda: 0.0)
-        except _Wrong as wrong:
-            raise _Wrong(f"segment {identity}: {wrong}") from None
-        segments[identity] = Segment(label, crowd, MapId(identity), area, identity)
-    return tuple(segments.values())
+def _like_fractions(file: _File, segments: Mapping[object, list[Segment]]) -> str | None:
+    """Why the file's polygons are taken to lie in units of the image's size; None if they do not."""
+    highest, first = 0.0, None
+    for key, of_image in segments.items():
+        image = file.images[key]
+        for segment in of_image:
+            if not isinstance(segment.mask, Polygons) or max(image["width"], image["height"]) < 8:
+                return None
+            first = segment.id if first is None else first
+            highest = max(highest, max(float(np.max(part)) for part in segment.mask.parts))
+            if highest > _LIKE_FRACTIONS:
+                return None
+    if first is None:
+        return None
+    return (
+        f"{file.path}: annotation {first} and all others: no coordinate exceeds {highest:.3g}, so they are "
+        "probably fractions of the image's size; pixels are expected: multiply x by the width, y by the "
+        "height"
+    )

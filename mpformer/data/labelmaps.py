@@ -7,30 +7,35 @@ them is then the record's `problem`.
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from mpformer.config import LabelMaps, LabelSplit, MaskFiles, MaskSplit
 from mpformer.config.data import ClassEntry
-from mpformer.config.yamlfile import nearest
+from mpformer.config.yamlfile import nearest, nearest_path
 from mpformer.data import masks
+from mpformer.data.findings import Finding, Notes, Weight
 from mpformer.data.images import image_size, load_index_map, load_rgb_map
-from mpformer.data.records import MapId, NamedRecords, Record, Records, Segment
+from mpformer.data.names import OTHER_NAMES, Files, is_litter, walk, without_litter
+from mpformer.data.records import MapId, NamedRecords, Record, Records, Segment, share_of
 from mpformer.types import ClassInfo, ClassTable, InputError, distinct_color
+
+_LITTER = "files that a system left, passed over"
+_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def read_label_maps(
-    root: Path, dataset: LabelMaps, split: str, task: str, on_bad_sample: str
-) -> tuple[ClassTable, Records]:
+    root: Path, dataset: LabelMaps, split: str, task: str
+) -> tuple[ClassTable, Records, tuple[Finding, ...]]:
     """Images and label maps of one split ("train" or "val"), in the order of their names.
 
-    Raises `InputError` for a missing folder, for a task that the maps cannot serve, and, unless bad samples
-    are to be skipped, for an image without a label map.
+    Raises `InputError` for a missing folder and for a task that the maps cannot serve. An image without a
+    label map is a finding, and the problem of its record.
     """
     place = dataset.train if split == "train" else dataset.val
     if task != "semantic" and dataset.encoding == "classes" and place.instances is None:
@@ -38,31 +43,34 @@ def read_label_maps(
             f"data.task: '{task}' needs separate objects, but the label maps of '{dataset.name}' "
             "hold classes only; expected: semantic"
         )
-    names = _names_with_suffix(root, place.images, dataset.image_suffix)
+    notes = Notes(root / place.images)
+    images = _with_suffix(root, place.images, dataset.image_suffix, notes)
+    names = sorted(images)
     if place.names is not None:
         names = _listed(root / place.names, names, dataset.image_suffix)
+    odd = {name: images[name] for name in names if images[name] != name + dataset.image_suffix}
+    records = _LabelMapRecords(tuple(names), str(root), dataset, place, odd)
+    missing: list[Finding] = []
     for folder in filter(None, (place.labels, place.instances)):
-        present = set(_names_with_suffix(root, folder, dataset.label_suffix))
-        missing = next((n for n in names if n not in present), None)
-        if missing is not None and on_bad_sample == "error":
-            raise InputError(
-                f"{root / folder / (missing + dataset.label_suffix)}: no such file, the label map of "
-                f"{root / place.images / (missing + dataset.image_suffix)}"
-            )
-    return _class_table(dataset.classes), _LabelMapRecords(tuple(names), str(root), dataset, place)
+        missing += records.find_maps(folder, notes)
+    return _class_table(dataset.classes), records, (*notes.findings(), *missing)
 
 
-def read_mask_files(root: Path, dataset: MaskFiles, split: str) -> tuple[ClassTable, Records]:
+def read_mask_files(
+    root: Path, dataset: MaskFiles, split: str
+) -> tuple[ClassTable, Records, tuple[Finding, ...]]:
     """Images with a file for each object, those of the split's share, in the order of their names."""
     place = dataset.train if split == "train" else dataset.val
-    paths = sorted(str(p.relative_to(root)) for p in root.glob(place.images))
+    found, litter = without_litter(root.glob(place.images), root)
+    paths = sorted(str(p.relative_to(root)) for p in found)
     if not paths:
         raise InputError(f"{root}: no image fits the pattern '{place.images}'")
     low, high = place.share
-    chosen = tuple(p for p in paths if low <= _share_of(p) < high or (high == 1 and _share_of(p) == 1))
+    chosen = tuple(p for p in paths if low <= share_of(p) < high)
     if not chosen:
         raise InputError(f"{root}: none of {len(paths)} images lies in the share {low:g}..{high:g}")
-    return _class_table(dataset.classes), _MaskFileRecords(chosen, str(root), place)
+    findings = (Finding(_LITTER, f"{root}: {place.images}", count=litter),) if litter else ()
+    return _class_table(dataset.classes), _MaskFileRecords(chosen, str(root), place), findings
 
 
 def _class_table(entries: Sequence[ClassEntry]) -> ClassTable:
@@ -74,19 +82,31 @@ def _class_table(entries: Sequence[ClassEntry]) -> ClassTable:
     )
 
 
-def _names_with_suffix(root: Path, folder: str, suffix: str) -> list[str]:
-    """Paths below a folder, relative to it, without the suffix that all of them have; sorted."""
+def _with_suffix(root: Path, folder: str, suffix: str, notes: Notes) -> dict[str, str]:
+    """Files below a folder that end in a suffix, in either case: {path relative to it, less suffix: path}.
+
+    Other images beside them are noted.
+    """
     top = root / folder
     if not top.is_dir():
-        raise InputError(f"there is no folder {top}")
-    found = []
-    for path, _, files in os.walk(top, followlinks=True):
-        below = os.path.relpath(path, top)
-        prefix = "" if below == "." else f"{below}/"
-        found += [prefix + f.removesuffix(suffix) for f in files if f.endswith(suffix)]
+        raise InputError(f"there is no folder {top}{nearest_path(top, folder=True)}")
+    found: dict[str, str] = {}
+    others: Counter[str] = Counter()
+    for path in sorted(walk(top)):
+        if not path.casefold().endswith(suffix.casefold()):
+            others[os.path.splitext(path)[1]] += 1
+            continue
+        name = path[: len(path) - len(suffix)]
+        if name in found:
+            raise InputError(f"{top}: '{found[name]}' and '{path}' are one image; remove or rename one")
+        found[name] = path
+    others = Counter({e: n for e, n in others.items() if e.casefold() in _IMAGE_ENDINGS})
+    shown = ", ".join(f"{count} {ending}" for ending, count in others.most_common())
     if not found:
-        raise InputError(f"{top}: no file that ends in '{suffix}'")
-    return sorted(found)
+        raise InputError(f"{top}: no file that ends in '{suffix}'{'; it holds ' + shown if shown else ''}")
+    if others:
+        notes.add("images with another ending, left out", f"{shown} beside {len(found)} {suffix}")
+    return found
 
 
 def _listed(path: Path, names: Sequence[str], suffix: str) -> list[str]:
@@ -102,11 +122,6 @@ def _listed(path: Path, names: Sequence[str], suffix: str) -> list[str]:
     return [name for name in lines if name]
 
 
-def _share_of(name: str) -> float:
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64
-
-
 _INSTANCE = 1 << 16
 """Added to the values of separate instance maps, to tell them from classes."""
 
@@ -117,9 +132,37 @@ class _LabelMapRecords(NamedRecords):
     root: str
     dataset: LabelMaps
     place: LabelSplit
+    odd_images: dict[str, str]
+    """Files, relative to the images' folder, of the names whose file ends in the suffix in another case."""
+    odd_maps: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Files, relative to the root, by folder and name, of the maps whose file is named otherwise."""
+
+    def find_maps(self, folder: str, notes: Notes) -> list[Finding]:
+        """Look up the maps of all names in a folder; a finding for each that is missing."""
+        suffix = self.dataset.label_suffix
+        files = Files(Path(self.root), folder)
+        missing = []
+        for name in self.names:
+            image = f"{self.root}/{self._image(name)}"
+            try:
+                path, other = files.find(name + suffix, f"{image}: its label map", elsewhere=False)
+            except InputError as error:
+                missing.append(Finding("images without a label map", str(error), Weight.FAULT))
+                continue
+            if other:
+                self.odd_maps[folder, name] = path
+                notes.add(OTHER_NAMES, f"the label map of {image} is taken to be {path}")
+        return missing
+
+    def _image(self, name: str) -> str:
+        return f"{self.place.images}/{self.odd_images.get(name, name + self.dataset.image_suffix)}"
+
+    def _map(self, folder: str, name: str) -> str:
+        usual = f"{folder}/{name}{self.dataset.label_suffix}"
+        return f"{self.root}/{self.odd_maps.get((folder, name), usual)}"
 
     def read_named(self, name: str) -> Record:
-        path = f"{self.root}/{self.place.labels}/{name}{self.dataset.label_suffix}"
+        path = self._map(self.place.labels, name)
         ids = self._ids(path, name)
         labels = {entry.id: label for label, entry in enumerate(self.dataset.classes)}
         segments = []
@@ -135,12 +178,11 @@ class _LabelMapRecords(NamedRecords):
             elif self.dataset.ignore != "others" and source_id not in self.dataset.ignore:
                 raise InputError(f"{path}: the value {value} is neither a class nor among those to ignore")
         height, width = ids.shape
-        image = f"{self.root}/{self.place.images}/{name}{self.dataset.image_suffix}"
-        return Record(name, image, width, height, tuple(segments), ids)
+        return Record(name, f"{self.root}/{self._image(name)}", width, height, tuple(segments), ids)
 
     def annotation_files(self, name: str) -> list[str]:
         folders = filter(None, (self.place.labels, self.place.instances))
-        return [f"{self.root}/{folder}/{name}{self.dataset.label_suffix}" for folder in folders]
+        return [self._map(folder, name) for folder in folders]
 
     def _ids(self, path: str, name: str) -> np.ndarray:
         """[h,w] int32: one value for each segment."""
@@ -153,7 +195,7 @@ class _LabelMapRecords(NamedRecords):
             return load_stuff_map(path)
         ids = load_index_map(path, path).astype(np.int32)
         if self.place.instances is not None:
-            other = f"{self.root}/{self.place.instances}/{name}{self.dataset.label_suffix}"
+            other = self._map(self.place.instances, name)
             rgb = load_rgb_map(other, other)
             if rgb.shape[:2] != ids.shape:
                 raise InputError(f"{other}: the instance map has another size than {path}")
@@ -205,4 +247,5 @@ class _MaskFileRecords(NamedRecords):
 
 
 def _object_files(image: Path, pattern: str) -> list[str]:
-    return sorted(glob.glob(os.path.join(glob.escape(str(image.parent)), pattern)))
+    found = glob.glob(os.path.join(glob.escape(str(image.parent)), pattern))
+    return sorted(path for path in found if not is_litter(os.path.basename(path)))

@@ -18,6 +18,7 @@ from typing import Protocol, overload
 
 import numpy as np
 
+from mpformer.data.findings import Finding
 from mpformer.types import ClassTable, InputError
 
 
@@ -91,6 +92,8 @@ class Catalog:
     """Neighbouring records that are read together, and stay close to each other in an epoch's order."""
     instances: Records | None = None
     """The things of the same images from annotations of their own; see `mpformer.config.data.Split`."""
+    findings: tuple[Finding, ...] = ()
+    """What was said on opening it."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -117,6 +120,11 @@ class Records(Sequence[Record]):
     @abstractmethod
     def fingerprint(self) -> str:
         """Hexadecimal digits of all that opening the split has read, independent of the folder's path."""
+
+    def objects_by_label(self) -> np.ndarray | None:
+        """Objects that are no crowd of each label in usable records, [at least the labels in use] int64; None
+        where it takes reading every record to tell."""
+        return None
 
 
 class NamedRecords(Records):
@@ -200,6 +208,11 @@ class RecordTable(Records):
             digest.update(f"{name} {len(column)} ".encode())
             digest.update(seen.data)
         return digest.hexdigest()
+
+    def objects_by_label(self) -> np.ndarray:
+        column = self._columns
+        usable = np.repeat(np.diff(column["problem_start"]) == 0, np.diff(column["segment_start"]))
+        return np.bincount(column["label"][usable & ~column["crowd"]])
 
     @property
     def nbytes(self) -> int:
@@ -295,7 +308,20 @@ def safe_relative_path(name: object, what: str) -> str:
     """A file name from an annotation file that stays in the data folder; `what` begins the error."""
     if not isinstance(name, str) or not name:
         raise InputError(f"{what}: 'file_name' is {name!r}, a path relative to its folder is expected")
+    if (plain := relative_path(name)) is None:
+        raise InputError(f"{what}: file name '{name}' leaves the data folder; a relative path is expected")
+    return plain
+
+
+def relative_path(name: str) -> str | None:
+    """A name as a path that stays in its folder, on any system; None for one that leaves."""
     path, windows = PurePosixPath(name), PureWindowsPath(name)
     if path.is_absolute() or windows.drive or windows.root or ".." in windows.parts or "\0" in name:
-        raise InputError(f"{what}: file name '{name}' leaves the data folder; a relative path is expected")
+        return None
     return str(path)
+
+
+def share_of(name: str) -> float:
+    """A number in [0, 1) that depends on an image's name alone, to divide a set into splits."""
+    digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / 2**53

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpformer.config import Data, DataSet, LargeScaleJitter, Split
 
-CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
+CATEGORIES = [{"id": 3, "name": "cat", "isthing": 1}, {"id": 7, "name": "dog", "isthing": 1}]
 SQUARE = [10.0, 10.0, 30.0, 10.0, 30.0, 25.0, 10.0, 25.0]
 
 

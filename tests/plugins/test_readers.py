@@ -214,7 +214,7 @@ def empty(root, split, task):
         ("own:failing", {}, "data.dataset: own:failing: KeyError: 'nothing'"),
         ("own:no_records", {}, "own:no_records: records are expected, not NoneType"),
         ("own:texts", {}, "own:texts: a Record is expected for each image, not 'a.png'"),
-        ("own:read", {}, "a.png: no such file"),
+        ("own:read", {}, "image a: 'a.png': no such file in"),
         ("own:read", {"colour": 1}, "data.dataset.format: own:read: .*'colour'"),
         ("own:records_only", {}, r"own:records_only: a tuple .ClassTable, records. is expected, not list"),
         ("own:empty", {}, "own:empty: no image in the split 'train'"),
