@@ -261,6 +261,9 @@ class Data(Section):
     task: Task = "instance"
     augment: AnyAugment = LargeScaleJitter()
     test_resize: TestResize = TestResize()
+    bits: Annotated[int, Field(ge=8, le=16)] | None = None
+    """Bits in use of 16-bit image files, such as 12 of a microscope; null: 16, and `data check` finds files
+    that use fewer. Values beyond them are white."""
     on_bad_sample: Literal["error", "skip"] = "error"
     loader: Literal["ray", "torch", "inline"] = setting("ray")
     """Ray Data, torch's DataLoader, or the training process itself; all yield identical batches."""

@@ -33,6 +33,8 @@ def open_split(data: Data, split: str) -> Catalog:
     """
     check_root(data)
     catalog = _OPENERS[type(data.dataset)](data.dataset, data, split)
+    if data.bits is not None:
+        catalog = replace(catalog, records=_WithBits(catalog.records, data.bits))
     if data.task == "instance":
         classes, records = _things_only(catalog.classes, catalog.records)
         return replace(catalog, classes=classes, records=records)
@@ -197,6 +199,23 @@ def check_same_classes(expected: ClassTable, found: ClassTable, where: str) -> N
             )
     if len(expected) != len(found):
         raise InputError(f"{where}: {len(found)} classes, but {len(expected)} are expected")
+
+
+@dataclass(frozen=True)
+class _WithBits(Records):
+    """Records whose 16-bit files use fewer bits: a setting, so the fingerprint does not have it."""
+
+    records: Records
+    bits: int
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def read(self, index: int) -> Record:
+        return replace(self.records[index], bits=self.bits)
+
+    def fingerprint(self) -> str:
+        return self.records.fingerprint()
 
 
 @dataclass(frozen=True)

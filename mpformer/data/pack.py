@@ -64,12 +64,13 @@ def _write_split(data: Data, catalog: Catalog, order: Sequence[int], out: str, s
         "rows": len(order),
         "group": GROUP,
         "objects": _whole(data).task != "semantic",
+        "bits": data.bits,
         **catalog.classes.to_dict(),
         "shards": [],
         "complete": False,
     }
     if (found := store.read_json(MANIFEST)) is not None:
-        for key in ("version", "name", "source", "rows", "group"):
+        for key in ("version", "name", "source", "rows", "group", "bits"):
             if found.get(key) != manifest[key]:
                 raise InputError(f"{out}/{MANIFEST}: holds other data ('{key}' differs); name another place")
         if found["complete"]:

@@ -75,7 +75,8 @@ def open_packed(root: str, folder: str, task: str) -> tuple[ClassTable, PackedRe
     starts = np.cumsum([0, *(shard["rows"] for shard in manifest["shards"])]).tolist()
     names = tuple(shard["name"] for shard in manifest["shards"])
     checksums = tuple(shard["sha256"] for shard in manifest["shards"])
-    records = PackedRecords(place, names, tuple(starts), manifest["group"], checksums)
+    bits = manifest.get("bits") or 16
+    records = PackedRecords(place, names, tuple(starts), manifest["group"], checksums, bits)
     return ClassTable.from_dict(manifest), records
 
 
@@ -106,6 +107,8 @@ class PackedRecords(Records):
     group: int
     checksums: tuple[str, ...]
     """SHA-256 of each shard, as its manifest has it."""
+    bits: int = 16
+    """Bits in use of 16-bit files: `data.bits` when they were packed."""
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -113,11 +116,12 @@ class PackedRecords(Records):
     def read(self, index: int) -> Record:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         group, row = divmod(index - self.starts[shard], self.group)
-        return _record(_read_group(self.place, self.shards[shard], group), row)
+        return _record(_read_group(self.place, self.shards[shard], group), row, self.bits)
 
     def fingerprint(self) -> str:
         """Of all bytes of the shards, images included."""
-        return hashlib.sha256(" ".join(self.checksums).encode()).hexdigest()
+        bits = () if self.bits == 16 else (f"{self.bits} bits",)
+        return hashlib.sha256(" ".join((*self.checksums, *bits)).encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=_OPEN_GROUPS)
@@ -134,7 +138,7 @@ def _open_shard(place: str, shard: str) -> pq.ParquetFile:
     return pq.ParquetFile(store.open(shard), page_checksum_verification=True)
 
 
-def _record(table: pa.Table, row: int) -> Record:
+def _record(table: pa.Table, row: int, bits: int) -> Record:
     value = {name: table.column(name)[row].as_py() for name in table.column_names}
     segments = tuple(
         Segment(s["label"], s["crowd"], unpack_mask(memoryview(s["mask"])), s["area"], s["id"])
@@ -148,6 +152,7 @@ def _record(table: pa.Table, row: int) -> Record:
         segments,
         value["label_map"],
         value["problem"],
+        bits,
     )
 
 

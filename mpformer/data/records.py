@@ -76,6 +76,8 @@ class Record:
     """What `MapId` masks refer to: path or encoded bytes of an id PNG (COCO panoptic), or [h,w] int32."""
     problem: str = ""
     """Why the sample cannot be used, in one line that names file and annotation; empty if it can."""
+    bits: int = 16
+    """Bits in use of a 16-bit image file, 8..16: see `mpformer.config.Data`."""
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def predict_files(
     writer = _CocoWriter(model.classes)
     pictures: list[Path] = []
     try:
-        for group in _of_one_size(images, config.evaluate.batch):
+        for group in _of_one_size(images, config.evaluate.batch, config.data.bits or 16):
             pixels = [image for _, _, image in group]
             results = infer(model, pixels, config.data.task, config.data.test_resize, config.evaluate, device)
             for (path, name, image), found in zip(group, results):
@@ -97,12 +97,12 @@ def predict_files(
 _Read = tuple[Path, str, np.ndarray]
 
 
-def _of_one_size(images: Sequence[tuple[Path, str]], batch: int) -> Iterator[list[_Read]]:
+def _of_one_size(images: Sequence[tuple[Path, str]], batch: int, bits: int) -> Iterator[list[_Read]]:
     """Groups of at most `batch` consecutive images of one size; a bad file raises after those before it."""
     group: list[_Read] = []
     for path, name in images:
         try:
-            image = read_image(str(path))
+            image = read_image(str(path), bits)
         except InputError:
             if group:
                 yield group

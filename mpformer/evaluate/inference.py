@@ -305,13 +305,15 @@ def segment(
     *,
     resize: TestResize | None = None,
     options: Evaluate | None = None,
+    bits: int = 16,
 ) -> Result:
     """Segment one image of any size: [h,w,3] uint8 RGB, [h,w] uint8 grey, or the path of an image file.
 
     `resize` (default: COCO's, short side 800) should be that of the model's recipe; `options` holds the
-    thresholds. Raises `InputError` for a file or an array that is not an image.
+    thresholds; `bits` are those in use of a 16-bit file. Raises `InputError` for a file or an array that is
+    not an image.
     """
-    pixels = _pixels(image)
+    pixels = _pixels(image, bits)
     device = next(model.parameters()).device
     [found] = infer(model, [pixels], task, resize or TestResize(), options or Evaluate(), device)
     return to_result(found.compact(""), model.classes)
@@ -338,9 +340,9 @@ def to_result(prediction: Prediction, classes: ClassTable) -> Result:
     return Result(task, prediction.size, classes, named)
 
 
-def _pixels(image: np.ndarray | str | Path) -> np.ndarray:
+def _pixels(image: np.ndarray | str | Path, bits: int) -> np.ndarray:
     if isinstance(image, str | Path):
-        return read_image(str(image))
+        return read_image(str(image), bits)
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
         raise InputError(f"image: [h,w,3] or [h,w] uint8 is expected, not {list(image.shape)} {image.dtype}")
     if image.ndim == 2:
