@@ -52,9 +52,11 @@ def data_check(place: str, settings: Sequence[str]) -> None:
     reports = check(data)
     say(report_text(reports))
     lenient = data.model_copy(update={"on_bad_sample": "skip"})
-    sheet = Path(f"{data.dataset.name}-samples.png")
-    write_png(sheet, catalog_sheet(open_split(lenient, "train"), count=16))
-    say(f"\n16 samples with their masks: {sheet}")
+    if any(report.usable for report in reports.values()):
+        sheet = Path(f"{data.dataset.name}-samples.png")
+        shown = "train" if reports["train"].usable else "val"
+        write_png(sheet, catalog_sheet(open_split(lenient, shown), count=16))
+        say(f"\n16 samples of {shown} with their masks: {sheet}")
     if _is_data(place):
         command = training_command(data, "coco-tiny")
     else:
@@ -159,6 +161,9 @@ def _config_at(place: str, settings: Sequence[str]) -> Config:
     from mpformer.data.detect import detect
 
     found = detect(place)
-    task = "panoptic" if found.format == "coco_panoptic" else "instance"
-    source = Source(Path(place), {"data": {"root": place, "task": task, "dataset": found.model_dump()}}, {})
+    for note in found.notes:
+        say(note)
+    dataset = found.dataset
+    task = "panoptic" if dataset.format == "coco_panoptic" else "instance"
+    source = Source(Path(place), {"data": {"root": place, "task": task, "dataset": dataset.model_dump()}}, {})
     return build_config(inline_dataset(source.overridden(settings), Path()))

@@ -36,8 +36,8 @@ class Split(Section):
     """COCO panoptic only: the JSON of the same images' instances, which may overlap. AP of a
     panoptic model is measured against it; null: against the things among the panoptic segments."""
     share: tuple[Fraction, Fraction] = (0.0, 1.0)
-    """Range [from, to) within 0..1: of the JSON's images those belong to the split whose id's hash lies in
-    it. One JSON gives both splits: [0, 0.8] and [0.8, 1]."""
+    """Range [from, to) within 0..1: the part of the JSON's images that is the split, in the order of the
+    hashes of their ids. So one JSON gives both splits: [0, 0.8] and [0.8, 1]."""
 
 
 class DataSet(Section):

@@ -14,13 +14,11 @@ from mpformer.config import Data, DataSet, LabelMaps, MaskFiles, Packed, PluginD
 from mpformer.config.section import Section
 from mpformer.config.yamlfile import nearest_path
 from mpformer.data import coco, labelmaps
-from mpformer.data.findings import Finding, Notes, Weight
+from mpformer.data.findings import UNUSABLE, Finding, Notes, Weight
 from mpformer.data.names import OTHER_NAMES, Files
 from mpformer.data.packed import open_packed
 from mpformer.data.records import Catalog, Reader, Record, Records, RecordTable, build_table
 from mpformer.types import ClassTable, InputError
-
-UNUSABLE = "cannot be used"
 
 
 def open_split(data: Data, split: str) -> Catalog:
@@ -216,6 +214,9 @@ class _WithBits(Records):
 
     def fingerprint(self) -> str:
         return self.records.fingerprint()
+
+    def objects_by_label(self) -> np.ndarray | None:
+        return self.records.objects_by_label()
 
 
 @dataclass(frozen=True)

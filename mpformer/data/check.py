@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
+import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from mpformer.config import Data, DataSet, Packed
-from mpformer.cores import usable_cores
 from mpformer.data.catalog import check_same_classes, open_split
-from mpformer.data.images import load_ids, load_image, read_bytes
-from mpformer.data.masks import BoxMask, Window, crop_masks
+from mpformer.data.findings import Finding, Weight, in_short
+from mpformer.data.inspection import place_of
+from mpformer.data.names import is_litter
+from mpformer.data.obstacles import inspect_all, obstacles
 from mpformer.data.packed import verify
-from mpformer.data.records import Catalog, MapId, Polygons, Record
+from mpformer.data.records import Catalog
 from mpformer.types import InputError
 
 SMALL, LARGE = 32**2, 96**2
 """COCO's limits between small, medium and large objects, in pixels."""
-_UNUSABLE = "cannot be used"
 _OTHER_TABLE = "category tables that differ"
 _CHANGED_SHARD = "shards that have changed since they were written"
 _LISTED = 10
 """Findings of a kind that the text lists."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One fault, or doubtful annotation."""
-
-    kind: str
-    text: str
-    """File, id, fault."""
+_ORDER = list(Weight)
+"""The weightiest last, told first."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +60,6 @@ class SplitReport:
     findings: tuple[Finding, ...]
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """The check of one record."""
-
-    usable: bool
-    size: tuple[int, int]
-    labels: tuple[int, ...] = ()
-    areas: tuple[int, ...] = ()
-    crowds: int = 0
-    digest: bytes = b""
-    findings: tuple[Finding, ...] = ()
-
-
 def check(data: Data) -> dict[str, SplitReport]:
     """Read every image and mask of both splits; the reports by split.
 
@@ -90,12 +69,12 @@ def check(data: Data) -> dict[str, SplitReport]:
     lenient = data.model_copy(update={"on_bad_sample": "skip"})
     catalogs = {split: open_split(lenient, split) for split in ("train", "val")}
     seen: dict[bytes, str] = {}
-    reports = {split: check_split(catalog, data, seen) for split, catalog in catalogs.items()}
+    reports = {split: check_split(catalog, data, split, seen) for split, catalog in catalogs.items()}
     reports = {split: replace(r, findings=damaged[split] + r.findings) for split, r in reports.items()}
     try:
         check_same_classes(catalogs["train"].classes, catalogs["val"].classes, catalogs["val"].name)
     except InputError as error:
-        found = (*reports["val"].findings, Finding(_OTHER_TABLE, str(error)))
+        found = (*reports["val"].findings, Finding(_OTHER_TABLE, str(error), Weight.OBSTACLE))
         reports["val"] = replace(reports["val"], findings=found)
     return reports
 
@@ -105,21 +84,25 @@ def _verify(data: Data, split: str) -> tuple[Finding, ...]:
     if not isinstance(data.dataset, Packed):
         return ()
     lines = verify(data.root, getattr(data.dataset, split))
-    return tuple(Finding(_CHANGED_SHARD, line) for line in lines)
+    return tuple(Finding(_CHANGED_SHARD, line, Weight.OBSTACLE) for line in lines)
 
 
-def check_split(catalog: Catalog, data: Data, seen: dict[bytes, str] | None = None) -> SplitReport:
-    """The report of one split. `seen` collects the digests of images, to find the same file in two splits."""
+def check_split(
+    catalog: Catalog, data: Data, split: str, seen: dict[bytes, str] | None = None
+) -> SplitReport:
+    """The report of one split ("train" or "val").
+
+    `seen` collects the digests of images, to find the same file in two splits.
+    """
     seen = {} if seen is None else seen
-    with ThreadPoolExecutor(usable_cores()) as pool:  # decoding and rasterising release the GIL
-        checked = list(pool.map(lambda i: _check_record(catalog.records[i]), range(len(catalog))))
-    findings: list[Finding] = []
+    checked = inspect_all(catalog.records[i] for i in range(len(catalog)))
+    findings = [*catalog.findings, *obstacles(catalog, data, split, checked)]
     names: set[str] = set()
     for index, one in enumerate(checked):
         findings += one.findings
-        record = catalog.records[index]
-        where = record.image if isinstance(record.image, str) else f"image {record.image_id}"
-        names.add(where)
+        where = place_of(catalog.records[index])
+        if where:
+            names.add(where)
         if one.digest:
             if one.digest in seen:
                 findings.append(Finding("duplicate images", f"{where}: the same file as {seen[one.digest]}"))
@@ -150,64 +133,6 @@ def check_split(catalog: Catalog, data: Data, seen: dict[bytes, str] | None = No
     )
 
 
-def _check_record(record: Record) -> _Checked:
-    if record.problem:
-        return _Checked(False, (0, 0), findings=(Finding(_UNUSABLE, record.problem),))
-    where = record.image if isinstance(record.image, str) else f"image {record.image_id}"
-    try:
-        digest = hashlib.blake2b(read_bytes(record.image), digest_size=16).digest()
-        load_image(record)
-        whole = Window.whole(record.width, record.height)
-        found = list(crop_masks(record, record.segments, whole))
-    except InputError as error:
-        return _Checked(False, (0, 0), findings=(Finding(_UNUSABLE, str(error)),))
-    kept = [(s, m) for s, m in zip(record.segments, found) if m is not None and not s.crowd]
-    return _Checked(
-        usable=True,
-        size=(record.height, record.width),
-        labels=tuple(s.label for s, _ in kept),
-        areas=tuple(int(m.pixels.sum()) for _, m in kept),
-        crowds=sum(s.crowd for s in record.segments),
-        digest=digest,
-        findings=tuple(_mask_findings(record, found, where)),
-    )
-
-
-def _mask_findings(record: Record, found: Sequence[BoxMask | None], where: str) -> Iterator[Finding]:
-    twins: dict[tuple[object, ...], int] = {}
-    size = np.array([record.width, record.height])
-    for segment, mask in zip(record.segments, found):
-        named = f"{where}: object {segment.id}"
-        if mask is None:
-            yield Finding("objects without a pixel in the image", named)
-            continue
-        if isinstance(segment.mask, Polygons):
-            points = np.concatenate(segment.mask.parts)
-            beyond = max((-points).max(), (points - size).max())
-            if beyond > 1:
-                yield Finding("polygons that reach outside the image", f"{named}: {beyond:.0f} pixels")
-        pixels = int(mask.pixels.sum())
-        if abs(segment.area - pixels) > max(30, 0.25 * pixels):
-            stated = f"{segment.area:.0f} pixels stated, {pixels} drawn"
-            yield Finding("areas that contradict the mask", f"{named}: {stated}")
-        digest = hashlib.blake2b(np.packbits(mask.pixels).tobytes(), digest_size=16).digest()
-        key = (segment.label, mask.x, mask.y, mask.pixels.shape, digest)
-        if key in twins:
-            yield Finding("duplicate objects", f"{named}: the same class and mask as {twins[key]}")
-        twins.setdefault(key, segment.id)
-    if any(isinstance(s.mask, MapId) for s in record.segments) and not isinstance(
-        record.label_map, np.ndarray
-    ):
-        known = {0, *(s.id for s in record.segments)}
-        for value in np.unique(load_ids(record)).tolist():
-            if value not in known:
-                source = record.label_map if isinstance(record.label_map, str) else "label map"
-                yield Finding(
-                    "ids that the annotations do not know",
-                    f"{source}: id {value} (image {record.image_id})",
-                )
-
-
 def _images_beside(paths: set[str]) -> set[str]:
     """Files in the folders of these images that end like one of them."""
     suffixes = {Path(p).suffix.lower() for p in paths}
@@ -215,7 +140,9 @@ def _images_beside(paths: set[str]) -> set[str]:
     beside = set()
     for folder in folders:
         if folder.is_dir():
-            beside |= {str(p) for p in folder.iterdir() if p.suffix.lower() in suffixes}
+            beside |= {
+                str(p) for p in folder.iterdir() if p.suffix.lower() in suffixes and not is_litter(p.name)
+            }
     return beside
 
 
@@ -248,16 +175,17 @@ def _split_text(report: SplitReport) -> str:
         )
     if report.unlisted:
         lines.append(f"  {report.unlisted} further image files are not annotated")
-    by_kind: dict[str, list[str]] = defaultdict(list)
+    by_kind: dict[str, list[Finding]] = defaultdict(list)
     for finding in report.findings:
-        by_kind[finding.kind].append(finding.text)
+        by_kind[finding.kind].append(finding)
     if not by_kind:
         lines.append("  no problems found")
-    for kind, texts in by_kind.items():
-        lines.append(f"  {kind}: {len(texts)}")
-        lines += [f"    {text}" for text in texts[:_LISTED]]
-        if len(texts) > _LISTED:
-            lines.append(f"    and {len(texts) - _LISTED} more")
+    for kind, found in sorted(by_kind.items(), key=lambda item: -_ORDER.index(item[1][0].weight)):
+        count, told = sum(f.count for f in found), min(len(found), _LISTED)
+        lines.append(f"  {kind}: {count}")
+        lines += [f"    {f.text}" for f in found[:told]]
+        if count > told:
+            lines.append(f"    and {count - told} more")
     return "\n".join(lines)
 
 
@@ -267,11 +195,12 @@ def _more(count: int) -> str:
 
 def obstacle(reports: Mapping[str, SplitReport], on_bad_sample: str) -> str | None:
     """Why training on such data would fail, in one line; None if it would not."""
-    found = Counter(f.kind for report in reports.values() for f in report.findings)
-    stops = [f"{kind}: {found[kind]}" for kind in (_OTHER_TABLE, _CHANGED_SHARD) if found[kind]]
-    if found[_UNUSABLE] and on_bad_sample == "error":
+    every = [f for report in reports.values() for f in report.findings]
+    stops = in_short(f for f in every if f.weight is Weight.OBSTACLE)
+    if on_bad_sample == "error":
+        faults = Counter(f.kind for f in every if f.weight is Weight.FAULT)
         way_out = "mend them, or leave them out with data.on_bad_sample=skip"
-        stops.append(f"{_UNUSABLE}: {found[_UNUSABLE]} ({way_out})")
+        stops += [f"{kind}: {count} ({way_out})" for kind, count in faults.items()]
     return "; ".join(stops) or None
 
 
@@ -291,4 +220,6 @@ def training_command(data: Data, recipe: str) -> str:
             for key in ("images", "annotations", "panoptic_masks"):
                 if getattr(ours, key) != getattr(theirs, key):
                     settings.append(f"data.dataset.{split}.{key}={getattr(ours, key)}")
-    return " ".join(["mpformer train", recipe, *settings])
+            if ours.share != theirs.share:
+                settings.append(f"data.dataset.{split}.share=[{ours.share[0]:g}, {ours.share[1]:g}]")
+    return " ".join(["mpformer train", recipe, *map(shlex.quote, settings)])

@@ -221,14 +221,16 @@ def parse_json(path: Path) -> Any:
 
 
 def _shared(opened: Opened, place: Split, path: Path) -> Opened:
-    """The records of the split's share of the file."""
+    """The records of the split's share of the file, in its order."""
     low, high = place.share
     if (low, high) == (0.0, 1.0):
         return opened
-    records = [r for r in opened.records if low <= share_of(r.image_id) < high]
-    if not records:
-        raise InputError(f"{path}: none of {len(opened.records)} images lies in the share {low:g}..{high:g}")
-    return replace(opened, records=records)
+    count = len(opened.records)
+    mixed = sorted(opened.records, key=lambda r: (share_of(r.image_id), r.image_id))
+    chosen = {r.image_id for r in mixed[int(low * count) : int(high * count)]}
+    if not chosen:
+        raise InputError(f"{path}: none of {count} images lies in the share {low:g}..{high:g}")
+    return replace(opened, records=[r for r in opened.records if r.image_id in chosen])
 
 
 def _class_table(

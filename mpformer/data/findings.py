@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+UNUSABLE = "cannot be used"
+"""The kind of what is wrong with single records."""
+
 
 class Weight(Enum):
     """What a finding means for a run."""

@@ -62,20 +62,33 @@ class Files:
         """
         if not isinstance(name, str) or not name.strip("/\\ ") or "\0" in name:
             raise InputError(f"{what}: 'file_name' is {name!r}, a path relative to {self._top} is expected")
-        plain = _relative(name)
-        if plain is not None and self._is_there(plain):
-            return self._joined(plain), False
-        whole = form(plain or name)
-        alike = self._by_last_part.get(whole.rpartition("/")[2], [])
-        found = [path for path in alike if form(path) == whole]
-        if not found and elsewhere:
-            found = [path for path in alike if self._is_part(whole, form(path), plain is None)]
+        if (exact := self._exact(name)) is not None:
+            return self._joined(exact), False
+        found = self._alike(name, elsewhere)
         if len(found) == 1:
             return self._joined(found[0]), True
         if found:
             shown = ", ".join(sorted(found)[:3])
             raise InputError(f"{what}: '{name}' may be any of {len(found)} files in {self._top}: {shown}")
         raise InputError(f"{what}: '{name}': {self._missing(name)}")
+
+    def has(self, name: str, elsewhere: bool) -> bool:
+        """Whether `find` finds a file of that name."""
+        return self._exact(name) is not None or len(self._alike(name, elsewhere)) == 1
+
+    def _exact(self, name: str) -> str | None:
+        plain = _relative(name)
+        return plain if plain is not None and self._is_there(plain) else None
+
+    def _alike(self, name: str, elsewhere: bool) -> list[str]:
+        """Paths, relative to the folder, of the files that a name may stand for."""
+        plain = _relative(name)
+        whole = form(plain or name)
+        alike = self._by_last_part.get(whole.rpartition("/")[2], [])
+        found = [path for path in alike if form(path) == whole]
+        if not found and elsewhere:
+            found = [path for path in alike if self._is_part(whole, form(path), plain is None)]
+        return found
 
     def _is_part(self, name: str, path: str, leaves: bool) -> bool:
         """Whether a name and a path, both as `form` has them, are a longer and a shorter one of one file."""

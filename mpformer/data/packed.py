@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,10 +125,15 @@ class PackedRecords(Records):
         return hashlib.sha256(" ".join((*self.checksums, *bits)).encode()).hexdigest()
 
 
+_READING = threading.Lock()
+"""Held while a shard is read: its file may be shared by threads, of which `pyarrow` serves one at a time."""
+
+
 @functools.lru_cache(maxsize=_OPEN_GROUPS)
 def _read_group(place: str, shard: str, group: int) -> pa.Table:
     try:
-        return _open_shard(place, shard).read_row_group(group)
+        with _READING:
+            return _open_shard(place, shard).read_row_group(group)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{place}/{shard}: group {group} cannot be read: {error}") from None
 

@@ -68,7 +68,7 @@ class Record:
 
     image_id: str
     image: str | bytes
-    """Path of the image file, or its encoded bytes."""
+    """Path of the image file, or its encoded bytes; "" where a problem is that there is no such file."""
     width: int
     height: int
     segments: tuple[Segment, ...]
@@ -189,10 +189,10 @@ class RecordTable(Records):
     def read(self, index: int) -> Record:
         column = self._columns
         first, last = column["segment_start"][index : index + 2].tolist()
-        label_map = self._text("label_map", index)
+        image, label_map = self._text("image", index), self._text("label_map", index)
         return Record(
             image_id=self._text("image_id", index),
-            image=self._path(self._text("image", index)),
+            image=self._path(image) if image else "",
             width=int(column["width"][index]),
             height=int(column["height"][index]),
             segments=tuple(self._segment(i) for i in range(first, last)),

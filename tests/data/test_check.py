@@ -1,6 +1,7 @@
 """`data check` finds what was put wrong, counts like pycocotools, and a folder is understood by itself."""
 
 import json
+import shlex
 import shutil
 
 import cv2
@@ -89,7 +90,7 @@ def test_everything_that_was_put_wrong_is_found(tmp_path):
         "objects without a pixel in the image": 2,
     }
     assert "annotation 6 (image 3): polygon 1 has 2 points" in " ".join(by_kind["cannot be used"])
-    assert "missing.png: no such file" in " ".join(by_kind["cannot be used"])
+    assert "'missing.png': no such file in" in " ".join(by_kind["cannot be used"])
     assert "5.png: not an image" in " ".join(by_kind["cannot be used"])
     assert by_kind["duplicate objects"][0].endswith("1.png: object 2: the same class and mask as 1")
     assert "object 2: 3000 pixels stated, 300 drawn" in by_kind["areas that contradict the mask"][0]
@@ -112,7 +113,7 @@ def test_images_in_both_splits_and_tables_that_differ(tmp_path):
     assert kinds(reports["train"]) == []
     assert kinds(reports["val"]) == ["category tables that differ", "duplicate images"]
     assert "(small train)" in reports["val"].findings[0].text
-    assert obstacle(reports, "skip") == "category tables that differ: 1"
+    assert obstacle(reports, "skip").startswith("category tables that differ: small val: class 1 is 'wolf'")
     assert "no problems found" in report_text(reports)
 
 
@@ -132,7 +133,7 @@ def test_panoptic_ids_that_contradict_the_json(tmp_path):
 
 def moved(tmp_path, **places):
     """The usual small folder with its parts elsewhere."""
-    coco_folder(tmp_path / "made", images=2)
+    coco_folder(tmp_path / "made", images=6)
     for name, where in places.items():
         target = tmp_path / "mine" / where
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -173,17 +174,23 @@ def moved(tmp_path, **places):
 )
 def test_folders_are_understood(tmp_path, places, train, val):
     root = moved(tmp_path, **places)
-    found = detect(root)
+    found = detect(root).dataset
     assert found.format == "coco_instance"
     assert (found.train.images, found.train.annotations) == train
     assert (found.val.images, found.val.annotations) == val
-    assert len(open_split(Data(root=str(root), dataset=found), "val")) == 2
+    splits = [open_split(Data(root=str(root), dataset=found), split) for split in ("train", "val")]
+    ids = [[record.image_id for record in split.records] for split in splits]
+    if "b" in places:
+        assert ids == [["1", "2", "3", "4", "5", "6"]] * 2
+    else:  # one JSON: each image in one split
+        assert sorted(ids[0] + ids[1]) == ["1", "2", "3", "4", "5", "6"]
+        assert len(ids[1]) == 2
 
 
 def test_the_printed_command_gives_the_same_data(tmp_path):
     root = moved(tmp_path, a="labels.json", images="data/images")
-    data = Data(root=str(root), dataset=detect(root))
-    command = training_command(data, "recipe.yaml").split()
+    data = Data(root=str(root), dataset=detect(root).dataset)
+    command = shlex.split(training_command(data, "recipe.yaml"))
     assert command[:3] == ["mpformer", "train", "recipe.yaml"]
     tree = build_config(Source(tmp_path, {}, {}).overridden(command[3:])).data
     assert tree.model_copy(update={"dataset": data.dataset}) == data
@@ -193,7 +200,7 @@ def test_the_printed_command_gives_the_same_data(tmp_path):
 def test_a_packed_folder_is_understood_and_damage_is_found(tmp_path):
     data = coco_folder(tmp_path / "in", [annotation(n, n) for n in range(1, 5)], images=4)
     pack(data, str(tmp_path / "out"))
-    assert detect(tmp_path / "out") == Packed()
+    assert detect(tmp_path / "out").dataset == Packed()
     packed = Data(root=str(tmp_path / "out"), dataset=Packed())
     train = check(packed)["train"]
     assert (train.images, train.findings) == (4, ())
@@ -214,7 +221,9 @@ def test_a_folder_without_annotations(tmp_path):
         detect(tmp_path / "x")
     coco_folder(tmp_path, images=1)
     shutil.rmtree(tmp_path / "images")
-    with pytest.raises(InputError, match=r"train\.json: its first image, '1\.png', is in no folder below"):
+    with pytest.raises(
+        InputError, match=r"train\.json: its images, '1\.png' and the others, are in no folder"
+    ):
         detect(tmp_path)
 
 

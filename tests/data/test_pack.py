@@ -195,12 +195,12 @@ def test_damage_is_found(tmp_path):
 def test_bad_samples_keep_their_place(tmp_path):
     data = coco_folder(tmp_path / "in", images=4)
     (tmp_path / "in" / "images" / "2.png").unlink()
-    with pytest.raises(InputError, match=r"2\.png: no such file"):
+    with pytest.raises(InputError, match=r"'2\.png': no such file"):
         pack.pack(data, str(tmp_path / "out"))
     data = data.model_copy(update={"on_bad_sample": "skip"})
     pack.pack(data, str(tmp_path / "out"))
     records = open_split(of_shards(data, tmp_path / "out"), "val").records
-    assert ["2.png: no such file" in r.problem for r in records] == [False, True, False, False]
+    assert ["'2.png': no such file" in r.problem for r in records] == [False, True, False, False]
 
 
 @pytest.fixture
