@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,6 +65,17 @@ def data_check(place: str, settings: Sequence[str]) -> None:
     if (found := obstacle(reports, data.on_bad_sample)) is not None:
         raise InputError(f"{place}: {found}")
     say(f"train on it: {command}")
+
+
+def data_convert(source: str, out: str, settings: Sequence[str]) -> None:
+    """Another tool's data set as COCO instance annotations; what was left out or looks odd, with counts."""
+    from mpformer.data.convert.conversion import REPORT, convert
+
+    done = convert(Path(source), Path(out), settings)
+    for line in done.lines(most=3):
+        say(line)
+    say(f"all of this, with every place: {Path(out) / REPORT}")
+    say(f"next: mpformer data check {shlex.quote(out)}")
 
 
 def data_pack(place: str, out: str, settings: Sequence[str]) -> None:

@@ -111,6 +111,12 @@ def _add_data_commands(commands: _Commands) -> None:
     check.add_argument("place", metavar="D", help=DATA)
     _add_settings(check)
 
+    help = "YOLO, Pascal VOC, LabelMe, VIA or Supervisely data as COCO instance annotations"
+    convert = _command(commands, "convert", data.data_convert, help)
+    convert.add_argument("source", metavar="SRC", help="its folder, or the data.yaml or VIA file in it")
+    convert.add_argument("out", metavar="OUT", help="a new folder; images are hard links to those of SRC")
+    _add_settings(convert)
+
     help = "a data set as Parquet shards, for disks and object stores"
     pack = _command(commands, "pack", data.data_pack, help)
     pack.add_argument("place", metavar="D", help=DATA)

@@ -58,7 +58,7 @@ def segment_mask(segment: Segment, record: Record) -> np.ndarray:
     """One segment's mask [h,w] bool at the image's size, pixel for pixel what pycocotools makes of it."""
     if isinstance(segment.mask, MapId):
         return load_ids(record) == segment.mask.value
-    return _full_mask(segment.mask, record.height, record.width)
+    return mask_pixels(segment.mask, record.height, record.width)
 
 
 def record_masks(record: Record) -> np.ndarray:
@@ -70,7 +70,7 @@ def record_masks(record: Record) -> np.ndarray:
         if isinstance(segment.mask, MapId):
             np.equal(ids, segment.mask.value, out=out)
         else:
-            out[...] = _full_mask(segment.mask, record.height, record.width)
+            out[...] = mask_pixels(segment.mask, record.height, record.width)
     return result
 
 
@@ -86,7 +86,13 @@ def area(mask: Polygons | Rle, height: int, width: int) -> float:
     return float(coco_mask.area(_encoded(mask, height, width)))
 
 
-def _full_mask(mask: Polygons | Rle, height: int, width: int) -> np.ndarray:
+def bounding_box(mask: Polygons | Rle, height: int, width: int) -> list[float]:
+    """The smallest box (x, y, width, height) around the pixels of a mask at the image's size."""
+    return [float(value) for value in coco_mask.toBbox(_encoded(mask, height, width))]
+
+
+def mask_pixels(mask: Polygons | Rle, height: int, width: int) -> np.ndarray:
+    """A mask [h,w] bool at the image's size, pixel for pixel what pycocotools makes of it."""
     return coco_mask.decode(_encoded(mask, height, width)).view(bool)
 
 
@@ -113,7 +119,7 @@ def crop_masks(record: Record, segments: tuple[Segment, ...], window: Window) ->
         if isinstance(mask, Polygons):
             yield _crop_polygons(mask, window)
         elif isinstance(mask, Rle):
-            full = _full_mask(mask, record.height, record.width).view(np.uint8)
+            full = mask_pixels(mask, record.height, record.width).view(np.uint8)
             yield _tight(_crop_nearest(full, window).view(bool))
         else:
             if cropped_map is None:
@@ -133,7 +139,7 @@ def _crop_polygons(mask: Polygons, window: Window) -> BoxMask | None:
         return None
     # rasterisation commutes with whole-pixel shifts, so the bounding box is enough
     box = Polygons(tuple(p - low for p in moved))
-    pixels = np.ascontiguousarray(_full_mask(box, height, width))
+    pixels = np.ascontiguousarray(mask_pixels(box, height, width))
     return BoxMask(int(low[0]), int(low[1]), pixels) if pixels.any() else None
 
 

@@ -35,6 +35,7 @@ SURFACE = {
     "predict": ["CHECKPOINT", "IMAGE", "--out DIR"],
     "data synth": ["OUT", "key=value"],
     "data check": ["D", "key=value"],
+    "data convert": ["SRC", "OUT", "key=value"],
     "data pack": ["D", "OUT", "key=value"],
     "data show": ["D", "--out DIR", "key=value"],
     "data bench": ["D", "key=value"],
