@@ -39,17 +39,25 @@ def data_synth(out: str, settings: Sequence[str]) -> None:
     )
 
 
-def data_check(place: str, settings: Sequence[str]) -> None:
+def data_check(place: str, fix: str | None, settings: Sequence[str]) -> None:
     """What a data set holds and what is wrong with it, in words and as a picture; how to train on it.
 
+    `fix`: a folder for mended copies of COCO annotations, which are then checked in their place.
     Raises `InputError` after all that where training would end with an error.
     """
     from mpformer.data.catalog import open_split
     from mpformer.data.check import check, obstacle, report_text, training_command
+    from mpformer.data.fix import mend
     from mpformer.data.pictures import catalog_sheet
     from mpformer.draw import write_png
 
     data = _config_at(place, settings).data
+    if fix is not None:
+        mended = mend(data, Path(fix))
+        for line in mended.lines:
+            say(line)
+        say("")
+        data, settings = mended.data, [*settings, *mended.settings]
     reports = check(data)
     say(report_text(reports))
     lenient = data.model_copy(update={"on_bad_sample": "skip"})
@@ -59,7 +67,7 @@ def data_check(place: str, settings: Sequence[str]) -> None:
         write_png(sheet, catalog_sheet(open_split(lenient, shown), count=16))
         say(f"\n16 samples of {shown} with their masks: {sheet}")
     if _is_data(place):
-        command = training_command(data, "coco-tiny")
+        command = training_command(data, "coco-tiny", settings)
     else:
         command = " ".join(["mpformer train", place, *settings])
     if (found := obstacle(reports, data.on_bad_sample)) is not None:

@@ -109,6 +109,7 @@ def _add_data_commands(commands: _Commands) -> None:
     help = "what a data set holds and what is wrong with it, in words"
     check = _command(commands, "check", data.data_check, help)
     check.add_argument("place", metavar="D", help=DATA)
+    check.add_argument("--fix", metavar="OUT", help="write mended copies of COCO annotations to this folder")
     _add_settings(check)
 
     help = "YOLO, Pascal VOC, LabelMe, VIA or Supervisely data as COCO instance annotations"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -204,8 +204,11 @@ def obstacle(reports: Mapping[str, SplitReport], on_bad_sample: str) -> str | No
     return "; ".join(stops) or None
 
 
-def training_command(data: Data, recipe: str) -> str:
-    """The command that trains on data found in a folder, with a recipe for COCO's usual layout."""
+def training_command(data: Data, recipe: str, given: Sequence[str] = ()) -> str:
+    """The command that trains on data found in a folder, with a recipe for COCO's usual layout.
+
+    `given`: settings that were laid over what was found.
+    """
     settings = [f"data.root={data.root}"]
     if data.task != "instance":
         settings.append(f"data.task={data.task}")
@@ -222,4 +225,5 @@ def training_command(data: Data, recipe: str) -> str:
                     settings.append(f"data.dataset.{split}.{key}={getattr(ours, key)}")
             if ours.share != theirs.share:
                 settings.append(f"data.dataset.{split}.share=[{ours.share[0]:g}, {ours.share[1]:g}]")
+    settings += [text for text in given if text not in settings]
     return " ".join(["mpformer train", recipe, *map(shlex.quote, settings)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class _File:
         self.classes = _class_table(self.path, content["categories"], dataset.stuff, panoptic, self.integers)
         self.labels = self.classes.labels_by_source_id()
         self.orphans: list[Finding] = []
-        self._other_forms = _unique_forms(self.images)
+        self._other_forms = unique_forms(self.images)
 
     def image_of(self, annotation: Mapping[str, Any], index: int) -> object:
         """The key of the annotation's image; None, noted, where the file lists no such image."""
@@ -111,7 +111,7 @@ def read_instance(root: Path, dataset: DataSet, place: Split) -> Opened:
             size = image["height"], image["width"]
             segment = fields.instance(annotation, size, file.classes, file.labels, file.integers)
             if segment.id in seen:
-                raise Wrong("duplicate annotation id; `mpformer data check --fix` numbers them anew")
+                raise Wrong("duplicate annotation id; `mpformer data check DATA --fix OUT` numbers them anew")
             seen.add(segment.id)
             segments[key].append(replace(segment, crowd=segment.crowd and not dataset.ignore_iscrowd))
         except Wrong as wrong:
@@ -163,6 +163,8 @@ def read_panoptic(root: Path, dataset: DataSet, place: Split) -> Opened:
         segments: tuple[Segment, ...] = ()
         try:
             segments = fields.panoptic_segments(annotation, file.classes, file.labels, file.integers)
+            if dataset.ignore_iscrowd:
+                segments = tuple(replace(s, crowd=False) for s in segments)
         except Wrong as wrong:
             problem = problem or f"{file.path}: annotation of image {key}: {wrong}"
         found[key] = (segments, label_map, problem)
@@ -327,14 +329,14 @@ def _images(path: Path, listed: list[dict[str, Any]], integers: Integers) -> dic
             if not is_integer(value) or not 0 < value < 2**31:
                 raise InputError(
                     f"{path}: image {key}: '{side}' is {image.get(side)!r}, a count of pixels is expected; "
-                    "`mpformer data check --fix` reads it from the file"
+                    "`mpformer data check DATA --fix OUT` reads it from the file"
                 )
             sizes[side] = value
         images[key] = {**image, **sizes}
     return images
 
 
-def _unique_forms(keys: Mapping[object, Any]) -> dict[str, object]:
+def unique_forms(keys: Iterable[object]) -> dict[str, object]:
     """Ids by the number that they write, where it is one id's alone."""
     forms: dict[str, list[object]] = defaultdict(list)
     for key in keys:

@@ -37,6 +37,14 @@ def as_integer(value: object) -> object:
     return value
 
 
+def as_number(value: object) -> object:
+    """A number, or one that is written as text, as a float; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, int | float | str) else value
+    except (ValueError, OverflowError):
+        return value
+
+
 class Integers:
     """Reads the whole numbers of one file, and notes those that are written in another form."""
 
@@ -58,7 +66,7 @@ def identity(item: Mapping[str, Any], integers: Integers) -> int:
     """The 'id' of an annotation or segment."""
     value = integers.read(item, "id", f"annotation {item.get('id')}")
     if not is_integer(value) or not -LARGEST_ID <= value <= LARGEST_ID:
-        hint = "" if is_integer(value) else "; `mpformer data check --fix` numbers them"
+        hint = "" if is_integer(value) else "; `mpformer data check DATA --fix OUT` numbers them"
         raise Wrong(f"'id' is {value!r}, an integer below 2^63 is expected{hint}")
     return value
 
@@ -89,11 +97,8 @@ def area(item: Mapping[str, Any], otherwise: Callable[[], float]) -> float:
     value = item.get("area")
     if value is None:
         return otherwise()
-    try:
-        number = float(value) if isinstance(value, int | float | str) else math.nan
-    except (ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
+    number = as_number(value)
+    if not isinstance(number, float) or not math.isfinite(number):
         raise Wrong(f"'area' is {value!r}, a number is expected")
     return number
 
@@ -129,7 +134,9 @@ def _polygons(given: list[Any], height: int, width: int) -> Polygons:
     if not given:
         raise Wrong("'segmentation' is empty: at least one polygon is expected")
     if is_flat_polygon(given):
-        raise Wrong("'segmentation' is one flat list; wrap it: [[x, y, ...]], or `mpformer data check --fix`")
+        raise Wrong(
+            "'segmentation' is one flat list; wrap it: [[x, y, ...]], or `mpformer data check DATA --fix OUT`"
+        )
     parts = []
     for number, flat in enumerate(given, 1):
         try:

@@ -248,4 +248,4 @@ class _MaskFileRecords(NamedRecords):
 
 def _object_files(image: Path, pattern: str) -> list[str]:
     found = glob.glob(os.path.join(glob.escape(str(image.parent)), pattern))
-    return sorted(path for path in found if not is_litter(os.path.basename(path)))
+    return sorted(os.path.normpath(path) for path in found if not is_litter(os.path.basename(path)))

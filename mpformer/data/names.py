@@ -72,6 +72,11 @@ class Files:
             raise InputError(f"{what}: '{name}' may be any of {len(found)} files in {self._top}: {shown}")
         raise InputError(f"{what}: '{name}': {self._missing(name)}")
 
+    def within(self, name: object, what: str) -> str:
+        """As `find`, but the path relative to the folder."""
+        path, _ = self.find(name, what)
+        return path.removeprefix(f"{self._folder}/") if self._folder else path
+
     def has(self, name: str, elsewhere: bool) -> bool:
         """Whether `find` finds a file of that name."""
         return self._exact(name) is not None or len(self._alike(name, elsewhere)) == 1

@@ -61,6 +61,8 @@ def obstacles(
 
     `inspected`: what was seen of all its records, or, if not `complete`, of some with objects.
     """
+    if any(f.weight is Weight.OBSTACLE for f in catalog.findings):
+        return ()  # all that would be found follows from it
     seen = _Split(catalog, data, split == "train", inspected, complete)
     for rule in (_nothing_usable, _channels_turned, _lost_to_ignore, _no_object):
         if (finding := rule(seen)) is not None:
