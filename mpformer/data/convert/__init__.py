@@ -1,6 +1,6 @@
 """Data sets of other tools, recognised and written as COCO instance annotations.
 
-`recognise` is all that is loaded here: it needs neither numpy nor cv2. `conversion.convert` does the work.
+`recognise` is all that is loaded here: it needs neither cv2 nor torch. `conversion.convert` does the work.
 """
 
 from mpformer.data.convert.recognise import recognise

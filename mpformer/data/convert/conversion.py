@@ -94,11 +94,14 @@ def convert(source: Path, out: Path, settings: Sequence[str]) -> Conversion:
     if source.is_file():
         tree.keep_labels(source.resolve())
     options = Options(rectangles=chosen.get("boxes") == "rectangles", attribute=chosen.get("class", ""))
-    found = _READERS[form](tree, options, notes)
-    if not found.pictures:
-        raise InputError(f"{source}: no image with labels in it: {'; '.join(notes.lines(1))}")
-    _note_similar(found.classes, notes)
-    written = write(found, target, NAMES[form], notes)
+    try:
+        found = _READERS[form](tree, options, notes)
+        if not found.pictures:
+            raise InputError(f"no image with labels in it ({'; '.join(notes.places)})")
+        _note_similar(found.classes, notes)
+        written = write(found, target, NAMES[form], notes)
+    except InputError as error:  # which names the file by its place in the source
+        raise InputError(f"{source.parent if source.is_file() else source}: {error}") from None
     without_split = not any(picture.split for picture in found.pictures)
     done = Conversion(NAMES[form], found.classes, tuple(written), without_split, notes)
     atomic.write_text(target / REPORT, "\n".join([f"source: {root}", *done.lines()]) + "\n")

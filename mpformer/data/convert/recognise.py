@@ -1,4 +1,4 @@
-"""Which tool wrote a file or a folder, from a few of its files. Loads nothing heavy."""
+"""Which tool wrote a file or a folder, from a few of its files. Loads neither cv2 nor torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import yaml
+
+from mpformer.data.names import is_litter
 
 Form: TypeAlias = Literal["yolo", "voc", "labelme", "via", "supervisely"]
 
@@ -27,13 +29,6 @@ VIA_CSV = "filename,file_size,file_attributes,region_count"
 _DEPTH = 4
 _FILES = 50
 """How deep, and how many files of a kind, are looked at in a folder."""
-
-_LITTER = frozenset({"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db"})
-
-
-def is_litter(name: str) -> bool:
-    """Whether a file or folder is an operating system's or an editor's own: `._x`, `.DS_Store`, Thumbs.db."""
-    return name.startswith(".") or name.lower() in _LITTER
 
 
 def recognise(path: str | Path) -> str | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mpformer.data import filekinds
 from mpformer.data.convert.found import Found, Notes, Object, Options, Picture
 from mpformer.data.convert.image_files import annotated_size
 from mpformer.data.convert.shapes import Canvas, from_base64, mask_png, numbers, pairs
@@ -28,9 +29,7 @@ def read(tree: Tree, options: Options, notes: Notes) -> Found:
     ]
     if len(metas) != 1:
         both = " and ".join(tree.name(path) for path in metas[:2])
-        raise InputError(
-            f"{tree.root}: one meta.json is expected, {f'not {both}' if both else 'there is none'}"
-        )
+        raise InputError(f"one meta.json is expected, {f'not {both}' if both else 'there is none'}")
     shapes = _class_shapes(read_json(metas[0], tree.name(metas[0])), tree.name(metas[0]))
     classes = tuple(name for name, shape in shapes.items() if shape in _AREAS)
     for name, shape in shapes.items():
@@ -154,7 +153,7 @@ def _bitmap(given: object, canvas: Canvas, where: str) -> Rle | None:
     if len(origin) != 2 or any(value != int(value) for value in origin):
         raise InputError(f"{where}: 'origin' is {given.get('origin')!r:.60}, two whole numbers are expected")
     data = from_base64(given.get("data"), where)
-    if not data.startswith(b"\x89PNG"):
+    if not data.startswith(filekinds.PNG):
         limit = 64 + 8 * canvas.height * canvas.width + 2**20
         try:
             data = zlib.decompressobj().decompress(data, limit)

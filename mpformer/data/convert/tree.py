@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import unicodedata
-import urllib.parse
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from mpformer.config.yamlfile import nearest
 from mpformer.data.convert.found import Notes
-from mpformer.data.convert.recognise import is_litter
+from mpformer.data.names import form, is_litter
 from mpformer.types import InputError
 
 IMAGE_SUFFIXES = frozenset(
@@ -62,7 +60,7 @@ class Tree:
         self._by_stem: dict[Path, list[Path]] | None = None
         for path in self.images():
             self._by_name.setdefault(path.name, []).append(path)
-            self._alike.setdefault(_alike(path.name), []).append(path)
+            self._alike.setdefault(form(path.name), []).append(path)
 
     def keep_labels(self, path: Path) -> None:
         """Leave out every other file of a label file's kind: the user named this one alone."""
@@ -97,7 +95,7 @@ class Tree:
         name = posix.rpartition("/")[2]
         for files, difference in (
             (self._by_name.get(name, []), "images found in another folder than their label says"),
-            (self._alike.get(_alike(name), []), "images found by a name that is spelt in another way"),
+            (self._alike.get(form(name), []), "images found by a name that is spelt in another way"),
         ):
             if len(files) > 1:
                 both = " and ".join(self.name(path) for path in files[:2])
@@ -129,10 +127,6 @@ def _existing(folder: Path, name: str) -> Path | None:
         return Path(os.path.normpath(path)) if path.is_file() else None
     except (OSError, ValueError):  # too long for a name, or a NUL in it
         return None
-
-
-def _alike(name: str) -> str:
-    return unicodedata.normalize("NFC", urllib.parse.unquote(name)).casefold()
 
 
 def split_of(name: str, *, of_file: bool = False) -> str:

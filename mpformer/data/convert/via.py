@@ -135,7 +135,7 @@ def _attribute(regions: list[_Region], options: Options, tree: Tree) -> str:
         return options.attribute
     if len(names) > 1:
         raise InputError(
-            f"{tree.root}: the regions have the attributes {', '.join(names)}: say which is the class, "
+            f"the regions have the attributes {', '.join(names)}: say which is the class, "
             f"for instance class={names[0]}"
         )
     return names[0] if names else ""

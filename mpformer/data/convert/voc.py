@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpformer.data import images, masks
+from mpformer.data import filekinds, images, masks
 from mpformer.data.convert import voc_xml
 from mpformer.data.convert.found import Found, Notes, Object, Options, Picture
 from mpformer.data.convert.image_files import annotated_size
@@ -34,11 +34,11 @@ def read(tree: Tree, options: Options, notes: Notes) -> Found:
     roots = sorted({path.parent.parent for path in tree.files if path.parent.name == "SegmentationObject"})
     if len(roots) > 1:
         both = " and ".join(tree.name(path) for path in roots[:2])
-        raise InputError(f"{tree.root}: two data sets, {both}: give the folder of one")
+        raise InputError(f"two data sets, {both}: give the folder of one")
     if not roots:
         if any(path.parent.name == "SegmentationClass" for path in tree.files):
             raise InputError(
-                f"{tree.root}: SegmentationClass without SegmentationObject has no objects; "
+                "SegmentationClass without SegmentationObject has no objects; "
                 "for semantic training describe it as label maps (data.dataset.format: label_maps)"
             )
         return voc_xml.read(tree, options, notes)
@@ -230,7 +230,8 @@ class _Masks:
         """A mask file as palette indices, [h,w] int32; a colour outside of the palette counts from 2^24."""
         place = self.tree.name(path)
         data = images.read_bytes(str(path))
-        if data.startswith(b"\x89PNG") and data[25:26] not in (b"\x02", b"\x06"):  # no true colours
+        header = filekinds.png_header(data)
+        if header is not None and header[3] in (filekinds.PNG_GREY, filekinds.PNG_PALETTE):
             return images.load_index_map(data, place).astype(np.int32)
         packed = _packed(images.load_rgb_map(data, place))
         result = np.empty(packed.shape, np.int32)

@@ -35,9 +35,7 @@ def read(tree: Tree, options: Options, notes: Notes) -> Found:
     described = [path for path in tree.with_suffix(".yaml", ".yml") if _describes(path, tree)]
     if len(described) > 1:
         both = " and ".join(tree.name(path) for path in described[:2])
-        raise InputError(
-            f"{tree.root}: {both} both describe a data set: give one of them in place of the folder"
-        )
+        raise InputError(f"{both} both describe a data set: give one of them in place of the folder")
     if described:
         classes, listed = _described(described[0], tree)
     else:
@@ -47,7 +45,7 @@ def read(tree: Tree, options: Options, notes: Notes) -> Found:
         reader.picture(image, split) for split, files in listed.items() for image in dict.fromkeys(files)
     ]
     if not any(picture.objects for picture in pictures) and not reader.labels_seen:
-        raise InputError(f"{tree.root}: none of {len(pictures)} images has a label file (labels/NAME.txt)")
+        raise InputError(f"none of {len(pictures)} images has a label file (labels/NAME.txt)")
     _note_labels_without_image(tree, reader.labels_seen)
     return Found(classes, tuple(pictures))
 
@@ -64,19 +62,24 @@ def _yaml(path: Path, tree: Tree) -> Source:
         raise InputError(f"{tree.name(path)}: not valid YAML: {error}") from None
 
 
+def _place(source: Source, key: str, tree: Tree) -> str:
+    """File and line of a key of a data.yaml."""
+    return source.place([key]).replace(str(source.path), tree.name(source.path), 1)
+
+
 def _described(path: Path, tree: Tree) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
     """The classes and each split's images that a data.yaml names."""
     source = _yaml(path, tree)
     content = source.tree
     if "kpt_shape" in content:
         raise InputError(f"{source.place(['kpt_shape'])}: a data set of keypoints has no masks to convert")
-    classes = _names(content, source)
+    classes = _names(source, tree)
     roots = _roots(path, content, tree)
     listed: dict[str, list[Path]] = {}
     for key, split in _KEYS.items():
         if content.get(key) is None:
             continue
-        place = source.place([key])
+        place = _place(source, key, tree)
         given = content[key] if isinstance(content[key], list) else [content[key]]
         for value in given:
             if not isinstance(value, str):
@@ -101,8 +104,9 @@ def _described(path: Path, tree: Tree) -> tuple[tuple[str, ...], dict[str, list[
     return classes, listed
 
 
-def _names(content: dict[str, Any], source: Source) -> tuple[str, ...]:
-    names, count, place = content.get("names"), content.get("nc"), source.place(["names"])
+def _names(source: Source, tree: Tree) -> tuple[str, ...]:
+    content = source.tree
+    names, count, place = content.get("names"), content.get("nc"), _place(source, "names", tree)
     if isinstance(names, dict):
         keys = list(names)
         numbered = {int(k): v for k, v in names.items() if isinstance(k, int) or str(k).isdecimal()}
@@ -171,9 +175,7 @@ def _images_of(path: Path, tree: Tree) -> list[Path]:
 def _undescribed(tree: Tree) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
     named = [path for path in tree.files if path.name == "classes.txt"]
     if len(named) != 1:
-        raise InputError(
-            f"{tree.root}: a data.yaml with 'names' and 'train' is expected, or a classes.txt by labels/"
-        )
+        raise InputError("a data.yaml with 'names' and 'train' is expected, or a classes.txt by labels/")
     lines = [line.strip() for line in read_text(named[0], tree.name(named[0])).splitlines()]
     while lines and not lines[-1]:
         lines.pop()
@@ -182,7 +184,7 @@ def _undescribed(tree: Tree) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
     for image in tree.images():
         listed.setdefault(split_of(tree.name(image)), []).append(image)
     if not listed:
-        raise InputError(f"{tree.root}: no image in it")
+        raise InputError("no image in it")
     return classes, listed
 
 
