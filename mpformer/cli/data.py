@@ -83,7 +83,8 @@ def data_convert(source: str, out: str, settings: Sequence[str]) -> None:
     for line in done.lines(most=3):
         say(line)
     say(f"all of this, with every place: {Path(out) / REPORT}")
-    say(f"next: mpformer data check {shlex.quote(out)}")
+    place = f"./{out}" if out.startswith("-") else out
+    say(f"next: mpformer data check {shlex.quote(place)}")
 
 
 def data_pack(place: str, out: str, settings: Sequence[str]) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import yaml
-
+from mpformer.config.yamlfile import read_yaml
 from mpformer.data.names import is_litter
+from mpformer.types import InputError
 
 Form: TypeAlias = Literal["yolo", "voc", "labelme", "via", "supervisely"]
 
@@ -97,10 +97,10 @@ def _json(path: Path) -> Form | None:
 
 def _yaml(path: Path) -> Form | None:
     try:
-        content = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, TypeError, AttributeError):
+        content = read_yaml(path).tree
+    except (InputError, TypeError, AttributeError):  # the latter two for keys that are no text
         return None
-    if not isinstance(content, dict) or not {"names", "nc"} & content.keys():
+    if not {"names", "nc"} & content.keys():
         return None
     return "yolo" if {"train", "val", "valid", "validation"} & content.keys() else None
 

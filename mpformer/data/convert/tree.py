@@ -130,13 +130,16 @@ def _existing(folder: Path, name: str) -> Path | None:
 
 
 def split_of(name: str, *, of_file: bool = False) -> str:
-    """The split that a relative path's folders tell, or with `of_file` a word of the file's name; or ''."""
+    """The split that the nearest folder of a path tells (`val`, `train2017`, `my_test`); '' where none does.
+
+    With `of_file` the name of the file may tell it, too.
+    """
     *folders, file = name.split("/")
-    for folder in folders:
-        if folder.lower() in _SPLITS:
-            return _SPLITS[folder.lower()]
-    words = re.split(r"[^a-z]+", file.lower()) if of_file else []
-    return next((_SPLITS[word] for word in words if word in _SPLITS), "")
+    for part in [file, *reversed(folders)] if of_file else reversed(folders):
+        words = re.findall(r"[a-z]+", part.lower())
+        if split := next((_SPLITS[word] for word in words if word in _SPLITS), None):
+            return split
+    return ""
 
 
 def read_text(path: Path, place: str) -> str:

@@ -88,8 +88,20 @@ def test_data_check_is_happy_with_what_is_printed(tmp_path, form, capsys, monkey
     form(tmp_path / "a source")
     assert main(["data", "convert", "a source", "an out"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-1].startswith("next: mpformer data check ")
+    assert printed[-1] == "next: mpformer data check 'an out'"
     assert main(shlex.split(printed[-1])[2:]) == 0
+
+
+def test_without_a_split_a_share_validates(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(12):
+        test_labelme.a_file(tmp_path / "src", test_labelme.shape("dog", CORNERS), name=f"i{number}")
+    assert main(["data", "convert", "src", "./-out #1"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "the source tells no split: all images are in instances_train.json" in printed
+    assert printed[-1] == "next: mpformer data check './-out #1'"
+    assert main(shlex.split(printed[-1])[2:]) == 0
+    assert "no validation split" in capsys.readouterr().out
 
 
 @form
@@ -124,7 +136,7 @@ def test_files_are_recognised_by_their_content(tmp_path):
 
 def test_recognising_loads_neither_cv2_nor_torch(tmp_path):
     loaded = loaded_after("from mpformer.data.convert import recognise\nrecognise('.')", tmp_path)
-    assert not {"cv2", "torch", "ray", "pycocotools", "PIL", "pydantic"} & loaded
+    assert not {"cv2", "torch", "ray", "pycocotools", "PIL"} & loaded
 
 
 def test_ids_count_from_one_in_the_order_of_names(tmp_path):

@@ -61,7 +61,7 @@ def a_set(root: Path) -> Path:
         picture(root / f"JPEGImages/{name}.jpg")
         index_png(root / f"SegmentationObject/{name}.png", ids)
         index_png(root / f"SegmentationClass/{name}.png", classes)
-    text(root / "ImageSets/Segmentation/train.txt", "2007_000032\n2008_1.b\n")
+    text(root / "ImageSets/Segmentation/train.txt", "2008_1.b\n2007_000032\n")
     text(root / "ImageSets/Segmentation/val.txt", "2007_000039\n")
     text(root / "ImageSets/Segmentation/trainval.txt", "2007_000032\n2007_000039\n")
     return root
@@ -72,6 +72,7 @@ def test_masks_are_exact_with_holes_and_parts(tmp_path):
     assert len(done.classes) == 20
     assert done.classes[7] == "cat"
     assert [(w.split, w.images) for w in done.splits] == [("train", 2), ("val", 1)]
+    assert list(objects(tmp_path / "out")) == ["2007_000032.jpg", "2008_1.b.jpg"]
     ids, _ = maps()
     for split in ("train", "val"):
         for listed in objects(tmp_path / "out", split).values():
@@ -132,7 +133,7 @@ def test_missing_files_are_named_or_noted(tmp_path):
     (src / "SegmentationObject/2008_1.b.png").unlink()
     done = converted(src, tmp_path / "out")
     assert noted(done, "not there") == ["ImageSets/Segmentation/val.txt:2: nowhere"]
-    assert noted(done, "without a mask file") == ["ImageSets/Segmentation/train.txt:2: 2008_1.b"]
+    assert noted(done, "without a mask file") == ["ImageSets/Segmentation/train.txt:1: 2008_1.b"]
     assert "JPEGImages/of_detection.jpg" in noted(done, "of no split")
     (src / "SegmentationClass/2007_000039.png").unlink()
     with pytest.raises(InputError, match=r"SegmentationClass/2007_000039\.png: no such file"):

@@ -1,5 +1,6 @@
 """YOLO segmentation as Ultralytics, Roboflow and Label Studio write it."""
 
+import json
 from pathlib import Path
 
 import cv2
@@ -93,6 +94,15 @@ def test_a_curve_stays_within_half_a_pixel(tmp_path):
     # pycocotools decides on pixels that the border touches: about its length of 110 pixels of 942, half wrong
     # at worst
     assert iou(only(tmp_path / "out"), ellipse(40, 30, 20, 15)) > 1 - 0.5 * 110 / 942
+
+
+def test_points_between_pixels_stay_where_they_are(tmp_path):
+    src = a_set(tmp_path / "src")
+    text(src / "labels/train/train0.txt", "0 0.13125 0.14 0.7 0.14 0.7 0.5\n")
+    converted(src, tmp_path / "out")
+    content = json.loads((tmp_path / "out/annotations/instances_train.json").read_text())
+    # 0.14 * 60 is 8.400000000000002 in floating point
+    assert content["annotations"][0]["segmentation"] == [[10.5, 8.4, 56.0, 8.4, 56.0, 30.0]]
 
 
 @pytest.mark.parametrize(
