@@ -1,31 +1,66 @@
 """Drawing: labelled masks on images, images side by side, curves; PNG and JPEG encoding.
 
-Imports numpy, cv2 and matplotlib, but no torch. Images are [h,w,3] uint8 RGB, masks [h,w] bool. Text is
-rasterised with the font that ships with matplotlib, so it looks the same on every machine.
+Imports numpy, cv2 and matplotlib, but no torch. Images are [h,w,3] uint8 RGB, masks [h,w] bool. Pictures are
+limited in size, so that an image of any shape can be drawn.
 """
 
 from __future__ import annotations
 
 import colorsys
-import functools
+import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import cv2
 import numpy as np
 
-from mpformer.types import ClassTable, distinct_color
-
-if TYPE_CHECKING:
-    from matplotlib.ft2font import FT2Font
+from mpformer.lettering import can_draw, drawable, plot_text, rasterised
+from mpformer.types import ClassTable, InputError, distinct_color, printable
 
 Color = tuple[int, int, int]
 """RGB, 0..255."""
 
+_Made = TypeVar("_Made")
+_FAULTS = (
+    cv2.error,
+    InputError,
+    ArithmeticError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+LONGEST = 8192
+"""Pixels of a picture's longer side; larger images are drawn smaller."""
+
 _MIN_SIDE = 480
 """Images with a smaller short side are enlarged by an integer factor, so that labels are readable."""
+_MOST_ENLARGED = 2048
+"""Pixels of the longer side up to which they are."""
+_SHEET = 1 << 25
+"""Pixels of images side by side, about."""
+_LONGEST_TITLE = 200
+"""Characters."""
+_JPEG_SIDE = 65_500
+"""Pixels of a side of a JPEG."""
+
+
+def attempted(make: Callable[[], _Made], what: str) -> _Made | None:
+    """What `make` draws; None, and one line of warning that begins with `what`, where that fails.
+
+    For pictures that come with a result: a run or a command that has its figures does not end for them.
+    """
+    try:
+        return make()
+    except _FAULTS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        logging.getLogger(__name__).warning("%s: left out: %s", printable(what), reason)
+        return None
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -46,15 +81,27 @@ def decode_png(data: bytes) -> np.ndarray:
 
 
 def encode_jpeg(image: np.ndarray, quality: int = 88) -> bytes:
-    """JPEG of an RGB image [h,w,3] uint8."""
+    """JPEG of an RGB image [h,w,3] uint8, reduced if a side is above 65,500. `ValueError` for others."""
+    if max(image.shape) > _JPEG_SIDE:
+        size = fitted(image.shape[0], image.shape[1], _JPEG_SIDE)
+        image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
     swapped = np.ascontiguousarray(image[..., ::-1])
-    return cv2.imencode(".jpg", swapped, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+    done, data = cv2.imencode(".jpg", swapped, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    if not done:
+        raise ValueError(f"an array of {image.shape} {image.dtype} cannot be encoded as JPEG")
+    return data.tobytes()
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
     """Write an image or a map as PNG; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encode_png(image))
+
+
+def fitted(height: int, width: int, longest: int = LONGEST) -> tuple[int, int]:
+    """(height, width) of an image reduced until its longer side is at most `longest`; each at least 1."""
+    share = min(1.0, longest / max(height, width))
+    return max(1, round(height * share)), max(1, round(width * share))
 
 
 def class_color(classes: ClassTable, label: int) -> Color:
@@ -75,12 +122,13 @@ def overlay(
     """The image with coloured, outlined masks and a caption "name 0.87" on each; smaller masks on top.
 
     Objects of one class get different shades of its colour. Captions are placed best score first; one that
-    would overlap those before it is left out. An image whose short side is below 480 is enlarged by an
-    integer factor.
+    would overlap those before it is left out. A class whose name no font can draw is "class 3". An image
+    whose short side is below 480 is enlarged by an integer factor, to at most 2048; one whose long side is
+    above 8192 is reduced. Masks may have another size than the image.
     """
     height, width = image.shape[:2]
-    factor = max(1, -(-_MIN_SIDE // min(height, width)))
-    size = (width * factor, height * factor)
+    factor = max(1, min(-(-_MIN_SIDE // min(height, width)), _MOST_ENLARGED // max(height, width)))
+    size = fitted(height * factor, width * factor)[::-1]
     canvas = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC if factor > 1 else cv2.INTER_AREA)
     if canvas.ndim == 2:
         canvas = cv2.cvtColor(canvas, cv2.COLOR_GRAY2RGB)
@@ -102,7 +150,7 @@ def overlay(
         for i in sorted(range(len(large)), key=lambda i: (score_of[i] or 0.0, areas[i]), reverse=True):
             if not areas[i]:
                 continue
-            text = classes.names[labels[i]] + (f" {score_of[i]:.2f}" if score_of[i] is not None else "")
+            text = _name(classes, labels[i]) + (f" {score_of[i]:.2f}" if score_of[i] is not None else "")
             _caption(canvas, text, large[i], colors[i], taken)
     return canvas
 
@@ -112,15 +160,20 @@ def side_by_side(
 ) -> np.ndarray:
     """Images on a white background, each below its title, in rows of `columns` (default: one row).
 
-    All are resized to the height of the largest. Titles wider than their image are shortened.
+    All are resized to the height of the largest, very wide ones to a limited width, and all of them together
+    to some 30 million pixels. Titles wider than their image are shortened.
     """
-    height = max(i.shape[0] for i in images)
+    longest = round((_SHEET / len(images)) ** 0.5)
+    height = min(longest, max(i.shape[0] for i in images))
     tiles = []
     for i, image in enumerate(images):
         tile = image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
-        width = max(1, round(tile.shape[1] * height / tile.shape[0]))
-        if tile.shape[0] != height:
-            tile = cv2.resize(tile, (width, height), interpolation=cv2.INTER_CUBIC)
+        share = min(height / tile.shape[0], longest / tile.shape[1])
+        size = (max(1, round(tile.shape[1] * share)), max(1, round(tile.shape[0] * share)))
+        if size != tile.shape[1::-1]:
+            how = cv2.INTER_AREA if share < 1 else cv2.INTER_CUBIC
+            tile = cv2.resize(tile, size, interpolation=how)
+        tile = np.pad(tile, ((0, height - size[1]), (0, 0), (0, 0)), constant_values=255)
         tiles.append(np.vstack([_title(titles[i], tile.shape[1], height), tile]) if titles else tile)
     per_row = columns or len(tiles)
     cell_width = max(t.shape[1] for t in tiles)
@@ -160,28 +213,39 @@ def curves(
     axes = figure.add_subplot()
     colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")  # Okabe and Ito
     dashes = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))
+    lines = []
     for i, (name, points) in enumerate(series.items()):
         color = colors[i % len(colors)]
         x, y = zip(*points) if points else ((), ())
         every = max(1, len(x) // 12)
-        [line] = axes.plot(x, y, label=name, color=color, linestyle=dashes[i % len(dashes)], linewidth=1.8)
+        [line] = axes.plot(x, y, color=color, linestyle=dashes[i % len(dashes)], linewidth=1.8)
+        lines.append(line)
         line.set(marker="osD^vP*X"[i % 8], markersize=5, markevery=every)
         if bands and bands.get(name):
             bx, low, high = zip(*bands[name])
             axes.fill_between(bx, low, high, color=color, alpha=0.16, linewidth=0)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.set_title(title, fontsize=11)
+    # names are no formulas: a "$" in one is a dollar
+    axes.set_xlabel(plot_text(xlabel), parse_math=False)
+    axes.set_ylabel(plot_text(ylabel), parse_math=False)
+    axes.set_title(plot_text(title), fontsize=11, parse_math=False)
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     if series:
-        axes.legend(frameon=False, fontsize=9)
+        legend = axes.legend(lines, [" "] * len(lines), frameon=False, fontsize=9)
+        for entry, name in zip(legend.get_texts(), series):  # a label that begins with "_" would be left out
+            entry.set(text=plot_text(name), parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
 # --- parts ----------------------------------------------------------------------------------------
+
+
+def _name(classes: ClassTable, label: int) -> str:
+    """The name of a class; its number where it is empty, or no font can draw it."""
+    name = printable(classes.names[label])[:_LONGEST_TITLE]
+    return name if name.strip() and can_draw(name) else f"class {label}"
 
 
 def _shades(labels: Sequence[int], classes: ClassTable) -> list[Color]:
@@ -219,7 +283,7 @@ def _caption(
 
     Drawn only where it overlaps none of the boxes in `taken`.
     """
-    glyphs = _text(text, max(11, round(min(canvas.shape[:2]) / 38)))
+    glyphs = rasterised(text, max(11, round(min(canvas.shape[:2]) / 38)))
     pad = max(2, glyphs.shape[0] // 5)
     height, width = glyphs.shape[0] + 2 * pad, glyphs.shape[1] + 2 * pad
     framed = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
@@ -251,31 +315,15 @@ def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool
 
 def _title(text: str, width: int, image_height: int) -> np.ndarray:
     """A white strip [h,width,3] with black text."""
+    text = drawable(text)[:_LONGEST_TITLE]
     size = max(12, round(image_height / 30))
     strip = np.full((round(size * 2), width, 3), 255, np.uint8)
-    glyphs = _text(text, size)
+    glyphs = rasterised(text, size)
     while glyphs.shape[1] > width - 4 and len(text) > 1:
         text = text[:-2] + "…" if len(text) > 2 else "…"
-        glyphs = _text(text, size)
-    glyphs = glyphs[: strip.shape[0], : width - 4]
+        glyphs = rasterised(text, size)
+    glyphs = glyphs[: strip.shape[0], : max(0, width - 4)]
     top = (strip.shape[0] - glyphs.shape[0]) // 2
     area = strip[top : top + glyphs.shape[0], 2 : 2 + glyphs.shape[1]]
     area[:] = 255 - glyphs[..., None]
     return strip
-
-
-@functools.cache
-def _font() -> FT2Font:
-    import matplotlib
-    from matplotlib.ft2font import FT2Font
-
-    return FT2Font(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"))
-
-
-def _text(text: str, pixels: int) -> np.ndarray:
-    """Coverage [h,w] uint8 of a line of text with a font size of `pixels`."""
-    font = _font()
-    font.set_size(pixels, 72)
-    font.set_text(text or " ", 0.0)
-    font.draw_glyphs_to_bitmap(antialiased=True)
-    return np.array(font.get_image())

@@ -18,6 +18,7 @@ Importing this module loads neither torch nor ray; tensors are only named in ann
 from __future__ import annotations
 
 import colorsys
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,11 +45,38 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def encodable(text: str) -> str:
+    """The text with the bytes of names that are not UTF-8 (lone surrogates in Python) as `\\xff`.
+
+    What it returns can be written to any UTF-8 file, column or page.
+    """
+    return _SURROGATES.sub(_escape, text)
+
+
+def printable(text: str) -> str:
+    """The text on one line: `encodable`, and control characters, such as a line feed, as escapes."""
+    return _CONTROL.sub(_escape, encodable(text))
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    if 0xDC80 <= code <= 0xDCFF:  # `os.fsdecode` keeps a byte that is not UTF-8 there
+        return f"\\x{code - 0xDC00:02x}"
+    return match.group().encode("unicode_escape").decode()
+
+
 class InputError(Exception):
     """The input is wrong. The message is one line: the place, what was expected, the nearest right thing.
 
     The command line prints it and leaves with exit code 2.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(encodable(str(message)))
 
 
 class RunError(Exception):
@@ -64,6 +92,9 @@ class ClassInfo:
     is_thing: bool = True
     color: tuple[int, int, int] = (0, 0, 0)
     """RGB, 0..255."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", encodable(self.name))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "mpformer").rglob("*.py"))
 
-BASE = {"types", "atomic", "cores", "plugin", "config", "capacity", "tracking", "draw"}
+BASE = {"types", "atomic", "cores", "plugin", "config", "capacity", "tracking", "lettering", "draw"}
 ALLOWED = {
     "types": set(),
     "atomic": set(),
@@ -19,7 +19,8 @@ ALLOWED = {
     "plugin": {"types"},
     "config": {"types", "plugin"},
     "capacity": {"types", "config"},
-    "draw": {"types"},
+    "lettering": {"types"},
+    "draw": {"types", "lettering"},
     "tracking": {"types", "atomic", "plugin", "config"},
     "ops": BASE,
     "model": BASE | {"ops"},
@@ -45,8 +46,8 @@ FENCES = {
     "scipy": {"model/matcher", "ablation/statistics", "data/matfile"},
     "PIL": {"data/images"},
     "pycocotools": {"data/masks", "evaluate/instance"},
-    "cv2": {"draw", "data/*", "evaluate/instance"},
-    "matplotlib": {"draw"},
+    "cv2": {"draw", "lettering", "data/*", "evaluate/instance"},
+    "matplotlib": {"draw", "lettering"},
     "pydantic": {"config/*", "ablation/spec", "ablation/studyfile", "ablation/cost"},
     "yaml": {"config/identity", "config/yamlfile"},
     "safetensors": {"model/*", "train/checkpoint"},

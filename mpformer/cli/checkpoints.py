@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None:
     """The figures of a checkpoint on the validation split of its own data, or of `data`; their page."""
+    from mpformer.draw import attempted
     from mpformer.evaluate import evaluation
     from mpformer.evaluate.pages import write_page
 
@@ -42,14 +44,17 @@ def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
         folder = origin.pictures("evaluate", split.name)
         title, count = f"{checkpoint}: {split.name}", config.evaluate.pictures
         facts = usage.facts() | {name: f"{value:.1f}" for name, value in found.layers.items()}
-        say(str(write_page(folder, title, found, count=count, facts=facts)[0]))
-        _attach(origin, {}, folder)
+        files = attempted(lambda: write_page(folder, title, found, count=count, facts=facts), str(folder))
+        if files is not None:
+            say(str(files[0]))
+            _attach(origin, {}, folder)
 
 
 def diagnose(checkpoint: str, data: str | None, settings: Sequence[str]) -> None:
     """The decoder's layers (Table 1 of MP-Former) and pictures of queries over the layers (Figure 1)."""
-    from mpformer.draw import write_png
+    from mpformer.draw import attempted, write_png
     from mpformer.evaluate import diagnostics
+    from mpformer.evaluate.pages import file_stem
 
     origin = _origin(checkpoint)
     model, split, config, device = open_checkpoint(origin.file, data, settings)
@@ -62,9 +67,11 @@ def diagnose(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
     (folder / "layers.json").write_text(json.dumps({"images": found.images, **found.metrics()}, indent=1))
     say(str(folder / "layers.json"))
     for index in chosen[: config.evaluate.pictures]:
-        picture = diagnostics.draw_layers(model, split.records[index], config, device)
+        record = split.records[index]
+        drawn = partial(diagnostics.draw_layers, model, record, config, device)
+        picture = None if record.problem else attempted(drawn, f"layers of image {record.image_id}")
         if picture is not None:
-            path = folder / f"layers-{split.records[index].image_id}.png"
+            path = folder / f"layers-{file_stem(record.image_id)}.png"
             write_png(path, picture)
             say(str(path))
     # figures of other data would pass for the run's own

@@ -49,7 +49,7 @@ def data_check(place: str, fix: str | None, settings: Sequence[str]) -> None:
     from mpformer.data.check import check, obstacle, report_text, training_command
     from mpformer.data.fix import mend
     from mpformer.data.pictures import catalog_sheet
-    from mpformer.draw import write_png
+    from mpformer.draw import attempted, encode_png
 
     data = _config_at(place, settings).data
     if fix is not None:
@@ -64,8 +64,10 @@ def data_check(place: str, fix: str | None, settings: Sequence[str]) -> None:
     if any(report.usable for report in reports.values()):
         sheet = Path(f"{data.dataset.name}-samples.png")
         shown = "train" if reports["train"].usable else "val"
-        write_png(sheet, catalog_sheet(open_split(lenient, shown), count=16))
-        say(f"\n16 samples of {shown} with their masks: {sheet}")
+        png = attempted(lambda: encode_png(catalog_sheet(open_split(lenient, shown), count=16)), str(sheet))
+        if png is not None:
+            sheet.write_bytes(png)
+            say(f"\n16 samples of {shown} with their masks: {sheet}")
     if _is_data(place):
         command = training_command(data, "coco-tiny", settings)
     else:

@@ -8,14 +8,37 @@ import cv2
 import numpy as np
 
 from mpformer.data.images import load_image
-from mpformer.data.masks import record_masks
-from mpformer.data.records import Catalog
-from mpformer.draw import overlay, side_by_side
+from mpformer.data.masks import Window, crop_masks
+from mpformer.data.records import Catalog, Record
+from mpformer.draw import attempted, fitted, overlay, side_by_side
 from mpformer.types import Batch, ClassInfo, ClassTable, InputError
 
 _TRUTH_AND_PILOT = ClassTable(
     (ClassInfo("ground truth", 0, True, (225, 40, 40)), ClassInfo("pilot", 1, True, (45, 90, 235)))
 )
+
+
+_TILE = 1448
+"""Pixels of the longer side of an image on a sheet."""
+
+
+def reduced(record: Record, longest: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The record's image [h,w,3] uint8 RGB and a mask [h,w] bool of each segment, at most `longest` large.
+
+    Made for pictures: masks are drawn at this size, so that those of a huge image need little memory.
+    """
+    height, width = fitted(record.height, record.width, longest)
+    image = load_image(record)
+    if image.shape[:2] != (height, width):
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    window = Window(0, 0, record.width, record.height, width, height)
+    masks = []
+    for box in crop_masks(record, record.segments, window):
+        masks.append(np.zeros((height, width), bool))
+        if box is not None:
+            box_height, box_width = box.pixels.shape
+            masks[-1][box.y : box.y + box_height, box.x : box.x + box_width] = box.pixels
+    return image, masks
 
 
 def catalog_sheet(catalog: Catalog, count: int = 16, columns: int = 4) -> np.ndarray:
@@ -30,15 +53,21 @@ def catalog_sheet(catalog: Catalog, count: int = 16, columns: int = 4) -> np.nda
         try:
             if record.problem:
                 raise InputError(record.problem)
-            image, masks = load_image(record), record_masks(record)
+            image, masks = reduced(record, _TILE)
         except InputError:
             continue
-        if not len(masks):
+        if not masks:
             bare.append((image, record.image_id))
             continue
         labels = [s.label for s in record.segments]
         captions = len(catalog.classes) > 1
-        pictures.append(overlay(image, list(masks), labels, catalog.classes, captions=captions))
+        drawn = attempted(
+            lambda: overlay(image, masks, labels, catalog.classes, captions=captions),  # noqa: B023  called here
+            f"{catalog.name}: picture of {record.image_id}",
+        )
+        if drawn is None:
+            continue
+        pictures.append(drawn)
         titles.append(record.image_id)
         if len(pictures) == count:
             break

@@ -19,7 +19,7 @@ from typing import Protocol, overload
 import numpy as np
 
 from mpformer.data.findings import Finding
-from mpformer.types import ClassTable, InputError
+from mpformer.types import ClassTable, InputError, encodable
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ class Record:
     """Why the sample cannot be used, in one line that names file and annotation; empty if it can."""
     bits: int = 16
     """Bits in use of a 16-bit image file, 8..16: see `mpformer.config.Data`."""
+
+    def __post_init__(self) -> None:
+        # both are written to tables and pages; only paths must keep a name that is not UTF-8
+        object.__setattr__(self, "image_id", encodable(self.image_id))
+        object.__setattr__(self, "problem", encodable(self.problem))
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ class NamedRecords(Records):
         digest = hashlib.sha256()
         for name in self.names:
             sizes = [os.path.getsize(p) if os.path.exists(p) else None for p in self.annotation_files(name)]
-            digest.update(f"{name} {sizes}\n".encode())
+            digest.update(f"{name} {sizes}\n".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
 
@@ -225,7 +230,7 @@ class RecordTable(Records):
         return f"{self._root}/{relative}"
 
     def _text(self, name: str, index: int) -> str:
-        return bytes(self._bytes(name, index)).decode()
+        return bytes(self._bytes(name, index)).decode("utf-8", "surrogatepass")
 
     def _bytes(self, name: str, index: int) -> memoryview:
         start, end = self._columns[f"{name}_start"][index : index + 2].tolist()
@@ -260,7 +265,7 @@ def build_table(records: Iterable[Record], root: str) -> RecordTable:
     scalars: dict[str, list[float]] = {name: [] for name in _SCALARS}
     for record in records:
         for name in _TEXTS:
-            blobs[name] += str(getattr(record, name) or "").encode()
+            blobs[name] += str(getattr(record, name) or "").encode("utf-8", "surrogatepass")
             starts[name].append(len(blobs[name]))
         scalars["width"].append(record.width)
         scalars["height"].append(record.height)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from mpformer.config import Config
 from mpformer.data.images import read_image
-from mpformer.draw import decode_png, write_png
+from mpformer.draw import attempted, decode_png, write_png
 from mpformer.evaluate import instance as rle
 from mpformer.evaluate.inference import infer, to_result
 from mpformer.evaluate.prediction import FoundInstance, FoundSegments, Prediction
@@ -20,6 +21,8 @@ from mpformer.types import ClassTable, InputError
 if TYPE_CHECKING:
     from mpformer.model.architecture import Architecture
 
+_LARGEST = 1 << 26
+"""Pixels of an image from which on it gets no overlay: each of its masks has as many bytes."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -63,7 +66,8 @@ def predict_files(
 ) -> list[Path]:
     """Segment images of any size; write overlays and JSON into `out`; return the paths of the overlays.
 
-    Writes NAME.png, an overlay (of instances those from `min_score`); predictions.json, a COCO file with one
+    Writes NAME.png, an overlay (of instances those from `min_score`; none of a huge image, with a warning);
+    predictions.json, a COCO file with one
     run-length-encoded annotation per segment, its score and the source's category id; for panoptic results
     panoptic.json and panoptic/NAME.png (COCO's panoptic format); for semantic ones labels/NAME.png (source
     ids; 0 where general inference gives void). Up to `evaluate.batch` consecutive images of one size form a
@@ -82,16 +86,24 @@ def predict_files(
             results = infer(model, pixels, config.data.task, config.data.test_resize, config.evaluate, device)
             for (path, name, image), found in zip(group, results):
                 prediction = found.compact(name)
-                result = to_result(prediction, model.classes)
-                pictures.append(out / f"{name}.png")
-                write_png(pictures[-1], result.overlay(image, min_score))
-                writer.add(prediction, str(path), out)
+                segments = writer.add(prediction, str(path), out)
+                overlay = attempted(partial(_overlay, prediction, image, model.classes, min_score), str(path))
+                if overlay is not None:
+                    pictures.append(out / f"{name}.png")
+                    write_png(pictures[-1], overlay)
                 if report:
-                    report(f"{len(pictures)}/{len(images)} {path}: {len(result.segments)} segments")
+                    report(f"{writer.images}/{len(images)} {path}: {segments} segments")
     finally:
-        if pictures:
+        if writer.images:
             writer.write(out)
     return pictures
+
+
+def _overlay(prediction: Prediction, image: np.ndarray, classes: ClassTable, min_score: float) -> np.ndarray:
+    """The image with its segments, of instances those from `min_score`; `ValueError` if it is too large."""
+    if image.shape[0] * image.shape[1] > _LARGEST:
+        raise ValueError(f"{image.shape[1]}x{image.shape[0]} pixels are too many for an overlay")
+    return to_result(prediction, classes).overlay(image, min_score)
 
 
 _Read = tuple[Path, str, np.ndarray]
@@ -124,8 +136,12 @@ class _CocoWriter:
         self._annotations: list[dict[str, Any]] = []
         self._panoptic: list[dict[str, Any]] = []
 
-    def add(self, prediction: Prediction, file_name: str, out: Path) -> None:
-        """Add one image and write its PNG files."""
+    @property
+    def images(self) -> int:
+        return len(self._images)
+
+    def add(self, prediction: Prediction, file_name: str, out: Path) -> int:
+        """Add one image and write its PNG files; the number of its segments."""
         image_id = len(self._images) + 1
         height, width = prediction.size
         self._images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
@@ -149,6 +165,7 @@ class _CocoWriter:
                     "score": round(one.score, 6),
                 }
             )
+        return len(found)
 
     def _add_panoptic(
         self, prediction: Prediction, segments: FoundSegments, out: Path
@@ -194,6 +211,7 @@ class _CocoWriter:
         files = {"predictions.json": self._annotations}
         if self._panoptic:
             files["panoptic.json"] = self._panoptic
+        out.mkdir(parents=True, exist_ok=True)
         for name, entries in files.items():
             content = {"images": self._images, "categories": categories, "annotations": entries}
             (out / name).write_text(json.dumps(content), encoding="utf-8")

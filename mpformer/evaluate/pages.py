@@ -5,15 +5,14 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from mpformer.data.images import load_image
-from mpformer.data.masks import record_masks
+from mpformer.data.pictures import reduced
 from mpformer.data.records import Record
-from mpformer.draw import decode_png, encode_jpeg, overlay, side_by_side
+from mpformer.draw import attempted, decode_png, encode_jpeg, overlay, side_by_side
 from mpformer.evaluate.evaluation import Evaluation
 from mpformer.evaluate.inference import to_result
 from mpformer.evaluate.instance import ImageInstances, count_instances
@@ -21,7 +20,16 @@ from mpformer.evaluate.panoptic import Counts, count_segments
 from mpformer.evaluate.prediction import Prediction, Scores
 from mpformer.evaluate.semantic import class_iou, confusion
 from mpformer.evaluate.truth import true_instances, true_segments
-from mpformer.types import ClassTable
+from mpformer.types import ClassTable, printable
+
+SHOWN = 0.5
+"""Score from which on an instance is drawn."""
+_LONGEST = 4096
+"""Pixels of the longer side of an image on a page."""
+_LARGEST = 1 << 26
+"""Pixels of an image from which on its page has no picture: each predicted mask has as many bytes."""
+_NAME_BYTES = 200
+"""Of the name of a picture's file; file systems allow 255."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +88,31 @@ def worst_first(evaluation: Evaluation) -> list[Rating]:
 
 
 def picture(prediction: Prediction, record: Record, classes: ClassTable) -> np.ndarray:
-    """Prediction and ground truth side by side, [h,w,3] uint8 RGB."""
-    image, result = load_image(record), to_result(prediction, classes)
+    """Prediction and ground truth side by side, [h,w,3] uint8 RGB. `ValueError` for an image too large."""
+    if record.height * record.width > _LARGEST:
+        raise ValueError(f"{record.width}x{record.height} pixels are too many for a picture")
+    result = to_result(_confident(prediction), classes)
+    image, masks = reduced(record, _LONGEST)
+    labels = [segment.label for segment in record.segments]
     if result.task == "semantic":
-        labels = true_segments(record).semantic()
-        seen = [k for k in range(len(classes)) if (labels == k).any()]
-        masks = [labels == k for k in seen]
-    else:
-        shown = classes.thing_labels if result.task == "instance" else range(len(classes))
-        pairs = zip(record_masks(record), record.segments)
-        kept = [(mask, segment.label) for mask, segment in pairs if segment.label in shown]
-        masks, seen = [mask for mask, _ in kept], [label for _, label in kept]
-    truth = overlay(image, masks, seen, classes)
+        on_top = np.full(image.shape[:2], -1)
+        for mask, label in zip(masks, labels):
+            on_top[mask] = label
+        labels = sorted(set(labels))
+        masks = [on_top == label for label in labels]
+    elif result.task == "instance":
+        shown = [label in classes.thing_labels for label in labels]
+        masks = [m for m, kept in zip(masks, shown) if kept]
+        labels = [k for k, kept in zip(labels, shown) if kept]
+    truth = overlay(image, masks, labels, classes)
     return side_by_side([result.overlay(image), truth], ["prediction", "ground truth"])
+
+
+def _confident(prediction: Prediction) -> Prediction:
+    """The prediction without the instances that no picture shows: their masks would fill the memory."""
+    if prediction.instances is None:
+        return prediction
+    return replace(prediction, instances=tuple(one for one in prediction.instances if one.score >= SHOWN))
 
 
 def write_page(
@@ -106,18 +126,19 @@ def write_page(
     """Write FOLDER/evaluation.html and its pictures FOLDER/NN-IMAGE.jpg; return the paths of all files.
 
     The page is self-contained. It shows the metrics and `facts` (images per second, ...), the `count` worst
-    images, and the metrics of each class.
+    images, and the metrics of each class. A picture that cannot be made is left out, with a warning.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rated, classes = worst_first(evaluation), evaluation.catalog.classes
     files, figures = [], []
     for rank, one in enumerate(rated[:count], 1):
-        jpeg = encode_jpeg(picture(one.prediction, one.record, classes))
-        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in one.record.image_id)
-        files.append(folder / f"{rank:02d}-{name[-80:]}.jpg")  # file names are limited to 255 bytes
+        jpeg = _jpeg(one, classes)
+        if jpeg is None:
+            continue
+        files.append(folder / f"{rank:02d}-{file_stem(one.record.image_id)}.jpg")
         files[-1].write_bytes(jpeg)
         quality = "no quality" if one.quality is None else f"quality {one.quality:.0%}"
-        caption = f"<b>{html.escape(one.record.image_id)}</b> {quality}: {html.escape(one.reason)}"
+        caption = f"<b>{_text(one.record.image_id)}</b> {quality}: {html.escape(one.reason)}"
         data = base64.b64encode(jpeg).decode()
         figures.append(
             f'<figure><figcaption>{caption}</figcaption><img src="data:image/jpeg;base64,{data}" '
@@ -126,6 +147,21 @@ def write_page(
     page = folder / "evaluation.html"
     page.write_text(_page(title, len(rated), figures, evaluation.scores, facts or {}), encoding="utf-8")
     return [page, *files]
+
+
+def file_stem(image_id: str) -> str:
+    """A file name without a suffix, of at most 200 bytes, from the end of an image's id."""
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in image_id)
+    return name.encode()[-_NAME_BYTES:].decode(errors="ignore")
+
+
+def _jpeg(one: Rating, classes: ClassTable) -> bytes | None:
+    what = f"picture of image {one.record.image_id}"
+    return attempted(lambda: encode_jpeg(picture(one.prediction, one.record, classes)), what)
+
+
+def _text(text: str) -> str:
+    return html.escape(printable(text))
 
 
 _STYLE = """
@@ -148,21 +184,20 @@ figcaption { margin-bottom: .3rem; overflow-wrap: anywhere; }
 def _page(title: str, images: int, figures: Sequence[str], scores: Scores, facts: Mapping[str, str]) -> str:
     values = {name: f"{value:.1f}" for name, value in scores.summary.items()} | dict(facts)
     cells = "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
-        for name, value in values.items()
+        f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in values.items()
     )
     columns = list(dict.fromkeys(name for row in scores.per_class.values() for name in row))
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
+    head = "".join(f"<th>{_text(c)}</th>" for c in columns)
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td>"
+        f"<tr><td>{_text(name)}</td>"
         + "".join(f"<td>{f'{row[c]:.1f}' if c in row else '–'}</td>" for c in columns)
         + "</tr>"
         for name, row in scores.per_class.items()
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1>
+<title>{_text(title)}</title><style>{_STYLE}</style></head><body>
+<h1>{_text(title)}</h1>
 <p>{images} images; metrics in percent.</p>
 <dl>{cells}</dl>
 <h2>Worst images first</h2>

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mpformer import atomic
 from mpformer.data.records import Catalog
+from mpformer.draw import attempted
 from mpformer.evaluate.evaluation import measure
 from mpformer.evaluate.pages import write_page
 from mpformer.evaluate.prediction import Prediction
@@ -117,7 +118,8 @@ class Reporter(SilentReporter):
         self._tracker.log(step, {**evaluation.values(), **values})
         count = self._config.evaluate.pictures
         if self._plan.is_last(step) and count:
-            write_page(self._files.pictures, f"{self._config.name}, step {step}", evaluation, count=count)
+            folder, title = self._files.pictures, f"{self._config.name}, step {step}"
+            attempted(lambda: write_page(folder, title, evaluation, count=count), "page of the evaluation")
         return evaluation.scores.summary
 
     def save(
