@@ -199,8 +199,8 @@ def curves(
     path: Path,
     *,
     bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
-) -> None:
-    """Plot curves of (x, y) points to a PNG at `path`; they differ in colour, dash and marker.
+) -> Path:
+    """Plot curves of (x, y) points to a PNG at `path`, returned; they differ in colour, dash and marker.
 
     `bands` shades (x, low, high) around the curve of the same name. A series without points still has an
     entry in the legend.
@@ -237,6 +237,7 @@ def curves(
             entry.set(text=plot_text(name), parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+    return path
 
 
 # --- parts ----------------------------------------------------------------------------------------

@@ -88,13 +88,15 @@ class ClassInfo:
     """One class of a data set: its name, whether it is countable, its colour and its id at the source."""
 
     name: str
+    """On one line: what `printable` makes of it."""
     source_id: int
     is_thing: bool = True
     color: tuple[int, int, int] = (0, 0, 0)
     """RGB, 0..255."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", encodable(self.name))
+        # it stands in tables, pages and records of runs
+        object.__setattr__(self, "name", printable(str(self.name)))
 
 
 @dataclass(frozen=True)

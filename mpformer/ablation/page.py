@@ -7,6 +7,9 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpformer.ablation.tables import cells_of
+from mpformer.types import printable
+
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
@@ -22,7 +25,7 @@ def html_page(title: str, markdown: str, pictures: Sequence[Path]) -> str:
     figures = "\n".join(_figure(path) for path in pictures)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"<title>{html.escape(title)}</title>\n"
+        f"<title>{html.escape(printable(title))}</title>\n"
         f"<style>{_STYLE}</style>\n</head>\n<body>\n{_body(markdown)}\n"
         + (f"<h2>Training-speed curves</h2>\n{figures}\n" if figures else "")
         + "</body>\n</html>\n"
@@ -55,7 +58,7 @@ def _body(markdown: str) -> str:
 
 
 def _table(lines: Sequence[str]) -> str:
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    rows = [cells_of(line) for line in lines]
     head, body = rows[0], rows[2:]
 
     def row(cells: Sequence[str], tag: str) -> str:

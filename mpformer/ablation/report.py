@@ -10,6 +10,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mpformer import draw
@@ -30,6 +31,7 @@ from mpformer.ablation.statistics import (
 from mpformer.ablation.studyfile import split_column
 from mpformer.ablation.tables import MISSING, figure_text, markdown_table
 from mpformer.tracking.run_dir import ReportDir, StudyDir
+from mpformer.types import printable
 
 NO_SUCH = "–†"
 UNTRAINED = "untrained"
@@ -124,7 +126,7 @@ def markdown(study: Study, table: Sequence[Cell], results: Results) -> str:
     finished = sum(run.finished for runs in results.values() for run in runs.values())
     seeds = f"seed{'s' if len(study.seeds) > 1 else ''} {', '.join(map(str, study.seeds))}"
     state = f"{study.name}, {seeds}: {finished} of {len(study.trials())} runs finished."
-    text = [f"# {study.file.title}", "", state, "", *markdown_table(table_lines(study, table)), ""]
+    text = [f"# {printable(study.file.title)}", "", state, "", *markdown_table(table_lines(study, table)), ""]
     text += _notes(study, table)
     if sentences := ordering_sentences(study, results):
         text += ["", "## Order of the rows", "", *(f"- {sentence}" for sentence in sentences)]
@@ -312,8 +314,10 @@ def write_curves(study: Study, results: Results, folder: Path) -> list[Path]:
             bands = {name: _band(line) for name, line in lines.items()}
             stem = column.replace("val/", "").replace("/", "-").replace(":", "-")
             path = ReportDir(folder).curve(stem if x == study.file.x else f"{stem}-{x.replace('_', '-')}")
-            draw.curves(series, label, heading.title, study.file.title, path, bands=bands)
-            written.append(path)
+            title = study.file.title
+            drawing = partial(draw.curves, series, label, heading.title, title, path, bands=bands)
+            if draw.attempted(drawing, str(path)):
+                written.append(path)
     return written
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from mpformer import draw
@@ -10,7 +11,7 @@ from mpformer.ablation.tables import figure_text, markdown_table
 from mpformer.config import load_config
 from mpformer.tracking.record import read_metrics, read_summary, record_files
 from mpformer.tracking.run_dir import RunDir
-from mpformer.types import InputError
+from mpformer.types import InputError, printable
 
 
 def write_run_report(run_dir: Path) -> tuple[str, list[Path]]:
@@ -32,7 +33,7 @@ def write_run_report(run_dir: Path) -> tuple[str, list[Path]]:
     for step, values in evaluations:
         figures = (figure_text(values.get(key), 2) for key in keys)
         table.append([str(step), str(step * config.train.batch_size), *figures])
-    lines = [f"# {title}", "", *markdown_table(table), ""]
+    lines = [f"# {printable(title)}", "", *markdown_table(table), ""]
     summary = read_summary(run_dir)
     if summary is None:
         lines.append(f"Not finished: the record ends at step {history[-1][0] if history else 0}.")
@@ -48,7 +49,9 @@ def write_run_report(run_dir: Path) -> tuple[str, list[Path]]:
     for key in keys:
         points = [(step * config.train.batch_size, v[key]) for step, v in evaluations if key in v]
         path = report.curve(key.removeprefix("val/"))
-        draw.curves({title: points}, "training images seen", key.removeprefix("val/"), title, path)
-        curves.append(path)
+        name = key.removeprefix("val/")
+        drawing = partial(draw.curves, {title: points}, "training images seen", name, title, path)
+        if draw.attempted(drawing, str(path)):
+            curves.append(path)
     report.page.write_text(html_page(title, text, curves), encoding="utf-8")
     return text, [report.table, report.page, *curves]

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+from mpformer.types import printable
 
 MISSING = "–"
 """Not measured."""
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> list[str]:
-    """A header and lines of equal length as aligned lines of Markdown: the first column to the left."""
+    """A header and lines of equal length as aligned lines of Markdown: the first column to the left.
+
+    A "|" in a cell is written as "\\|", a line feed as "\\n".
+    """
+    lines = [[printable(text).replace("|", "\\|") for text in line] for line in lines]
     first, *others = ([len(text) for text in column] for column in zip(*lines))
     widths = [max(first), *map(max, others)]
     rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
     header, *body = (_padded(line, widths) for line in lines)
     return [header, f"|{rule}|", *body]
+
+
+def cells_of(line: str) -> list[str]:
+    """The cells of a line of `markdown_table`, as they were given."""
+    inside = line.strip().removeprefix("|").removesuffix("|")
+    return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", inside)]
 
 
 def _padded(line: Sequence[str], widths: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mpformer.tracking.progress import QUALITY, Follower, Tally, follow
+from mpformer.types import printable
 
 LINES_AROUND = 6
 """Lines of a terminal that hold no run: the title, the table's header and frame, and the cursor."""
@@ -57,7 +58,7 @@ def _table(followers: Sequence[Follower], tally: Tally, height: int) -> Group:
         state, values = states[follower], follower.values
         total = f"/{follower.total_steps}" if follower.total_steps else ""
         table.add_row(
-            follower.label,
+            Text(printable(follower.label)),  # not markup
             (follower.time_left or state) if state == "running" else state,
             f"{follower.step}{total}" if follower.begun else "",
             _number(values.get("train/loss"), 3),
