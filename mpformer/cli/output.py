@@ -7,6 +7,8 @@ import io
 import unicodedata
 from typing import TextIO
 
+from mpformer.types import encodable
+
 _ERRORS = "mpformer.plain"
 _PLAIN = {"±": "+/-", "–": "-", "−": "-", "—": "-", "×": "x", "†": "+", "…": "...", "→": "->", "λ": "lambda"}
 
@@ -24,10 +26,13 @@ def print_any_text(stream: TextIO) -> None:
 
 
 def _in_plain_characters(error: UnicodeError) -> tuple[str | bytes, int]:
-    """An error handler of `codecs`: "±" becomes "+/-", "é" becomes "e", what has no such form "?"."""
+    """An error handler of `codecs`: "±" becomes "+/-", "é" becomes "e", what has no such form "?".
+
+    A byte that is not UTF-8 in a file's name becomes `\\xff`, in any encoding.
+    """
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    found = error.object[error.start : error.end]
+    found = encodable(error.object[error.start : error.end])
     return "".join(_PLAIN.get(character) or _decomposed(character) for character in found), error.end
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
+import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ GROUP = 16
 _OPEN_GROUPS = 16
 """Groups that a process keeps in memory."""
 MANIFEST = "manifest.json"
+_BITS = (None, *range(8, 17))
+"""What `data.bits` may be."""
 VERSION = 1
 
 _SEGMENTS = pa.list_(
@@ -58,7 +62,7 @@ def open_packed(root: str, folder: str, task: str) -> tuple[ClassTable, PackedRe
     """A packed split; `InputError` where it is missing, incomplete, truncated or cannot serve the task."""
     place = f"{root.rstrip('/')}/{folder}"
     store = Store(place)
-    manifest = store.read_json(MANIFEST)
+    manifest = _manifest(store)
     if manifest is None:
         raise InputError(f"{place}: no {MANIFEST}: a split that `mpformer data pack` wrote is expected")
     if not manifest["complete"]:
@@ -81,6 +85,24 @@ def open_packed(root: str, folder: str, task: str) -> tuple[ClassTable, PackedRe
     return ClassTable.from_dict(manifest), records
 
 
+def _manifest(store: Store) -> dict[str, Any] | None:
+    """The manifest, its form checked; None where there is none."""
+    manifest = store.read_json(MANIFEST)
+    if manifest is None:
+        return None
+    try:
+        ClassTable.from_dict(manifest)
+        counts = [manifest["group"], *(n for s in manifest["shards"] for n in (s["rows"], s["bytes"]))]
+        texts = [t for s in manifest["shards"] for t in (s["name"], s["sha256"])]
+        sound = all(isinstance(n, int) and n > 0 for n in counts) and all(isinstance(t, str) for t in texts)
+        sound = sound and {"complete", "objects"} <= manifest.keys() and manifest.get("bits") in _BITS
+    except (AttributeError, LookupError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise InputError(f"{store.place}/{MANIFEST}: not a manifest that `mpformer data pack` wrote")
+    return manifest
+
+
 def is_packed(root: str) -> bool:
     """Whether a place, local or an object store, holds what `pack` writes."""
     return Store(f"{root.rstrip('/')}/train").sizes([MANIFEST])[MANIFEST] is not None
@@ -89,7 +111,7 @@ def is_packed(root: str) -> bool:
 def verify(root: str, folder: str) -> list[str]:
     """One line for each shard whose checksum is not that of the manifest."""
     store = Store(f"{root.rstrip('/')}/{folder}")
-    manifest = store.read_json(MANIFEST) or {"shards": []}
+    manifest = _manifest(store) or {"shards": []}
     wrong = []
     for shard in manifest["shards"]:
         if hashlib.sha256(store.read(shard["name"])).hexdigest() != shard["sha256"]:
@@ -117,7 +139,12 @@ class PackedRecords(Records):
     def read(self, index: int) -> Record:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         group, row = divmod(index - self.starts[shard], self.group)
-        return _record(_read_group(self.place, self.shards[shard], group), row, self.bits)
+        table = _read_group(self.place, self.shards[shard], group)
+        try:
+            return _record(table, row, self.bits)
+        except (LookupError, TypeError, ValueError, struct.error, pa.ArrowException) as error:
+            where = f"{self.place}/{self.shards[shard]}: row {row} of group {group}"
+            raise InputError(f"{where} is not as `mpformer data pack` writes it: {error!r}") from error
 
     def fingerprint(self) -> str:
         """Of all bytes of the shards, images included."""
@@ -134,7 +161,7 @@ def _read_group(place: str, shard: str, group: int) -> pa.Table:
     try:
         with _READING:
             return _open_shard(place, shard).read_row_group(group)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, IndexError, pa.ArrowException) as error:
         raise InputError(f"{place}/{shard}: group {group} cannot be read: {error}") from None
 
 
@@ -179,7 +206,12 @@ class Store:
 
     def open(self, name: str) -> pa.NativeFile:
         """A seekable file, opened for reading; raises OSError."""
-        return self._files.open_input_file(f"{self._path}/{name}")
+        return self._files.open_input_file(self._at(name))
+
+    def _at(self, name: str) -> str | bytes:
+        """The path of a file; on a local disk as bytes, which need not be UTF-8."""
+        path = f"{self._path}/{name}"
+        return os.fsencode(path) if isinstance(self._files, pafs.LocalFileSystem) else path
 
     def read(self, name: str) -> bytes:
         try:
@@ -192,12 +224,15 @@ class Store:
         """The content, None where there is no such file."""
         if self.sizes([name])[name] is None:
             return None
-        return json.loads(self.read(name))
+        try:
+            return json.loads(self.read(name))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{self.place}/{name}: not JSON: {error}") from None
 
     def sizes(self, names: Sequence[str]) -> dict[str, int | None]:
         """Bytes of each file, None where there is none."""
         try:
-            infos = self._files.get_file_info([f"{self._path}/{name}" for name in names])
+            infos = self._files.get_file_info([self._at(name) for name in names])
         except OSError as error:
             raise InputError(f"{self.place}: cannot be reached: {error}") from None
         return {name: info.size for name, info in zip(names, infos)}
@@ -206,9 +241,8 @@ class Store:
         """Write a file atomically: an object store shows it when closed, a local disk when renamed."""
         local = isinstance(self._files, pafs.LocalFileSystem)
         if local:
-            self._files.create_dir(self._path, recursive=True)
-        target = f"{self._path}/{name}"
-        with self._files.open_output_stream(f"{target}.part" if local else target) as file:
+            self._files.create_dir(self._at("."), recursive=True)
+        with self._files.open_output_stream(self._at(f"{name}.part" if local else name)) as file:
             file.write(content)
         if local:
-            self._files.move(f"{target}.part", target)
+            self._files.move(self._at(f"{name}.part"), self._at(name))
