@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -15,7 +15,7 @@ from mpformer.ablation.spec import Study, Trial
 from mpformer.ablation.studyfile import message
 from mpformer.config import Config, duration_in_steps
 from mpformer.config.section import Count, NonNegative, Positive, Section
-from mpformer.config.yamlfile import nearest, read_yaml
+from mpformer.config.yamlfile import nearest, read_yaml, value_of
 from mpformer.tracking.record import read_summary
 from mpformer.types import InputError
 
@@ -41,10 +41,10 @@ class PlanOptions(Section):
     """From an interruption until the run trains again."""
 
     @classmethod
-    def read(cls, options: Mapping[str, Any]) -> PlanOptions:
-        """Raises `InputError` naming the option and the nearest right one."""
+    def read(cls, options: Mapping[str, str]) -> PlanOptions:
+        """Of the command line's texts. Raises `InputError` naming the option and the nearest right one."""
         try:
-            return cls.model_validate(dict(options))
+            return cls.model_validate({key: value_of(f"{key}={text}", cls) for key, text in options.items()})
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))

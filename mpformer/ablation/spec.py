@@ -19,7 +19,7 @@ from mpformer.ablation.studyfile import Profile, Row, Seeds, StudyFile, check, m
 from mpformer.config import Config, build_config, flatten, inline_dataset, read_recipe, run_name
 from mpformer.config.section import Section
 from mpformer.config.shipped import locate
-from mpformer.config.yamlfile import Source, merge, nearest, parse_scalar, read_yaml
+from mpformer.config.yamlfile import Source, merge, nearest, parse_scalar, read_yaml, value_of
 from mpformer.tracking.run_dir import RunDir
 from mpformer.types import InputError, Task
 
@@ -61,8 +61,8 @@ class Study:
     runs: Mapping[tuple[str, str], Config]
     """By (row, part), in the order of the file."""
     seeds: tuple[int, ...]
-    options: Mapping[str, Any]
-    """`plan.KEY=value` of the command line."""
+    options: Mapping[str, str]
+    """`plan.KEY=value` of the command line, as it is written there."""
 
     @property
     def name(self) -> str:
@@ -210,12 +210,13 @@ class _Layers:
         for key, value in flatten(tree).items():
             if _under(key, self.profile.drop):
                 continue
-            if (known := self.profile.replace.get(key)) is not None:
+            if (listed := self.profile.replace.get(key)) is not None:
+                known = {parse_scalar(there): here for there, here in listed.items()} | listed
                 if value not in known:
                     place = self.source.place([*keys.split("."), key])
                     raise InputError(
                         f"{place}: {keys}.{key}: {value} has no counterpart in "
-                        f"{self.profile_key}.replace.{key}; known: {', '.join(map(str, known))}"
+                        f"{self.profile_key}.replace.{key}; known: {', '.join(listed)}"
                     )
                 value = known[value]
             result[key] = value
@@ -232,17 +233,23 @@ def _with_profiles(source: Source) -> Source:
     if (name := source.tree.get("profiles_from")) is None:
         return source
     named_by = f"{source.place(['profiles_from'])}: profiles_from"
-    shared = read_yaml(locate(str(name), source.path.parent), named_by)
-    folder = shared.path.parent
-    for profile in shared.tree.values():
+    shared = read_yaml(locate(source.text("profiles_from", name), source.path.parent), named_by)
+
+    def placed(recipe: Any, key: str) -> str:
+        return str(locate(shared.text(key, recipe), shared.path.parent).resolve())
+
+    for name, profile in shared.tree.items():
         base = profile.get("base")
         if isinstance(base, dict):
-            profile["base"] = {task: str(locate(recipe, folder).resolve()) for task, recipe in base.items()}
+            profile["base"] = {task: placed(base[task], f"{name}.base.{task}") for task in base}
         elif base is not None:
-            profile["base"] = str(locate(base, folder).resolve())
+            profile["base"] = placed(base, f"{name}.base")
     profiles = merge(shared.tree, source.tree.get("profiles") or {})
-    places = {f"profiles.{key}": place for key, place in shared.places.items()}
-    return Source(source.path, {**source.tree, "profiles": profiles}, {**places, **source.places})
+    places, texts = (
+        {f"profiles.{key}": value for key, value in noted.items()} for noted in (shared.places, shared.texts)
+    )
+    tree = {**source.tree, "profiles": profiles}
+    return Source(source.path, tree, {**places, **source.places}, {**texts, **source.texts})
 
 
 def _recipe(source: Source, name: str, keys: Sequence[str]) -> Source:
@@ -257,7 +264,7 @@ class _Chosen(Section):
 
     profile: str | None = None
     seeds: Seeds | None = None
-    plan: dict[str, Any] = Field(default_factory=dict)
+    plan: dict[str, str] = Field(default_factory=dict)
 
 
 def _split_settings(path: Path, file: StudyFile, settings: Sequence[str]) -> tuple[_Chosen, list[str]]:
@@ -266,9 +273,9 @@ def _split_settings(path: Path, file: StudyFile, settings: Sequence[str]) -> tup
     for text in settings:
         key, _, value = text.partition("=")
         if key in ("profile", "seeds"):
-            of_study[key] = parse_scalar(value)
+            of_study[key] = value_of(text, _Chosen)
         elif key.startswith("plan."):
-            of_study["plan"][key.removeprefix("plan.")] = parse_scalar(value)
+            of_study["plan"][key.removeprefix("plan.")] = value
         elif key in ("train.seed", "name"):
             hint = "give seeds=[...] instead" if key == "train.seed" else "a run is named after its row"
             raise InputError(f"setting '{text}': {hint}")
@@ -297,8 +304,11 @@ def _settings(study: Source, tree: Mapping[str, Any], keys: str) -> Source:
             value = {part: value}
         nested = merge(nested, value)
     prefix = keys + "."
-    places = {key.removeprefix(prefix): at for key, at in study.places.items() if key.startswith(prefix)}
-    return inline_dataset(Source(study.path, nested, places), study.path.parent)
+    places, texts = (
+        {key.removeprefix(prefix): value for key, value in noted.items() if key.startswith(prefix)}
+        for noted in (study.places, study.texts)
+    )
+    return inline_dataset(Source(study.path, nested, places, texts), study.path.parent)
 
 
 __all__ = ["Study", "Trial", "load_study", "split_column"]

@@ -208,7 +208,7 @@ StudyFile.model_rebuild()
 def check(source: Source) -> StudyFile:
     """The file against its schema, and its names against each other. Raises `InputError` naming the place."""
     try:
-        file = StudyFile.model_validate(source.tree)
+        file = StudyFile.model_validate(source.as_written(StudyFile))
     except ValidationError as error:
         raise InputError(_explain(error, source)) from None
     for name, names, what, keys in _names(file):

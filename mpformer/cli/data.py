@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpformer import shell
 from mpformer.cli.output import say
 from mpformer.config import Config, build_config, inline_dataset, load_config
-from mpformer.config.yamlfile import Source, nearest
+from mpformer.config.yamlfile import Source, nearest, quoted
 from mpformer.types import InputError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def data_check(place: str, fix: str | None, settings: Sequence[str]) -> None:
     if _is_data(place):
         command = training_command(data, "coco-tiny", settings)
     else:
-        command = " ".join(["mpformer train", place, *settings])
+        command = shell.command("train", Path(place), *settings)
     if (found := obstacle(reports, data.on_bad_sample)) is not None:
         raise InputError(f"{place}: {found}")
     say(f"train on it: {command}")
@@ -86,7 +86,7 @@ def data_convert(source: str, out: str, settings: Sequence[str]) -> None:
         say(line)
     say(f"all of this, with every place: {Path(out) / REPORT}")
     place = f"./{out}" if out.startswith("-") else out
-    say(f"next: mpformer data check {shlex.quote(place)}")
+    say(f"next: {shell.command('data', 'check', Path(place))}")
 
 
 def data_pack(place: str, out: str, settings: Sequence[str]) -> None:
@@ -95,7 +95,7 @@ def data_pack(place: str, out: str, settings: Sequence[str]) -> None:
 
     counts = pack(_config_at(place, settings).data, out)
     say(f"{out}: {counts['train']} training and {counts['val']} validation images")
-    say(f"in a recipe: data: {{root: {out}, dataset: {{format: packed}}}}")
+    say(f"in a recipe: data: {{root: {quoted(out)}, dataset: {{format: packed}}}}")
 
 
 def data_show(place: str, out: str, settings: Sequence[str]) -> None:
@@ -188,5 +188,6 @@ def _config_at(place: str, settings: Sequence[str]) -> Config:
         say(note)
     dataset = found.dataset
     task = "panoptic" if dataset.format == "coco_panoptic" else "instance"
-    source = Source(Path(place), {"data": {"root": place, "task": task, "dataset": dataset.model_dump()}}, {})
+    root = f"./{place}" if place.startswith("~") else place  # of a setting, ~ is the home folder
+    source = Source(Path(place), {"data": {"root": root, "task": task, "dataset": dataset.model_dump()}}, {})
     return build_config(inline_dataset(source.overridden(settings), Path()))

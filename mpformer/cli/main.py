@@ -40,5 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(code: int, reason: str) -> int:
-    print(f"mpformer: {' '.join(reason.split())}", file=sys.stderr)
+    # line breaks only: two spaces in a command that the message proposes are two spaces of a name
+    line = " ".join(stripped for line in reason.splitlines() if (stripped := line.strip()))
+    print(f"mpformer: {line}", file=sys.stderr)
     return code

@@ -6,6 +6,7 @@ A command names its function and has an argument for each of the function's para
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 from mpformer import __version__
 from mpformer.cli import checkpoints, data, runs, studies, weights
 from mpformer.config.yamlfile import nearest
+from mpformer.shell import SETTING, place
 from mpformer.types import InputError
 
 RECIPE = "a recipe: a file, or the name of a shipped one, such as coco-tiny"
@@ -22,12 +24,12 @@ CHECKPOINT = "a run's folder, one of its checkpoints, or a .safetensors file of 
 DATA = "a data folder, or a recipe"
 OTHER_DATA = "a data folder, or a recipe to take the data of"
 SETTINGS = "settings to change, for instance train.lr=2e-4"
-IMAGES = "image files or folders; and key=value settings, for instance evaluate.batch=8"
+IMAGES = "image files or folders (a=b.png: ./a=b.png); and key=value settings, for instance evaluate.batch=8"
 
 if TYPE_CHECKING:
     _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
-
-_SETTING = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
+VALUED, FLAGS = ("--only", "--data", "--out"), ("--plan", "--help", "-h", "--version")
+"""The options that the next argument belongs to, and the others."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -169,14 +171,50 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
 def parse(argv: Sequence[str]) -> tuple[Callable[..., None], dict[str, Any]]:
     """The function that a command line calls, and its arguments.
 
-    `key=value` settings may stand anywhere after the command. Raises `InputError` for a line that is none of
-    ours.
+    `key=value` settings may stand anywhere after the command. An argument that names an existing file or
+    folder is a path, also where it looks like a setting or an option; so is the value of an option, and what
+    stands behind `--`. Raises `InputError` for a line that is none of ours.
     """
-    settings = [text for text in argv if _SETTING.fullmatch(text)]
-    arguments = vars(build_parser().parse_args([text for text in argv if text not in settings]))
+    settings, others = _split(argv)
+    try:
+        arguments = vars(build_parser().parse_args(others))
+    except InputError as error:
+        odd = [text for text in argv if place(text) != text and text not in (*VALUED, *FLAGS, "--")]
+        hint = f"; if '{odd[0]}' is a path, it is written {place(odd[0])}" if odd else ""
+        raise InputError(f"{error}{hint}") from None
     function, prog = arguments.pop("function"), arguments.pop("prog")
     if "settings" in arguments:
         arguments["settings"] = [*arguments["settings"], *settings]
     elif settings:
         raise InputError(f"setting '{settings[0]}': `{prog}` takes no settings")
     return function, arguments
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The `key=value` settings among the arguments, and the others in a form that argparse understands."""
+    settings: list[str] = []
+    others: list[str] = []
+    for index, text in enumerate(argv):
+        if "--" in argv[:index]:
+            others.append(text)
+        elif others and (option := others[-1]) == argv[index - 1] and _takes_value(option):
+            others[-1:] = [option, text] if text in (*VALUED, *FLAGS, "--") else [f"{option}={text}"]
+        elif SETTING.fullmatch(text) and not _exists(text):
+            settings.append(text)
+        elif text.startswith("-") and text not in (*VALUED, *FLAGS) and _exists(text):
+            others.append(place(text))
+        else:
+            others.append(text)
+    return settings, others
+
+
+def _takes_value(option: str) -> bool:
+    """Whether the next argument is this option's value; options may be shortened."""
+    return len(option) > 2 and any(valued.startswith(option) for valued in VALUED)
+
+
+def _exists(text: str) -> bool:
+    try:
+        return os.path.exists(text)
+    except ValueError:  # a null character
+        return False

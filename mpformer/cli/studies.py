@@ -15,6 +15,7 @@ from mpformer.ablation.spec import Study, Trial, load_study
 from mpformer.cli.output import say
 from mpformer.cli.runs import stored_absolutely, tell_tracking_problems
 from mpformer.config.shipped import experiments
+from mpformer.shell import command
 from mpformer.tracking.run_dir import RunDir, StudyDir
 from mpformer.types import InputError, RunError
 
@@ -197,9 +198,8 @@ def report(place: str, settings: Sequence[str]) -> None:
     else:
         results, where = collect(study), str(study.folder)
     if not any(results.values()):
-        raise InputError(
-            f"{where}: no run of this study, with these settings: mpformer ablate {place} starts them"
-        )
+        start = command("ablate", Path(place), *(text for text in settings if text not in source))
+        raise InputError(f"{where}: no run of this study, with these settings: {start} starts them")
     _write_report(study, results)
 
 

@@ -41,12 +41,12 @@ def read_recipe(path: str | Path) -> Source:
     path = source.path
     base = source.tree.pop("base", None)
     if base is not None:
-        parent = read_yaml(locate(str(base), path.parent).resolve(), named_by=f"{path}: base")
+        parent = read_yaml(locate(source.text("base", base), path.parent).resolve(), named_by=f"{path}: base")
         if "base" in parent.tree:
             raise InputError(
                 f"{parent.path}: a base has no base of its own; lay {path.name} over {parent.tree['base']}"
             )
-        if isinstance(_section(source, "data").get("dataset"), str):
+        if _dataset_file(source) is not None:
             _section(parent, "data").pop("dataset", None)  # nothing of the base's data set stays
         source = inline_dataset(parent, parent.path.parent).laid_under(inline_dataset(source, path.parent))
     else:
@@ -60,21 +60,28 @@ def _section(source: Source, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _dataset_file(source: Source) -> str | None:
+    """The file that `data.dataset` names; None where it is a section, or nothing."""
+    value = _section(source, "data").get("dataset")
+    return None if value is None or isinstance(value, dict) else source.text("data.dataset", value)
+
+
 def inline_dataset(source: Source, folder: Path) -> Source:
     """With the file that `data.dataset` names, if it names one, read in its place.
 
     It is relative to `folder`, or the name of a shipped one.
     """
-    data = source.tree.get("data")
-    if isinstance(data, dict) and isinstance(data.get("dataset"), str):
-        dataset = read_dataset(
-            locate(data["dataset"], folder, DATA_SETS),
-            named_by=f"{source.place(['data', 'dataset'])}: data.dataset",
-        )
-        tree = {**source.tree, "data": {**data, "dataset": dataset.tree}}
-        places = {f"data.dataset.{key}": place for key, place in dataset.places.items()}
-        return Source(source.path, tree, {**source.places, **places})
-    return source
+    if (name := _dataset_file(source)) is None:
+        return source
+    dataset = read_dataset(
+        locate(name, folder, DATA_SETS), named_by=f"{source.place(['data', 'dataset'])}: data.dataset"
+    )
+    tree = {**source.tree, "data": {**source.tree["data"], "dataset": dataset.tree}}
+    places, texts = (
+        {f"data.dataset.{key}": value for key, value in noted.items()}
+        for noted in (dataset.places, dataset.texts)
+    )
+    return Source(source.path, tree, {**source.places, **places}, {**source.texts, **texts})
 
 
 def read_dataset(path: Path, named_by: str = "") -> Source:
@@ -87,7 +94,7 @@ def read_dataset(path: Path, named_by: str = "") -> Source:
 def build_config(source: Source) -> Config:
     """Check a tree of settings against the schema; `InputError` names the place of the first error."""
     try:
-        return Config.model_validate(source.tree)
+        return Config.model_validate(source.as_written())
     except ValidationError as error:
         raise InputError(_explain(error, source)) from None
 

@@ -16,10 +16,10 @@ from pydantic import (
     model_validator,
 )
 
+from mpformer.config.nearest import nearest
 from mpformer.config.plugins import BY_NAME, PLUGIN_TAG, Options, Plugin, Reference
 from mpformer.config.plugins import kind as by_kind
 from mpformer.config.section import Count, Fraction, NonNegative, Section
-from mpformer.config.yamlfile import nearest
 from mpformer.plugin import is_reference
 from mpformer.types import MEMORY_STRIDES
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
+from mpformer.config import texts
+from mpformer.config.nearest import nearest as nearest
+from mpformer.config.run import Config
 from mpformer.config.shipped import RECIPES, shipped_files
 from mpformer.plugin import is_reference
 from mpformer.types import InputError
@@ -19,12 +23,14 @@ from mpformer.types import InputError
 
 @dataclass
 class Source:
-    """A tree of settings and the file and line of each dotted key."""
+    """A tree of settings, and of each dotted key the file and line and what is written there."""
 
     path: Path
     tree: dict[str, Any]
     places: dict[str, str]
     """{'train.lr': 'recipe.yaml:12'}"""
+    texts: dict[str, str] = field(default_factory=dict)
+    """{'data.root': '2024-01-15'}: of values that stand without quotes and that YAML reads as no text."""
 
     def place(self, keys: Sequence[str]) -> str:
         """Where a key, or else its nearest enclosing section, was written."""
@@ -35,20 +41,28 @@ class Source:
 
     def laid_under(self, over: Source) -> Source:
         """This tree with another laid over it; lists and scalars are replaced whole."""
-        return Source(over.path, merge(self.tree, over.tree), {**self.places, **over.places})
+        both = {**self.places, **over.places}, {**self.texts, **over.texts}
+        return Source(over.path, merge(self.tree, over.tree), *both)
+
+    def text(self, key: str, value: Any) -> str:
+        """As `value`, which stands under a dotted key, is written."""
+        return self.texts.get(key) or str(value)
+
+    def as_written(self, schema: type[BaseModel] = Config) -> dict[str, Any]:
+        """The tree with the settings that are text as they are written, whatever YAML reads."""
+        return texts.as_written(self.tree, self.texts, schema, parse_scalar)
 
     def overridden(self, overrides: Sequence[str]) -> Source:
-        """With `key.sub=value` settings laid over; values are read as YAML."""
-        result = Source(self.path, copy.deepcopy(self.tree), dict(self.places))
+        """With `key.sub=value` settings laid over: those that are text as they stand, others read as YAML."""
+        result = Source(self.path, copy.deepcopy(self.tree), dict(self.places), dict(self.texts))
         for text in overrides:
             key, equals, value = text.partition("=")
             if not equals or not key or any(not part for part in key.split(".")):
                 raise InputError(f"setting '{text}': expected key.sub=value, for instance train.seed=1")
-            try:
-                parsed = parse_scalar(value)
-            except yaml.YAMLError as error:
-                raise InputError(f"setting '{text}': the value is not YAML: {_first_line(error)}") from None
+            parsed = value_of(text)
             result.set(key.split("."), parsed, f"setting '{text}'")
+            if isinstance(parsed, dict | list) and (node := yaml.compose(value, Loader=_Loader)) is not None:
+                _collect(node, "", f"{key}.", {}, result.texts)
         return result
 
     def set(self, keys: Sequence[str], value: Any, place: str) -> None:
@@ -64,21 +78,45 @@ class Source:
         self.places[".".join(keys)] = place
 
 
+_TEXT = "tag:yaml.org,2002:str"
+_UNQUOTED = re.compile("undefined alias|cannot start any token|mapping values are not allowed")
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number (YAML 1.1 requires a dot) and a duplicate key is an error."""
+    """Safe YAML in which 1e-4 is a number (YAML 1.1 requires a dot), a date or a key is text, and a duplicate
+    key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a name is expected", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"duplicate key '{key.value}'", key.start_mark
                 )
             seen.add(key.value)
+        self.flatten_mapping(node)
+        for key, _ in node.value:
+            key.tag = _TEXT  # a row may be called 2024 or no
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    """A number; text where it only looks like one, as 0x_ does."""
+    try:
+        return loader.construct_yaml_int(node)
+    except ValueError:
+        return node.value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+for _sign in ("value", "merge"):  # a value that is = or <<, which SafeLoader has no reading for
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_sign}", lambda loader, node: node.value)
+_Loader.yaml_implicit_resolvers = {
+    first: [resolver for resolver in resolvers if not resolver[0].endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 for _first in "-+0123456789":
     _Loader.yaml_implicit_resolvers.setdefault(_first, []).append(
         ("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+[eE][-+]?\d+$"))
@@ -86,8 +124,28 @@ for _first in "-+0123456789":
 
 
 def parse_scalar(text: str) -> Any:
-    """The value of a `key=value` setting."""
+    """The value that YAML reads from a text."""
     return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader subclass)
+
+
+def quoted(text: str) -> str:
+    """Text as a settings file, or a bracketed part of one, has it."""
+    return yaml.safe_dump([text], default_flow_style=True, allow_unicode=True, width=10**9)[1:-2]
+
+
+def value_of(setting: str, schema: type[BaseModel] = Config) -> Any:
+    """The value of `key.sub=value`: where `schema` declares text, the characters as they are, else YAML.
+
+    Raises `InputError` for what is no YAML, and for empty text.
+    """
+    key, _, text = setting.partition("=")
+    try:
+        return texts.given(text, schema, key, parse_scalar)
+    except yaml.YAMLError as error:
+        reason = f"the value is not YAML: {_first_line(error)}"
+    except ValueError as error:
+        reason = str(error)
+    raise InputError(f"setting '{setting}': {reason}")
 
 
 def read_yaml(path: Path, named_by: str = "", among: tuple[str, ...] = RECIPES) -> Source:
@@ -112,27 +170,31 @@ def read_yaml(path: Path, named_by: str = "", among: tuple[str, ...] = RECIPES) 
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise InputError(
-            f"{where}: not valid YAML: {getattr(error, 'problem', None) or _first_line(error)}"
-        ) from None
+        problem = getattr(error, "problem", None) or _first_line(error)
+        hint = "; text with such characters is written in quotes" if _UNQUOTED.search(problem) else ""
+        raise InputError(f"{where}: not valid YAML: {problem}{hint}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a mapping of settings is expected, not a {type(tree).__name__}")
-    places: dict[str, str] = {}
+    source = Source(path, tree, {})
     if node is not None:
-        _collect_places(node, path, "", places)
-    return Source(path, tree, places)
+        _collect(node, f"{path}:", "", source.places, source.texts)
+    return source
 
 
-def _collect_places(node: yaml.Node, path: Path, prefix: str, places: dict[str, str]) -> None:
+def _collect(
+    node: yaml.Node, where: str, prefix: str, places: dict[str, str], written: dict[str, str]
+) -> None:
+    """The place of every key below a node, and the text of each value that YAML reads as no text."""
+    inner: list[tuple[str, yaml.Node, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            places[name] = f"{path}:{key.start_mark.line + 1}"
-            _collect_places(value, path, name + ".", places)
+        inner = [(key.value, key, value) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            places[f"{prefix}{index}"] = f"{path}:{value.start_mark.line + 1}"
-            _collect_places(value, path, f"{prefix}{index}.", places)
+        inner = [(str(index), value, value) for index, value in enumerate(node.value)]
+    for name, at, value in inner:
+        places[prefix + name] = f"{where}{at.start_mark.line + 1}"
+        if isinstance(value, yaml.ScalarNode) and value.tag != _TEXT:
+            written[prefix + name] = value.value
+        _collect(value, where, f"{prefix}{name}.", places, written)
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -147,24 +209,6 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = merge(result[key], value) if both else copy.deepcopy(value)
     return result
-
-
-def nearest(wrong: str, names: Iterable[str], sections: bool = False) -> str:
-    """The name most similar to `wrong`; with `sections`, dotted prefixes of names are candidates, too."""
-    candidates = set(names)
-    if sections:
-        for name in list(candidates):
-            parts = name.split(".")
-            candidates.update(".".join(parts[:i]) for i in range(1, len(parts)))
-    depth = wrong.count(".")
-    last = wrong.rsplit(".", 1)[-1]
-
-    def likeness(name: str) -> tuple[float, int, str]:
-        whole = difflib.SequenceMatcher(None, wrong, name).ratio()
-        end = difflib.SequenceMatcher(None, last, name.rsplit(".", 1)[-1]).ratio()
-        return (whole + end, -abs(name.count(".") - depth), name)
-
-    return max(candidates, key=likeness, default="none")
 
 
 def nearest_path(path: Path, *, folder: bool = False) -> str:

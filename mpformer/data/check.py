@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from mpformer.data.names import is_litter
 from mpformer.data.obstacles import inspect_all, obstacles
 from mpformer.data.packed import verify
 from mpformer.data.records import Catalog
+from mpformer.shell import command
 from mpformer.types import InputError
 
 SMALL, LARGE = 32**2, 96**2
@@ -226,4 +226,4 @@ def training_command(data: Data, recipe: str, given: Sequence[str] = ()) -> str:
             if ours.share != theirs.share:
                 settings.append(f"data.dataset.{split}.share=[{ours.share[0]:g}, {ours.share[1]:g}]")
     settings += [text for text in given if text not in settings]
-    return " ".join(["mpformer train", recipe, *map(shlex.quote, settings)])
+    return command("train", recipe, *settings)

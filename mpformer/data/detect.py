@@ -6,7 +6,6 @@ What is missing or broken is reported with every file that was looked at; nothin
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from mpformer.data.coco import parse_json
 from mpformer.data.convert import recognise
 from mpformer.data.names import Files, is_litter
 from mpformer.data.packed import is_packed
+from mpformer.shell import command
 from mpformer.types import InputError
 
 _DEPTH = 3
@@ -133,9 +133,7 @@ def _way_on(root: Path) -> str:
     """What to do with a folder that holds another tool's annotations."""
     if (form := recognise(root)) is None:
         return "; for another form give a recipe"
-    return (
-        f"; it holds {form}: mpformer data convert {shlex.quote(str(root))} OUT makes COCO annotations of it"
-    )
+    return f"; it holds {form}: {command('data', 'convert', root, 'OUT')} makes COCO annotations of it"
 
 
 def _hold_out(root: Path, train: _Json, splits: dict[str, Split]) -> str:

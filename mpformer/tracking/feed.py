@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 from mpformer import atomic
+from mpformer.shell import command
 from mpformer.tracking.mlflow_store import first_line
 from mpformer.tracking.record import Point, merge_steps, read_points
 from mpformer.types import RunError
@@ -125,8 +126,8 @@ class Feed(ABC, Generic[_Note]):
         except self.failures() as error:
             reason = first_line(error)
             if self.note.problem is None:
-                message = "%s: %s. The run goes on; later: mpformer sync %s"
-                log.warning(message, self.name, reason, self.run_dir)
+                message = "%s: %s. The run goes on; later: %s"
+                log.warning(message, self.name, reason, command("sync", self.run_dir))
             self._held = None  # part of a batch may have arrived: ask the tracker next time
             now = time.monotonic()
             self._not_before = now + (now - began) / LONGEST_SHARE_WAITING

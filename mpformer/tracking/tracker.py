@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpformer.config import Config
+from mpformer.shell import command
 from mpformer.tracking.entry import Entry
 from mpformer.tracking.feed import Feed
 from mpformer.tracking.mlflow import Link, MlflowFeed
@@ -125,7 +126,7 @@ def problems(run_dir: Path) -> list[str]:
     found = {"MLflow": link.problem} if link is not None else {}
     found |= {note.kind: note.problem for _, note in known_notes(run_dir)}
     return [
-        f"{name} lacks a part of this run ({problem}); later: mpformer sync {run_dir}"
+        f"{name} lacks a part of this run ({problem}); later: {command('sync', run_dir)}"
         for name, problem in found.items()
         if problem is not None
     ]
