@@ -85,8 +85,7 @@ def data_convert(source: str, out: str, settings: Sequence[str]) -> None:
     for line in done.lines(most=3):
         say(line)
     say(f"all of this, with every place: {Path(out) / REPORT}")
-    place = f"./{out}" if out.startswith("-") else out
-    say(f"next: {shell.command('data', 'check', Path(place))}")
+    say(f"next: {shell.command('data', 'check', Path(out))}")
 
 
 def data_pack(place: str, out: str, settings: Sequence[str]) -> None:
