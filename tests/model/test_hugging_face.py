@@ -14,7 +14,7 @@ from mpformer.model.architecture import build_model
 from mpformer.model.losses import Normalizers, matching_losses
 from mpformer.model.matcher import match
 from mpformer.model.points import draw_points
-from mpformer.model.weights.huggingface import write_huggingface
+from mpformer.model.weights.huggingface_export import write_huggingface
 from mpformer.model.weights.loading import checkpoint_metadata, export_huggingface, import_weights
 from mpformer.types import ClassTable, InputError, Target
 from tests.model.hugging_face import (

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpformer.config.yamlfile import nearest_path
 from mpformer.tracking.run_dir import RunDir, step_of
 from mpformer.types import InputError, RunError
 
@@ -59,7 +60,7 @@ def read(path: Path) -> Checkpoint:
             if digest(path / name) != expected:
                 raise RunError(f"{path / name}: damaged: its content is not what was written")
         return Checkpoint(path, content["step"], content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{path}: damaged: {error}") from None
 
 
@@ -85,7 +86,21 @@ def model_file(path: Path) -> Path:
         return found.path / MODEL_FILE
     if damaged:
         raise InputError(f"{path}: no undamaged checkpoint: {damaged[0]}")
-    raise InputError(f"{path}: no checkpoint: expected {MODEL_FILE}, its folder, or a run with checkpoints/")
+    raise InputError(
+        f"{path}: no checkpoint: expected {MODEL_FILE}, its folder, or a run with checkpoints/"
+        f"{_instead(path)}"
+    )
+
+
+def _instead(path: Path) -> str:
+    """The end of a message on a path that is none: what it is, or the nearest there is."""
+    if (path / "config.json").is_file():
+        return (
+            "; it is a Hugging Face folder: `mpformer weights import FOLDER OUT.safetensors` makes one of it"
+        )
+    if path.is_dir():
+        return ""
+    return nearest_path(path) or nearest_path(path, folder=True)
 
 
 def digest(path: Path) -> str:

@@ -1,291 +1,305 @@
-"""Hugging Face folders of Mask2Former and MaskFormer read into our model, and Mask2Former's written."""
+"""Hugging Face folders of Mask2Former and MaskFormer read into our model.
+
+Every setting of config.json that the model depends on is checked for its type and range, and layers are
+counted in the weights, before a model is made of it.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mpformer.config.data import TestResize
 from mpformer.config.model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder
-from mpformer.model.architecture import Architecture
-from mpformer.model.segmenter import Segmenter
+from mpformer.config.yamlfile import nearest
+from mpformer.model.weights.filekind import check_text
 from mpformer.model.weights.names import huggingface_names
 from mpformer.model.weights.names_maskformer import huggingface_maskformer_names
-from mpformer.model.weights.official import SWINS, ForeignModel, maskformer_decoder
-from mpformer.model.weights.tensorfile import read_tensors
-from mpformer.types import PIXEL_MEAN, PIXEL_STD, InputError
+from mpformer.model.weights.official import (
+    SWINS,
+    ForeignModel,
+    count,
+    maskformer_decoder,
+    settings_found_in,
+)
+from mpformer.model.weights.prefixes import Unwrapped, unwrap
+from mpformer.model.weights.tensorfile import read_tensors, shown
+from mpformer.types import InputError
 
-_ENCODER = "model.pixel_level_module.encoder"
-_STAGES = [f"stage{i}" for i in range(1, 5)]
-_RESNETS = {
+STAGES = [f"stage{i}" for i in range(1, 5)]
+RESNETS = {
     ("basic", (2, 2, 2, 2)): "resnet18",
     ("basic", (3, 4, 6, 3)): "resnet34",
     ("bottleneck", (3, 4, 6, 3)): "resnet50",
     ("bottleneck", (3, 4, 23, 3)): "resnet101",
     ("bottleneck", (3, 8, 36, 3)): "resnet152",
 }
+"""timm's names by (blocks, depths)."""
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_LARGEST = 1 << 16
+"""Of any size of a model: beyond it a config.json is damaged."""
+_BASE = re.compile(r"(?:pixel_level_module|transformer_module)\.")
+_WHOLE = re.compile(r"(?:model\.(?:pixel_level_module|transformer_module)|class_predictor|mask_embedder)\.")
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A section of config.json, whose values are given out checked."""
+
+    values: dict[str, Any]
+    file: Path
+    place: str = ""
+
+    def _value(self, key: str) -> Any:
+        if key not in self.values:
+            close = f"; nearest: {nearest(key, self.values)}" if self.values else ""
+            raise InputError(f"{self.file}: the setting '{self.place}{key}' is missing{close}")
+        return self.values[key]
+
+    def wrong(self, key: str, expected: str) -> InputError:
+        given = repr(self.values.get(key))
+        return InputError(f"{self.file}: {self.place}{key}: {expected} is expected (given: {given[:100]})")
+
+    def section(self, key: str) -> _Section:
+        if not isinstance(self._value(key), dict):
+            raise self.wrong(key, "an object with settings")
+        return _Section(self.values[key], self.file, f"{self.place}{key}.")
+
+    def count(self, key: str) -> int:
+        value = self._value(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LARGEST:
+            raise self.wrong(key, f"a whole number in 0..{_LARGEST}")
+        return value
+
+    def number(self, key: str) -> float:
+        value = self._value(key)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.wrong(key, "a number")
+        return value
+
+    def layers(self, key: str, tensors: Iterable[str], pattern: str) -> int:
+        """A number of layers, which is that of the weights."""
+        told, there = self.count(key), count(tensors, pattern, self.file.parent)
+        if told != there:
+            raise InputError(
+                f"{self.file}: {self.place}{key} is {told}, the weights have {there} such layers"
+            )
+        return told
+
+    def expect(self, **usual: Any) -> None:
+        """Settings that change what is computed without a trace in the tensors: absent, or as usual."""
+        for key, value in usual.items():
+            if self.values.get(key, value) != value:
+                raise self.wrong(key, f"{value!r}, the only kind that is supported,")
 
 
 def read_huggingface(folder: Path) -> ForeignModel:
     """A folder with config.json and weights (safetensors or .bin, in one file or in shards).
 
-    Raises `InputError` where the folder is incomplete or holds another kind of model.
+    Raises `InputError`, naming the file, where the folder is incomplete or damaged, holds another kind of
+    model, or its config.json and its weights do not go together.
     """
-    settings = _read_json(folder / "config.json")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InputError(f"{folder}: no Hugging Face folder: config.json is missing; {_what_lies_in(folder)}")
+    settings = _Section(_read_json(file), file)
     kinds = {
         "mask2former": (_to_config, huggingface_names),
         "maskformer": (_to_maskformer, huggingface_maskformer_names),
     }
-    if settings.get("model_type") not in kinds:
+    kind = settings.values.get("model_type")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise InputError(f"{file}: model_type 'mask2former' or 'maskformer' is expected, not {kind!r:.100}")
+    to_config, names_of = kinds[kind]
+    class_names = _class_names(settings)
+    unwrapped = _unwrap(_read_weights(folder), folder)
+    with settings_found_in(file):
+        config = to_config(settings, unwrapped.tensors)
+    return ForeignModel(unwrapped, config, class_names, names_of)
+
+
+def _what_lies_in(folder: Path) -> str:
+    if (folder / "checkpoints").is_dir() or (folder / "state.json").is_file():
+        return "it is a run or checkpoint of mpformer, which is used as it is"
+    names = sorted(path.name for path in folder.iterdir())
+    return f"it holds {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "it is empty"
+
+
+def _class_names(settings: _Section) -> tuple[str, ...]:
+    """The names in the order of their ids; () where config.json names none."""
+    names = settings.values.get("id2label")
+    if names is None or names == {}:
+        return ()
+    if not isinstance(names, dict):
+        raise settings.wrong("id2label", 'an object such as {"0": "cat", "1": "dog"}')
+    for id, name in names.items():
+        if not id.isdecimal():
+            swapped = ": these are names with their ids, as in label2id" if isinstance(name, int) else ""
+            raise InputError(
+                f"{settings.file}: id2label: {id[:100]!r} is no id: whole numbers are expected as keys, such "
+                f'as "0"{swapped}'
+            )
+        if not isinstance(name, str):
+            raise InputError(f"{settings.file}: id2label: {id}: a name is expected, not {name!r:.100}")
+    if absent := [i for i in range(len(names)) if str(i) not in names]:
         raise InputError(
-            f"{folder / 'config.json'}: model_type 'mask2former' or 'maskformer' is expected, not "
-            f"{settings.get('model_type')!r}"
+            f"{settings.file}: id2label: {len(names)} classes have the ids 0 to {len(names) - 1}; "
+            f"{absent[0]} is missing"
         )
-    to_config, names_of = kinds[settings["model_type"]]
-    names = settings.get("id2label") or {}
-    class_names = tuple(names[key] for key in sorted(names, key=int))
-    try:
-        config = to_config(settings, folder)
-    except KeyError as error:
-        raise InputError(f"{folder / 'config.json'}: the setting {error} is missing") from None
-    return ForeignModel(_read_weights(folder), config, class_names, names_of)
+    return tuple(names[str(i)] for i in range(len(names)))
+
+
+def _unwrap(tensors: dict[str, Tensor], folder: Path) -> Unwrapped:
+    whole = unwrap(tensors, lambda name: _WHOLE.match(name) is not None, folder)
+    if any(name.startswith("model.") and _WHOLE.match(name) for name in whole.tensors):
+        return whole
+    # saved from the inner model, whose names lack the first word
+    base = unwrap(tensors, lambda name: _BASE.match(name) is not None, folder)
+    named = {f"model.{k}" if _BASE.match(k) else k: v for k, v in base.tensors.items()}
+    return replace(base, tensors=named)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    check_text(file)
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file.parent}: no Hugging Face folder: {file.name} is missing") from None
-    except ValueError as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: an object with settings is expected, not a {type(content).__name__}")
+    return content
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / stem).is_file():
+    for stem in _WEIGHTS:
+        if (folder / stem).exists():
             return read_tensors(folder / stem)
-        index = folder / f"{stem}.index.json"
-        if index.is_file():
-            shards = sorted(set(_read_json(index)["weight_map"].values()))
-            return {k: v for shard in shards for k, v in read_tensors(folder / Path(shard).name).items()}
-    raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin, nor an index of shards")
+        if (folder / f"{stem}.index.json").exists():
+            return _read_shards(folder / f"{stem}.index.json")
+    raise InputError(
+        f"{folder}: neither {' nor '.join(_WEIGHTS)}, nor an index of shards; {_what_lies_in(folder)}"
+    )
 
 
-def _to_config(settings: dict[str, Any], folder: Path) -> Model:
-    if settings.get("pre_norm"):
-        raise InputError(f"{folder / 'config.json'}: pre_norm is not supported")
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise InputError(f"{index}: weight_map: an object with a file for each tensor is expected")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(places.values())):
+        file = index.parent / Path(shard).name
+        if not Path(shard).name or not file.exists():
+            lost = list(places.values()).count(shard)
+            raise InputError(
+                f"{index}: the shard {shard[:100]!r} with {lost} of {len(places)} tensors is missing "
+                "in its folder"
+            )
+        tensors |= read_tensors(file)
+    if absent := [name for name in places if name not in tensors]:
+        raise InputError(
+            f"{index}: {len(absent)} of its {len(places)} tensors are in none of the shards: "
+            f"{shown(absent[0])}, ..."
+        )
+    return tensors
+
+
+def _to_config(settings: _Section, tensors: dict[str, Tensor]) -> Model:
+    settings.expect(
+        pre_norm=False, activation_function="relu", common_stride=4, feature_strides=[4, 8, 16, 32]
+    )
+    encoder = r"model\.pixel_level_module\.decoder\.encoder\.layers\.(\d+)\."
     return Model(
-        backbone=_to_backbone(settings["backbone_config"], folder),
+        backbone=_to_backbone(settings.section("backbone_config")),
         pixel_decoder=PixelDecoder(
-            layers=settings["encoder_layers"],
-            channels=settings["feature_size"],
-            heads=settings["num_attention_heads"],
-            ffn=settings["encoder_feedforward_dim"],
+            layers=settings.layers("encoder_layers", tensors, encoder),
+            channels=settings.count("feature_size"),
+            heads=settings.count("num_attention_heads"),
+            ffn=settings.count("encoder_feedforward_dim"),
         ),
         decoder=Decoder(
-            queries=settings["num_queries"],
-            layers=settings["decoder_layers"] - 1,
-            heads=settings["num_attention_heads"],
-            ffn=settings["dim_feedforward"],
-            dropout=settings["dropout"],
+            queries=settings.count("num_queries"),
+            layers=_decoder_layers(settings, tensors),
+            heads=settings.count("num_attention_heads"),
+            ffn=settings.count("dim_feedforward"),
+            dropout=settings.number("dropout"),
         ),
         pilot=Pilot(queries=0),
         loss=Loss(
-            class_weight=settings["class_weight"],
-            mask_weight=settings["mask_weight"],
-            dice_weight=settings["dice_weight"],
-            no_object_weight=settings["no_object_weight"],
-            points=settings["train_num_points"],
-            oversample=settings["oversample_ratio"],
-            importance=settings["importance_sample_ratio"],
+            class_weight=settings.number("class_weight"),
+            mask_weight=settings.number("mask_weight"),
+            dice_weight=settings.number("dice_weight"),
+            no_object_weight=settings.number("no_object_weight"),
+            points=settings.count("train_num_points"),
+            oversample=settings.number("oversample_ratio"),
+            importance=settings.number("importance_sample_ratio"),
         ),
     )
 
 
-def _to_maskformer(settings: dict[str, Any], folder: Path) -> Model:
-    decoder = settings["decoder_config"]
+_LAYER = r"model\.transformer_module\.decoder\.layers\.(\d+)\."
+
+
+def _decoder_layers(settings: _Section, tensors: Iterable[str]) -> int:
+    # decoder_layers counts the prediction before the first layer, too
+    told, there = settings.count("decoder_layers") - 1, count(tensors, _LAYER, settings.file.parent)
+    if told != there:
+        raise InputError(
+            f"{settings.file}: decoder_layers is {told + 1}, the weights have {there} layers, for which "
+            f"{there + 1} is expected"
+        )
+    return told
+
+
+def _to_maskformer(settings: _Section, tensors: dict[str, Tensor]) -> Model:
+    decoder = settings.section("decoder_config")
+    decoder.expect(activation_function="relu")
     return Model(
-        backbone=_to_backbone(settings["backbone_config"], folder),
-        pixel_decoder=PixelDecoder(kind="fpn", channels=settings["fpn_feature_size"], last_kernel=3),
+        backbone=_to_backbone(settings.section("backbone_config")),
+        pixel_decoder=PixelDecoder(kind="fpn", channels=settings.count("fpn_feature_size"), last_kernel=3),
         decoder=maskformer_decoder(
-            queries=decoder["num_queries"],
-            layers=decoder["decoder_layers"],
-            heads=decoder["decoder_attention_heads"],
-            ffn=decoder["decoder_ffn_dim"],
-            dropout=decoder["dropout"],
+            queries=decoder.count("num_queries"),
+            layers=decoder.layers("decoder_layers", tensors, _LAYER),
+            heads=decoder.count("decoder_attention_heads"),
+            ffn=decoder.count("decoder_ffn_dim"),
+            dropout=decoder.number("dropout"),
         ),
         pilot=Pilot(queries=0),
         loss=Loss(
-            class_weight=settings["cross_entropy_weight"],
-            mask_weight=settings["mask_weight"],
-            dice_weight=settings["dice_weight"],
-            no_object_weight=settings["no_object_weight"],
+            class_weight=settings.number("cross_entropy_weight"),
+            mask_weight=settings.number("mask_weight"),
+            dice_weight=settings.number("dice_weight"),
+            no_object_weight=settings.number("no_object_weight"),
             mask_loss="focal",
             points=None,
         ),
     )
 
 
-def _to_backbone(settings: dict[str, Any], folder: Path) -> Backbone:
-    kind = settings.get("model_type")
-    depths = tuple(settings.get("depths", ()))
+def _to_backbone(settings: _Section) -> Backbone:
+    kind, depths = settings.values.get("model_type"), settings.values.get("depths", [])
+    if not isinstance(depths, list) or not all(isinstance(depth, int) for depth in depths):
+        raise settings.wrong("depths", "a list of whole numbers")
     name = None
-    if kind in ("swin", "maskformer-swin") and depths[:2] == (2, 2):
-        name = SWINS.get((settings["embed_dim"], depths[2], settings["window_size"]))
+    if kind in ("swin", "maskformer-swin") and depths[:2] == [2, 2] and len(depths) == 4:
+        settings.expect(
+            hidden_act="gelu", qkv_bias=True, use_absolute_embeddings=False, patch_size=4, num_channels=3
+        )
+        name = SWINS.get((settings.count("embed_dim"), depths[2], settings.count("window_size")))
     elif kind == "resnet":
-        name = _RESNETS.get((settings["layer_type"], depths))
+        settings.expect(
+            hidden_act="relu", downsample_in_bottleneck=False, downsample_in_first_stage=False, num_channels=3
+        )
+        name = RESNETS.get((str(settings.values.get("layer_type", "bottleneck")), tuple(depths)))
     if name is None:
         raise InputError(
-            f"{folder / 'config.json'}: backbone {kind} {list(depths)} is none of "
-            f"{', '.join([*_RESNETS.values(), *SWINS.values()])}"
+            f"{settings.file}: backbone {kind!s:.50} {depths!s:.100} is none of "
+            f"{', '.join([*RESNETS.values(), *SWINS.values()])}"
         )
     return Backbone(name=name, pretrained=None)
-
-
-_NO_LIMIT = 1 << 20
-"""Pixels; where `transformers` must be given a size."""
-
-
-def write_huggingface(model: Architecture, folder: Path, resize: TestResize) -> None:
-    """Write config.json, preprocessor_config.json (with the model's `resize` for evaluation) and
-    model.safetensors.
-
-    Pilot embeddings are left out: inference does not use them. Raises `InputError` for a model that
-    `transformers` has no equal of.
-    """
-    if not isinstance(model, Segmenter):
-        raise InputError(f"export: transformers' Mask2Former cannot hold a {type(model).__name__}")
-    own = model.state_dict()
-    unknown = [k for k in own if not k.startswith("decoder.pilot_embed") and huggingface_names(k) is None]
-    reason = f"it has no {unknown[0]}" if unknown else _no_mask2former(model.config)
-    if reason:
-        raise InputError(f"export: transformers' Mask2Former cannot hold this model: {reason}")
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in own.items():
-        names = huggingface_names(name)
-        if names is not None:
-            tensors.update(zip(names, (part.contiguous() for part in tensor.chunk(len(names)))))
-    tensors.update(_unused_tensors(model, tensors))
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.cpu() for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-    for name, content in (("config", _to_settings(model)), ("preprocessor_config", _to_preprocessor(resize))):
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _no_mask2former(config: Model) -> str | None:
-    """The first setting by which a model computes something else than Mask2Former, whatever its tensors."""
-    usual = Model(pilot=Pilot(queries=0))
-    told_by_tensors = {"queries", "layers", "heads", "ffn", "dropout"}
-    for name, value in config.decoder.model_dump(exclude=told_by_tensors).items():
-        if value != getattr(usual.decoder, name):
-            return f"decoder.{name} is {value}"
-    if config.backbone.norm == "group_norm" and config.backbone.name in _RESNETS.values():
-        return "backbone.norm is group_norm: its ResNets have batch norm"
-    if config.pixel_decoder.last_kernel == 3:
-        return "pixel_decoder.last_kernel is 3"
-    if config.loss.assignment == "fixed":
-        return "loss.assignment is fixed"
-    return None
-
-
-def _unused_tensors(model: Segmenter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What `transformers` expects in the file beside the tensors that decide its output."""
-    config, classes = model.config, len(model.classes)
-    weights = torch.ones(classes + 1)
-    weights[-1] = config.loss.no_object_weight
-    extra = {"criterion.empty_weight": weights}
-    if model.decoder.query_embed is None:
-        # positions of zero are no positions
-        size = (config.decoder.queries, config.pixel_decoder.channels)
-        extra["model.transformer_module.queries_embedder.weight"] = torch.zeros(size)
-    if config.backbone.name.startswith("swin_"):
-        channels = model.backbone.channels[-1]
-        extra[f"{_ENCODER}.swin.layernorm.weight"] = torch.ones(channels)
-        extra[f"{_ENCODER}.swin.layernorm.bias"] = torch.zeros(channels)
-    for name in tensors:
-        if name.endswith("running_mean"):
-            extra[name.replace("running_mean", "num_batches_tracked")] = torch.tensor(0)
-    return extra
-
-
-def _to_settings(model: Segmenter) -> dict[str, Any]:
-    config = model.config
-    pixel, decoder, loss = config.pixel_decoder, config.decoder, config.loss
-    if pixel.heads != decoder.heads or pixel.points != 4:
-        raise InputError("export: transformers' Mask2Former has equal heads in both decoders, and 4 points")
-    return {
-        "architectures": ["Mask2FormerForUniversalSegmentation"],
-        "model_type": "mask2former",
-        "backbone_config": _to_backbone_settings(config.backbone.name),
-        "feature_size": pixel.channels,
-        "mask_feature_size": pixel.channels,
-        "hidden_dim": pixel.channels,
-        "encoder_layers": pixel.layers,
-        "encoder_feedforward_dim": pixel.ffn,
-        "num_attention_heads": decoder.heads,
-        "num_queries": decoder.queries,
-        "decoder_layers": decoder.layers + 1,
-        "dim_feedforward": decoder.ffn,
-        "dropout": decoder.dropout,
-        "pre_norm": False,
-        "enforce_input_projection": False,
-        "common_stride": 4,
-        "feature_strides": [4, 8, 16, 32],
-        "class_weight": loss.class_weight,
-        "mask_weight": loss.mask_weight,
-        "dice_weight": loss.dice_weight,
-        "no_object_weight": loss.no_object_weight,
-        "train_num_points": loss.points or 12544,
-        "oversample_ratio": loss.oversample,
-        "importance_sample_ratio": loss.importance,
-        "id2label": {str(i): name for i, name in enumerate(model.classes.names)},
-        "label2id": {name: i for i, name in enumerate(model.classes.names)},
-    }
-
-
-def _to_backbone_settings(name: str) -> dict[str, Any]:
-    for (embed_dim, blocks, window), swin in SWINS.items():
-        if swin == name:
-            return {
-                "model_type": "swin",
-                "embed_dim": embed_dim,
-                "depths": [2, 2, blocks, 2],
-                "num_heads": [embed_dim // 32 * 2**i for i in range(4)],
-                "window_size": window,
-                "image_size": 384 if window == 12 else 224,
-                "out_features": _STAGES,
-            }
-    for (layer_type, depths), resnet in _RESNETS.items():
-        if resnet == name:
-            widest = 4 if layer_type == "bottleneck" else 1
-            return {
-                "model_type": "resnet",
-                "layer_type": layer_type,
-                "depths": list(depths),
-                "hidden_sizes": [64 * widest * 2**i for i in range(4)],
-                "out_features": _STAGES,
-            }
-    raise InputError(f"export: transformers' Mask2Former has no backbone {name}")
-
-
-def _to_preprocessor(resize: TestResize) -> dict[str, Any]:
-    if resize.short is not None:
-        size = {"shortest_edge": resize.short, "longest_edge": resize.long or _NO_LIMIT}
-    else:
-        size = {"max_height": resize.long or _NO_LIMIT, "max_width": resize.long or _NO_LIMIT}
-    return {
-        "image_processor_type": "Mask2FormerImageProcessor",
-        "do_resize": resize.short is not None or resize.long is not None,
-        "size": size,
-        "size_divisor": 32,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [m / 255 for m in PIXEL_MEAN],
-        "image_std": [s / 255 for s in PIXEL_STD],
-    }

@@ -1,28 +1,45 @@
-"""Weights: our own checkpoints, other programs' files in, Hugging Face folders out; nothing is executed."""
+"""Weights: our own checkpoints, other programs' files in, Hugging Face folders out; nothing is executed.
+
+Whatever is read is matched with the model by name and shape and counted by part. A checkpoint and an import
+have to match as a whole; weights to start a training from (`train.init`) may lack what belongs to other
+classes, and at most half of any other part.
+"""
 
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
+from mpformer import atomic
 from mpformer.config import Config
 from mpformer.model.architecture import Architecture, build_model
 from mpformer.model.weights.checkpoints import model_file
-from mpformer.model.weights.huggingface import read_huggingface, write_huggingface
-from mpformer.model.weights.official import read_official
+from mpformer.model.weights.filekind import container_of
+from mpformer.model.weights.huggingface import read_huggingface
+from mpformer.model.weights.huggingface_export import write_huggingface
+from mpformer.model.weights.matching import (
+    CLASS_HEAD,
+    OF_CLASSES,
+    Match,
+    check_norms,
+    match,
+    more_of_a_kind,
+    summary,
+)
+from mpformer.model.weights.official import ForeignModel, read_official
+from mpformer.model.weights.prefixes import Unwrapped, unwrap
 from mpformer.model.weights.tensorfile import read_tensors
-from mpformer.types import ClassInfo, ClassTable, InputError, distinct_color
+from mpformer.types import ClassInfo, ClassTable, InputError, RunError, distinct_color
 
 _FORMAT = "mpformer-1"
+_IMPORT = "`mpformer weights import SRC OUT.safetensors` reads files and folders of other programs"
 
 
 @dataclass(frozen=True)
@@ -37,21 +54,31 @@ class LoadReport:
     """In the file but not in the model."""
     renamed: tuple[tuple[str, str], ...] = ()
     """(name in the file, our name), where the two differ."""
+    notes: tuple[str, ...] = ()
+    """What else is worth knowing, a line each: the wrapper taken off, copies not taken."""
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.loaded)} tensors loaded, {len({own for _, own in self.renamed})} under another name"
+            f"{len(self.loaded)} tensors loaded, {len({own for _, own in self.renamed})} under another name",
+            *self.notes,
         ]
         for what, names in (("re-initialised", self.reinitialized), ("left over", self.left_over)):
             if names:
-                lines.append(f"{len(names)} {what}: {_summary(names)}")
+                lines.append(f"{len(names)} {what}: {summary(names)}")
         return "\n".join(lines)
 
 
-def _summary(names: Iterable[str]) -> str:
-    """Names that differ in numbers only as one, with their count."""
-    groups = Counter(re.sub(r"\b\d+\b", "*", name) for name in names)
-    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in groups.items())
+def _report(found: Match, notes: Iterable[str]) -> LoadReport:
+    return LoadReport(tuple(found.loaded), found.missing, found.left_over, found.renamed, tuple(notes))
+
+
+def _wrapping(unwrapped: Unwrapped) -> list[str]:
+    notes = [f"its names begin with '{unwrapped.prefix}', which was taken off"] if unwrapped.prefix else []
+    for copy in unwrapped.copies:
+        notes.append(
+            f"not taken: the copy under '{copy}'" if copy else "not taken: the copy without a prefix"
+        )
+    return notes
 
 
 def checkpoint_metadata(config: Config, classes: ClassTable) -> dict[str, str]:
@@ -64,64 +91,114 @@ def checkpoint_metadata(config: Config, classes: ClassTable) -> dict[str, str]:
 
 
 def read_metadata(file: Path) -> tuple[Config, ClassTable]:
-    """Settings and class table of a checkpoint's model file."""
+    """Settings and class table of a checkpoint's model file.
+
+    Raises `InputError` for a file of another program, a damaged one, and settings that are not known here.
+    """
+    header = _header(file)
+    if header is None:
+        raise InputError(
+            f"{file}: no mpformer checkpoint (its header lacks settings and class table); {_IMPORT}"
+        )
+    try:
+        config = Config.model_validate_json(header["config"])
+    except KeyError:
+        raise InputError(f"{file}: its header lacks the settings") from None
+    except ValueError as error:
+        reason = " ".join(str(error).splitlines()[1:3]) or str(error)
+        raise InputError(f"{file}: the settings in its header are not valid here: {reason}") from None
+    return config, _classes_of(header, file)
+
+
+def _header(file: Path) -> dict[str, str] | None:
+    """The header of an mpformer file; None for a file of another program."""
+    if container_of(file) != "safetensors":
+        return None
     try:
         with safe_open(file, "pt") as tensors:
             header = tensors.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a safetensors file: {error}") from None
-    if header.get("format") != _FORMAT:
-        raise InputError(f"{file}: no mpformer checkpoint (its header lacks settings and class table)")
-    config = Config.model_validate_json(header["config"])
-    return config, ClassTable.from_dict(json.loads(header["classes"]))
+        raise InputError(f"{file}: is cut short or damaged: {error}") from None
+    return header if header.get("format") == _FORMAT else None
+
+
+def _classes_of(header: dict[str, str], file: Path) -> ClassTable:
+    try:
+        return ClassTable.from_dict(json.loads(header["classes"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InputError) as error:
+        raise InputError(f"{file}: the class table in its header is not valid: {error!r}") from None
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[Architecture, Config]:
     """The model of a checkpoint in evaluation mode, and its settings.
 
-    `path`: a run, a checkpoint folder or its model file. Raises `InputError` for anything else.
+    `path`: a run, a checkpoint folder or its model file, whose names may have a known wrapper's prefix.
+    Raises `InputError` for anything else, and where a tensor is missing, superfluous or misfits.
     """
     file = model_file(Path(path))
     config, classes = read_metadata(file)
     model = build_model(config.model.without_pretrained(), classes)
-    model.load_state_dict(load_file(file))
+    own = model.state_dict()
+    found = match(own, unwrap(read_tensors(file), own.__contains__, file).tensors, _same_name, file)
+    if not found.is_whole() or found.left_over:
+        surplus = f"; superfluous: {summary(found.left_over, 3)}" if found.left_over else ""
+        raise InputError(
+            f"{file}: its tensors are not those of the model that its header describes: "
+            f"{found.refusal()}{surplus}"
+        )
+    model.load_state_dict(found.loaded, strict=False)
     return model.to(device).eval(), config
 
 
+def _same_name(name: str) -> tuple[str, ...]:
+    return (name,)
+
+
 def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
-    """Load a safetensors file of our names into a model as far as names and shapes fit.
+    """Load a file of our names into a model as far as names and shapes fit.
 
     A class head is taken only for the same classes: where both class tables have names, for the same names
-    in the same order, else for the same number. Raises `InputError` where nothing fits.
+    in the same order, else for the same number; it may be absent. Of every other part (backbone, encoder,
+    pixel decoder, transformer decoder, mask head) at least half of the tensors have to fit, and norms have to
+    be of the same kind. Raises `InputError` otherwise, and then leaves the model as it was.
     """
     file = model_file(Path(path))
-    stored = read_tensors(file)
     own = model.state_dict()
-    fitting = {k: v for k, v in stored.items() if k in own and own[k].shape == v.shape}
+    unwrapped = unwrap(read_tensors(file), own.__contains__, file)
+    stored = unwrapped.tensors
+    taken = stored
     if _other_classes(model, file):
-        fitting = {k: v for k, v in fitting.items() if not _OF_CLASSES.intersection(k.split("."))}
-    if not fitting:
+        taken = {k: v for k, v in stored.items() if not OF_CLASSES.intersection(k.split("."))}
+    found = match(own, taken, _same_name, file)
+    if not found.loaded:
+        raise InputError(f"{file}: none of its {len(stored)} tensors fits the model; {_IMPORT}")
+    short = [part for part, (fit, total) in found.counts().items() if part != CLASS_HEAD and fit < total / 2]
+    if short:
+        alone = "; a backbone's weights are for model.backbone.pretrained" if _backbone_alone(found) else ""
         raise InputError(
-            f"{file}: none of its {len(stored)} tensors fits the model; `mpformer weights import` reads "
-            "files of other programs"
+            f"{file}: too little of it fits the model's {' and '.join(short)}, at least half is expected: "
+            f"{found.refusal()}{alone}"
         )
-    model.load_state_dict(fitting, strict=False)
+    check_norms(found)
+    model.load_state_dict(found.loaded, strict=False)
     return LoadReport(
-        tuple(fitting), tuple(k for k in own if k not in fitting), tuple(k for k in stored if k not in own)
+        tuple(found.loaded),
+        found.missing,
+        tuple(name for name in stored if name not in own),
+        notes=tuple(_wrapping(unwrapped)),
     )
 
 
-_OF_CLASSES = frozenset({"class_embed", "predictor", "pilot_embed"})
-"""Modules with a row per class."""
+def _backbone_alone(found: Match) -> bool:
+    return {part for part, (fit, _) in found.counts().items() if fit} == {"backbone"}
 
 
 def _other_classes(model: nn.Module, file: Path) -> bool:
     """Whether a file is known to be of other classes than the model."""
-    with safe_open(file, "pt") as tensors:
-        header = tensors.metadata() or {}
-    if header.get("format") != _FORMAT or not isinstance(model, Architecture):
+    header = _header(file)
+    if header is None or not isinstance(model, Architecture):
         return False
-    theirs = ClassTable.from_dict(json.loads(header["classes"])).names
+    theirs = _classes_of(header, file).names
     numbered = ClassTable.numbered(len(theirs)).names
     return theirs != model.classes.names and numbered not in (theirs, model.classes.names)
 
@@ -129,52 +206,59 @@ def _other_classes(model: nn.Module, file: Path) -> bool:
 def import_weights(source: str | Path, out: str | Path) -> LoadReport:
     """Turn another program's model into a checkpoint file of ours.
 
-    `source`: an official Mask2Former, MP-Former or MaskFormer file (.pkl, .pth) or a Hugging Face folder;
-    `out`: the .safetensors file to write, which holds settings and class table besides and so serves as a
-    checkpoint.
-    Raises `InputError` where the source is unreadable or another kind of model.
+    `source`: an official Mask2Former, MP-Former or MaskFormer file (.pkl, .pth) or a Hugging Face folder,
+    whose names may have a known wrapper's prefix; `out`: the .safetensors file to write, which holds settings
+    and class table besides and so serves as a checkpoint. Batch norm is imported as `frozen_bn`.
+    Raises `InputError`, and writes nothing, where the source is unreadable, another kind of model, or lacks
+    any tensor of its model; `RunError` where `out` cannot be written.
     """
     source, out = Path(source), Path(out)
     if out.suffix != ".safetensors":
         raise InputError(f"{out}: a name that ends in .safetensors is expected")
-    if source.is_dir():
-        foreign = read_huggingface(source)
-    else:
-        foreign = read_official(source)
-    head = next(t for name, t in foreign.tensors.items() if name.endswith(_CLASS_HEADS))
-    classes = _class_table(foreign.class_names, head.shape[0] - 1)
-    model = build_model(foreign.config, classes)
-    own = model.state_dict()
-    loaded: dict[str, torch.Tensor] = {}
-    renamed: list[tuple[str, str]] = []
-    for name, tensor in own.items():
-        names = foreign.names(name) or ()
-        if names and all(n in foreign.tensors for n in names):
-            value = torch.cat([foreign.tensors[n] for n in names]).to(tensor.dtype)
-            if value.shape == tensor.shape:
-                loaded[name] = value
-                renamed.extend((n, name) for n in names if n != name)
-    used = {n for name in loaded for n in foreign.names(name) or ()}
-    model.load_state_dict(loaded, strict=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_file() and _header(source) is not None:
+        raise InputError(f"{source}: is a checkpoint of mpformer already: it is used as it is")
+    foreign = read_huggingface(source) if source.is_dir() else read_official(source)
+    classes, notes = _class_table(foreign, source)
+    # the model without memory tells what has to be there; what is written is the file's tensors alone
+    with torch.device("meta"):
+        own = build_model(foreign.config, classes).state_dict()
+    found = match(own, foreign.tensors, foreign.names, source)
+    if not found.is_whole():
+        raise InputError(f"{source}: not all tensors of its model are there: {found.refusal()}")
+    if surplus := more_of_a_kind(found):
+        raise InputError(
+            f"{source}: has more than the model that it describes: {surplus[:200]!r} is not in it"
+        )
     config = Config(name=out.stem, model=foreign.config)
-    save_file(model.state_dict(), out, checkpoint_metadata(config, classes))
-    return LoadReport(
-        tuple(loaded),
-        tuple(k for k in own if k not in loaded),
-        tuple(k for k in foreign.tensors if k not in used),
-        tuple(renamed),
-    )
+    _write(out, found.loaded, checkpoint_metadata(config, classes))
+    return _report(found, (*_wrapping(foreign.unwrapped), *notes))
 
 
-_CLASS_HEADS = ("class_predictor.bias", "predictor.class_embed.bias")
+def _write(out: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.replacing(out) as partial:
+            # copies: no two may share memory
+            save_file({k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()},
+                      partial, metadata)  # fmt: skip
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{out}: the weights cannot be written: {reason}") from error
 
 
-def _class_table(names: tuple[str, ...], count: int) -> ClassTable:
-    """The named classes, or numbered ones where the file gives no name to each."""
+def _class_table(foreign: ForeignModel, source: Path) -> tuple[ClassTable, list[str]]:
+    """The classes by the names of the file, or numbered where it has none, and a note on that."""
+    names, head = foreign.class_names, foreign.class_head()
+    count = len(names) or 1 if head is None else head - 1  # without a head the match will fail, and say so
+    if count < 1:
+        raise InputError(f"{source}: its class head has {head} rows: one per class and one more are expected")
+    if not names:
+        return ClassTable.numbered(count), [f"the file names no classes: they are numbered 0 to {count - 1}"]
     if len(names) != count:
-        return ClassTable.numbered(count)
-    return ClassTable(tuple(ClassInfo(n, i, True, distinct_color(i)) for i, n in enumerate(names)))
+        raise InputError(
+            f"{source}: id2label in config.json names {len(names)} classes, its class head has {count}"
+        )
+    return ClassTable(tuple(ClassInfo(n, i, True, distinct_color(i)) for i, n in enumerate(names))), []
 
 
 def export_huggingface(checkpoint: str | Path, folder: str | Path) -> None:

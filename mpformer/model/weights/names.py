@@ -88,7 +88,7 @@ _OFFICIAL: tuple[Rule, ...] = (
      lambda part, x: f"{_QUERIES}.{part}.{x}"),
 )  # fmt: skip
 
-_ENCODER = "model.pixel_level_module.encoder"
+HUGGING_FACE_ENCODER = "model.pixel_level_module.encoder"
 _PIXEL_LEVEL = "model.pixel_level_module.decoder"
 _TRANSFORMER = "model.transformer_module"
 _LAYERS = f"{_TRANSFORMER}.decoder.layers"
@@ -115,16 +115,16 @@ _DECODER_PARTS = {
 
 
 def _swin_block(stage: str, block: str) -> str:
-    return f"{_ENCODER}.encoder.layers.{stage}.blocks.{block}"
+    return f"{HUGGING_FACE_ENCODER}.encoder.layers.{stage}.blocks.{block}"
 
 
 def _resnet_block(stage: str, block: str) -> str:
-    return f"{_ENCODER}.encoder.stages.{int(stage) - 1}.layers.{block}"
+    return f"{HUGGING_FACE_ENCODER}.encoder.stages.{int(stage) - 1}.layers.{block}"
 
 
 HUGGING_FACE_BACKBONE: tuple[Rule, ...] = (
-    (r"backbone\.body\.conv1\.(.*)", lambda x: f"{_ENCODER}.embedder.embedder.convolution.{x}"),
-    (r"backbone\.body\.bn1\.(.*)", lambda x: f"{_ENCODER}.embedder.embedder.normalization.{x}"),
+    (r"backbone\.body\.conv1\.(.*)", lambda x: f"{HUGGING_FACE_ENCODER}.embedder.embedder.convolution.{x}"),
+    (r"backbone\.body\.bn1\.(.*)", lambda x: f"{HUGGING_FACE_ENCODER}.embedder.embedder.normalization.{x}"),
     (
         r"backbone\.body\.layer(\d)\.(\d+)\.conv(\d)\.(.*)",
         lambda s, b, conv, x: f"{_resnet_block(s, b)}.layer.{int(conv) - 1}.convolution.{x}",
@@ -141,12 +141,12 @@ HUGGING_FACE_BACKBONE: tuple[Rule, ...] = (
     ),
     (
         r"backbone\.body\.patch_embed\.proj\.(.*)",
-        lambda x: f"{_ENCODER}.embeddings.patch_embeddings.projection.{x}",
+        lambda x: f"{HUGGING_FACE_ENCODER}.embeddings.patch_embeddings.projection.{x}",
     ),
-    (r"backbone\.body\.patch_embed\.norm\.(.*)", lambda x: f"{_ENCODER}.embeddings.norm.{x}"),
+    (r"backbone\.body\.patch_embed\.norm\.(.*)", lambda x: f"{HUGGING_FACE_ENCODER}.embeddings.norm.{x}"),
     (
         r"backbone\.body\.layers_(\d)\.downsample\.(.*)",
-        lambda stage, x: f"{_ENCODER}.encoder.layers.{int(stage) - 1}.downsample.{x}",
+        lambda stage, x: f"{HUGGING_FACE_ENCODER}.encoder.layers.{int(stage) - 1}.downsample.{x}",
     ),
     (
         r"backbone\.body\.layers_(\d)\.blocks\.(\d+)\.attn\.qkv\.(.*)",
@@ -162,7 +162,10 @@ HUGGING_FACE_BACKBONE: tuple[Rule, ...] = (
         r"backbone\.body\.layers_(\d)\.blocks\.(\d+)\.(norm1|norm2|attn\.proj|mlp\.fc1|mlp\.fc2)\.(.*)",
         lambda s, b, part, x: f"{_swin_block(s, b)}.{_SWIN_PARTS[part]}.{x}",
     ),
-    (r"backbone\.norms\.(\d)\.(.*)", lambda i, x: f"{_ENCODER}.hidden_states_norms.stage{int(i) + 1}.{x}"),
+    (
+        r"backbone\.norms\.(\d)\.(.*)",
+        lambda i, x: f"{HUGGING_FACE_ENCODER}.hidden_states_norms.stage{int(i) + 1}.{x}",
+    ),
 )
 
 _HUGGING_FACE: tuple[Rule, ...] = (

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from mpformer.config.model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder
 from mpformer.model.weights.names import Names, official_names
 from mpformer.model.weights.names_maskformer import official_maskformer_names
+from mpformer.model.weights.prefixes import Unwrapped, unwrap
 from mpformer.model.weights.tensorfile import read_tensors
 from mpformer.types import MEMORY_STRIDES, InputError
 
@@ -37,15 +39,35 @@ SWINS = {
 """timm's names by (embedding channels, blocks of the third stage, window)."""
 
 
+_KNOWN = re.compile(r"(?:backbone|sem_seg_head)\.")
+"""How the names of an official file begin."""
+_CLASS_HEADS = ("class_predictor.bias", "class_predictor.weight", "class_embed.bias", "class_embed.weight")
+_LARGEST = 1 << 16
+"""Of any size of a model: beyond it a file is damaged."""
+
+
 @dataclass(frozen=True)
 class ForeignModel:
     """What a file of another program holds: tensors by its own names, and the model that they make."""
 
-    tensors: dict[str, Tensor]
+    unwrapped: Unwrapped
     config: Model
     class_names: tuple[str, ...]
+    """In the order of the class head's rows; empty where the file names none."""
     names: Callable[[str], Names | None]
     """Our name of a tensor to theirs."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return self.unwrapped.tensors
+
+    def class_head(self) -> int | None:
+        """Rows of the class head, one per class and one for no object; None where there is no class head."""
+        for end in _CLASS_HEADS:
+            for name, tensor in self.tensors.items():
+                if name.endswith(end) and tensor.ndim:
+                    return tensor.shape[0]
+        return None
 
 
 def read_official(file: Path) -> ForeignModel:
@@ -53,15 +75,39 @@ def read_official(file: Path) -> ForeignModel:
 
     Names of early versions are brought up to date; nothing in the file is executed.
     """
-    tensors = {_current_name(name): tensor for name, tensor in read_tensors(file).items()}
+    unwrapped = unwrap(read_tensors(file), lambda name: _KNOWN.match(name) is not None, file)
+    tensors = {_current_name(name): tensor for name, tensor in unwrapped.tensors.items()}
+    unwrapped = replace(unwrapped, tensors=tensors)
     if f"{_MASKFORMER_LAYERS}.0.linear1.weight" in tensors:
-        return ForeignModel(tensors, _infer_maskformer(tensors, file), (), official_maskformer_names)
-    if f"{_QUERIES}.query_feat.weight" not in tensors:
+        infer, names = _infer_maskformer, official_maskformer_names
+    elif f"{_QUERIES}.query_feat.weight" in tensors:
+        infer, names = _infer_config, official_names
+    else:
         raise InputError(
             f"{file}: no official Mask2Former, MP-Former or MaskFormer checkpoint: "
-            f"{_QUERIES}.query_feat.weight is missing, there is {', '.join(list(tensors)[:3])}, ..."
+            f"{_QUERIES}.query_feat.weight is missing, {_what_there_is(tensors)}"
         )
-    return ForeignModel(tensors, _infer_config(tensors, file), (), official_names)
+    with settings_found_in(file):
+        return ForeignModel(unwrapped, infer(tensors, file), (), names)
+
+
+def _what_there_is(tensors: dict[str, Tensor]) -> str:
+    parts = {
+        "backbone": "backbone.",
+        "pixel decoder": f"{_PIXELS}.",
+        "transformer decoder and heads": _QUERIES,
+    }
+    counts = {part: sum(n.startswith(start) for n in tensors) for part, start in parts.items()}
+    if any(counts.values()):
+        return "there is " + ", ".join(f"{part} {count}" for part, count in counts.items()) + " tensors"
+    if any(n.startswith(_HUGGING_FACE) for n in tensors):
+        return (
+            "the names are those of Hugging Face: import the folder that holds the file and its config.json"
+        )
+    return f"there is {', '.join(name[:100] for name in list(tensors)[:3])}, ..."
+
+
+_HUGGING_FACE = ("model.pixel_level_module.", "pixel_level_module.")
 
 
 def _current_name(name: str) -> str:
@@ -74,8 +120,22 @@ def _current_name(name: str) -> str:
 
 def _size(tensors: dict[str, Tensor], file: Path, name: str, dimension: int = 0) -> int:
     if name not in tensors:
-        raise InputError(f"{file}: {name} is missing")
-    return tensors[name].shape[dimension]
+        raise InputError(f"{file}: {name} is missing; {_what_there_is(tensors)}")
+    shape = tensors[name].shape
+    if dimension >= len(shape) or not 0 < shape[dimension] <= _LARGEST:
+        raise InputError(f"{file}: {name} has the shape {list(shape)}, which no such tensor has")
+    return shape[dimension]
+
+
+@contextlib.contextmanager
+def settings_found_in(file: Path) -> Iterator[None]:
+    """Within it, settings that are refused (`ValueError`) are an `InputError` that names the file."""
+    try:
+        yield
+    except ValueError as error:
+        lines = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+        reason = lines.split(" [type=")[0].replace("Value error, ", "") or str(error)
+        raise InputError(f"{file}: makes no model: {reason}") from None
 
 
 def maskformer_decoder(**sizes: Any) -> Decoder:
@@ -104,8 +164,8 @@ def _infer_maskformer(tensors: dict[str, Tensor], file: Path) -> Model:
         ),
         decoder=maskformer_decoder(
             queries=size(f"{_QUERIES}.query_embed.weight"),
-            layers=count(tensors, rf"{re.escape(_MASKFORMER_LAYERS)}\.(\d+)\."),
-            encoder_layers=count(tensors, encoder_layers),
+            layers=count(tensors, rf"{re.escape(_MASKFORMER_LAYERS)}\.(\d+)\.", file),
+            encoder_layers=count(tensors, encoder_layers, file),
             heads=_HEADS,
             ffn=size(f"{_MASKFORMER_LAYERS}.0.linear1.weight"),
             dropout=0.1,
@@ -121,12 +181,12 @@ def _infer_config(tensors: dict[str, Tensor], file: Path) -> Model:
 
     encoder = f"{_PIXELS}.transformer.encoder.layers"
     piloted = f"{_QUERIES}.label_enc.weight" in tensors
-    # the released MP-Former has no query positions
-    positions = f"{_QUERIES}.query_embed.weight" in tensors
+    # the released MP-Former has no query positions; a Mask2Former without them is incomplete
+    positions = not piloted or f"{_QUERIES}.query_embed.weight" in tensors
     return Model(
         backbone=_infer_backbone(tensors, file),
         pixel_decoder=PixelDecoder(
-            layers=count(tensors, rf"{re.escape(encoder)}\.(\d+)\."),
+            layers=count(tensors, rf"{re.escape(encoder)}\.(\d+)\.", file),
             channels=size(f"{_PIXELS}.mask_features.weight", 1),
             heads=_HEADS,
             points=size(f"{encoder}.0.self_attn.attention_weights.weight") // (_HEADS * _LEVELS),
@@ -134,7 +194,7 @@ def _infer_config(tensors: dict[str, Tensor], file: Path) -> Model:
         ),
         decoder=Decoder(
             queries=size(f"{_QUERIES}.query_feat.weight"),
-            layers=count(tensors, rf"{re.escape(_QUERIES)}\.transformer_ffn_layers\.(\d+)\."),
+            layers=count(tensors, rf"{re.escape(_QUERIES)}\.transformer_ffn_layers\.(\d+)\.", file),
             heads=_HEADS,
             ffn=size(f"{_QUERIES}.transformer_ffn_layers.0.linear1.weight"),
         ),
@@ -149,15 +209,15 @@ def _infer_config(tensors: dict[str, Tensor], file: Path) -> Model:
 def _infer_backbone(tensors: dict[str, Tensor], file: Path) -> Backbone:
     if "backbone.patch_embed.proj.weight" in tensors:
         # a table has (2 * window - 1) squared rows
-        table = tensors["backbone.layers.0.blocks.0.attn.relative_position_bias_table"]
-        channels = tensors["backbone.patch_embed.proj.weight"].shape[0]
-        blocks = count(tensors, r"backbone\.layers\.2\.blocks\.(\d+)\.")
-        name = SWINS.get((channels, blocks, window_of(table)))
+        rows = _size(tensors, file, "backbone.layers.0.blocks.0.attn.relative_position_bias_table")
+        channels = _size(tensors, file, "backbone.patch_embed.proj.weight")
+        blocks = count(tensors, r"backbone\.layers\.2\.blocks\.(\d+)\.", file)
+        name = SWINS.get((channels, blocks, (round(rows**0.5) + 1) // 2))
     elif "backbone.stem.conv3.weight" in tensors:
         name = None
     else:
         bottlenecks = "backbone.res2.0.conv3.weight" in tensors
-        name = _RESNETS.get((bottlenecks, count(tensors, r"backbone\.res4\.(\d+)\.")))
+        name = _RESNETS.get((bottlenecks, count(tensors, r"backbone\.res4\.(\d+)\.", file)))
     if name is None:
         raise InputError(
             f"{file}: its backbone is none of {', '.join([*_RESNETS.values(), *SWINS.values()])}"
@@ -165,12 +225,14 @@ def _infer_backbone(tensors: dict[str, Tensor], file: Path) -> Backbone:
     return Backbone(name=name, pretrained=None, norm="frozen_bn")
 
 
-def window_of(table: Tensor) -> int:
-    """The window of a Swin whose relative-position table [(2w-1)^2,heads] this is."""
-    return (round(table.shape[0] ** 0.5) + 1) // 2
+def count(names: Iterable[str], pattern: str, file: Path) -> int:
+    """How many layers there are: the numbers, from 0, that the pattern's group takes among the names.
 
-
-def count(names: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that the pattern's group takes among the names."""
-    numbers = (re.match(pattern, name) for name in names)
-    return max((int(m.group(1)) for m in numbers if m), default=-1) + 1
+    Raises `InputError` where one is left out.
+    """
+    found = {match[1] for name in names if (match := re.match(pattern, name))}
+    for number in map(str, range(len(found))):
+        if number not in found:
+            kind = pattern.replace("\\", "").replace("(d+)", number)
+            raise InputError(f"{file}: the tensors {kind}* are missing, though there are later ones")
+    return len(found)

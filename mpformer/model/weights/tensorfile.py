@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import pickle
-import struct
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mpformer.model.weights.filekind import Container, container_of
 from mpformer.types import InputError
-
-_WRAPPERS = ("model", "state_dict", "model_state", "module")
-"""Keys under which training programs store the weights beside optimiser and counters."""
 
 _ALLOWED = {
     ("collections", "OrderedDict"),
@@ -36,52 +34,117 @@ _ALLOWED = {
 }
 """What a pickle may name: NumPy arrays and plain containers."""
 
+_DEPTH = 8
+"""Levels of nested dictionaries that are looked into."""
+
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The named tensors of a .safetensors, .pkl (NumPy) or torch file, on the CPU, as they are stored.
+    """The named tensors of a safetensors, pickle (NumPy) or torch file, on the CPU, as they are stored.
 
-    A torch file is read with `weights_only`, a pickle by an unpickler that admits NumPy arrays and plain
-    containers only. Wrapping as in {"model": ..., "optimizer": ...} is undone. Raises `InputError` where the
-    file is unreadable, would need code, or holds no tensors.
+    The format is told from the content, not from the name. A torch file is read with `weights_only`, a pickle
+    by an unpickler that admits NumPy arrays and plain containers only. Nested dictionaries become dotted
+    names: {"model": {"w": ...}} gives "model.w"; `mpformer.model.weights.prefixes` takes such wrapping off.
+    Raises `InputError`, naming the file, where it is something else, damaged, would need code, or holds no
+    tensors.
     """
+    container = container_of(file)
     try:
-        content = _read(file)
-    except FileNotFoundError:
-        raise InputError(f"{file}: there is no such file") from None
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{file}: no file of tensors alone: {_reason(error)}") from None
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, struct.error) as error:
-        raise InputError(f"{file}: cannot be read: {_reason(error)}") from None
-    for key in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping):
-        raise InputError(f"{file}: named tensors are expected, not a {type(content).__name__}")
-    tensors = {str(k): torch.as_tensor(v) for k, v in content.items() if isinstance(v, Tensor | np.ndarray)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on old formats; what matters is an error below
+            content = _READERS[container](file)
+            tensors = dict(_named_tensors(content, file))
+    except InputError:
+        raise
+    # a damaged pickle makes the unpickler do anything, and the readers name no class for what then fails
+    except Exception as error:  # noqa: BLE001
+        raise InputError(f"{file}: {_reason(error)}") from None
     if not tensors:
-        raise InputError(f"{file}: holds no tensors")
+        what = "" if isinstance(content, Mapping) else f" but a {type(content).__name__}"
+        raise InputError(f"{file}: holds no named tensors{what}")
     return tensors
 
 
-def _read(file: Path) -> Any:
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    if file.suffix == ".pkl":
-        with file.open("rb") as stream:
-            return _ArrayUnpickler(stream, encoding="latin1").load()
-    return torch.load(file, map_location="cpu", weights_only=True)
+def _read_torch(file: Path) -> Any:
+    # given a name, torch takes the format from its end
+    with file.open("rb") as stream:
+        return torch.load(stream, map_location="cpu", weights_only=True)
+
+
+def _read_pickle(file: Path) -> Any:
+    with file.open("rb") as stream:
+        return _ArrayUnpickler(stream, encoding="latin1").load()
+
+
+_READERS: dict[Container, Callable[[Path], Any]] = {
+    "safetensors": load_file,
+    "torch": _read_torch,
+    "pickle": _read_pickle,
+}
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name} is neither an array nor a plain container")
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is neither array nor plain container")
         return super().find_class(module, name)
 
 
+def _named_tensors(content: Any, file: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors and arrays of nested dictionaries with their dotted names, each name once."""
+    seen: set[str] = set()
+    pending = [("", content, 0)]
+    while pending:
+        prefix, value, depth = pending.pop()
+        if isinstance(value, Mapping):
+            if depth < _DEPTH:
+                # names alone: numbers are the keys of an optimiser's state
+                inner = [
+                    (f"{prefix}.{k}" if prefix else k, v) for k, v in value.items() if isinstance(k, str)
+                ]
+                pending.extend((name, v, depth + 1) for name, v in reversed(inner))
+            continue
+        tensor = _as_tensor(value, prefix, file)
+        if tensor is None or not prefix:
+            continue
+        if prefix in seen:
+            raise InputError(f"{file}: holds the tensor {shown(prefix)} twice")
+        seen.add(prefix)
+        yield prefix, tensor
+
+
+def _as_tensor(value: Any, name: str, file: Path) -> Tensor | None:
+    """A plain CPU tensor; None for what is neither tensor nor array of numbers."""
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "fiub":
+            return None
+        native = value.dtype.newbyteorder("=")
+        return torch.from_numpy(np.array(value, dtype=native, order="C"))  # a copy: arrays may be read-only
+    if not isinstance(value, Tensor):
+        return None
+    if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+        kind = "quantised" if value.is_quantized else f"{value.layout} on {value.device}"
+        raise InputError(f"{file}: the tensor {shown(name)} is {kind}: a plain one is expected")
+    return value.detach()
+
+
+def shown(name: str) -> str:
+    """A tensor's name in quotes, cut to a length that a message bears."""
+    return repr(name if len(name) <= 100 else f"{name[:60]}...{name[-37:]}")
+
+
 def _reason(error: Exception) -> str:
+    """Why a file was not read, in one line, without torch's advice on how to run its code all the same."""
     text = str(error)
-    # torch's advice on how to load the file all the same is none to pass on
+    if code := re.search(r"\bGLOBAL (\S+)", text):
+        return (
+            f"no file of tensors alone: it needs code to be read ({code[1][:100]}), which is never run; "
+            "store the tensors alone: torch.save(model.state_dict(), FILE)"
+        )
+    if "Unsupported operand" in text:
+        return (
+            "is damaged, or was saved with a pickle protocol that torch reads with code alone: save it with "
+            "torch's default protocol"
+        )
     _, _, named = text.partition("WeightsUnpickler error: ")
     lines = (named or text).strip().splitlines()
-    return lines[0].split(". Please use")[0] if lines else type(error).__name__
+    return f"is cut short or damaged: {lines[0][:300] if lines else type(error).__name__}"
