@@ -18,6 +18,7 @@ from mpformer.config.model import Backbone as BackboneConfig
 from mpformer.config.yamlfile import nearest
 from mpformer.model.pyramid import SimpleFeaturePyramid
 from mpformer.model.swin import PadThenShift
+from mpformer.model.weights.prefixes import unwrap
 from mpformer.model.weights.tensorfile import read_tensors
 from mpformer.types import FEATURE_STRIDES, InputError
 
@@ -160,22 +161,59 @@ def _create(config: BackboneConfig) -> nn.Module:
             f"model.backbone.pretrained: '{config.pretrained}' is neither a file nor a tag of {config.name}, "
             f"which has: {', '.join(tags) or 'none'}"
         )
-    _check_file(file, config.name, timm.create_model(config.name, pretrained=False, **options))
-    return timm.create_model(
-        config.name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **options
-    )
+    return _from_file(file, config, options)
 
 
-def _check_file(file: Path, name: str, model: nn.Module) -> None:
-    """Raise `InputError` if a file is unreadable or of another model: timm would load what fits of it."""
-    stored = read_tensors(file)
+def _from_file(file: Path, config: BackboneConfig, options: dict[str, Any]) -> nn.Module:
+    """The timm model with the weights of a file, whose names may have a known wrapper's prefix.
+
+    Raises `InputError` if the file is unreadable, of another model, or lacks some of it: timm would load what
+    fits, also under names of older versions, and leave the rest random.
+    """
+    name = config.name
+    tensors = _weights_of(file, name, timm.create_model(name, pretrained=False, **options))
+    with torch.random.fork_rng(devices=[]):  # the same random weights as those that timm loads into
+        untouched = dict(timm.create_model(name, pretrained=False, **options).named_parameters())
+    overlay = {"state_dict": dict(tensors)}
+    try:
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    except Exception as error:  # noqa: BLE001  (timm's converters raise anything on weights that misfit)
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"model.backbone.pretrained: {file} does not fit {name}: {reason}") from None
+    for module in model.modules():
+        if isinstance(notes := getattr(module, "pretrained_cfg", None), dict):
+            notes.pop("state_dict", None)  # a second copy of the weights
+    random = [n for n, p in model.named_parameters() if _is_random(p) and torch.equal(p, untouched[n])]
+    if random:
+        raise InputError(
+            f"model.backbone.pretrained: {file} lacks {len(random)} tensors of {name}, such as {random[0]}"
+        )
+    statistics = [n for n, _ in model.named_buffers() if n.endswith("running_mean")]
+    stored = sum(n.endswith("running_mean") for n in tensors)
+    if config.norm != "group_norm" and stored < len(statistics):
+        raise InputError(
+            f"model.backbone.pretrained: {file} has running statistics of {stored} norms, {name} has "
+            f"{len(statistics)}: model.backbone.norm=group_norm goes without them"
+        )
+    return model
+
+
+def _is_random(parameter: Tensor) -> bool:
+    """Whether a parameter of a new model is drawn at random; norms and biases start as constants."""
+    return parameter.ndim > 1 and bool((parameter != parameter.flatten()[0]).any())
+
+
+def _weights_of(file: Path, name: str, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a file without their wrapper. Raises `InputError` if they are of another model."""
     wanted = [re.sub(r"^layers_(\d)", r"layers.\1", own) for own, _ in model.named_parameters()]
     wanted = [own.removeprefix("model.") for own in wanted]
+    stored = unwrap(read_tensors(file), set(wanted).__contains__, file).tensors
     if sum(own in stored for own in wanted) < len(wanted) / 2:
         raise InputError(
             f"model.backbone.pretrained: {file} holds no weights of {name}: {next(iter(stored))}, ... where "
             f"{wanted[0]}, ... is expected"
         )
+    return stored
 
 
 def _options(config: BackboneConfig) -> dict[str, Any]:

@@ -173,10 +173,48 @@ def test_wrong_weights_are_named(tmp_path):
         build("resnet18", pretrained=str(other))
     broken = tmp_path / "broken.pth"
     broken.write_bytes(b"not a file of weights")
-    with pytest.raises(InputError, match="no file of tensors alone"):
+    with pytest.raises(InputError, match="is text, not weights: 'not a file of weights'"):
         build("resnet18", pretrained=str(broken))
     with pytest.raises(InputError, match=r"neither a file nor a tag of resnet18, which has: .*tv_in1k"):
         build("resnet18", pretrained="tv_in1")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.module.", "student.", "ema_model."])
+@pytest.mark.parametrize("name", ["resnet18", SWIN])
+def test_a_wrapped_backbone_is_the_backbone(name, prefix, tmp_path):
+    torch.manual_seed(1)
+    source = timm.create_model(name).state_dict()
+    torch.save({"state_dict": {prefix + k: v for k, v in source.items()}, "epoch": 3}, tmp_path / "a.bin")
+    body = build(name, pretrained=str(tmp_path / "a.bin")).body
+    own = {k.replace("layers_", "layers."): v for k, v in body.state_dict().items()}
+    assert all(torch.equal(v, source[k]) for k, v in own.items())
+    assert not any("state_dict" in getattr(m, "pretrained_cfg", {}) for m in body.modules())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (
+            lambda k, v: None if k == "layer4.1.conv2.weight" else v,
+            r"lacks 1 tensors of resnet18, such as .*conv2",
+        ),
+        (lambda k, v: None if "running" in k else v, r"has running statistics of 0 norms, resnet18 has 20"),
+        (lambda k, v: v[:5] if k == "layer4.1.conv2.weight" else v, "does not fit resnet18: .*size mismatch"),
+    ],
+)
+def test_a_backbone_in_part_is_refused(spoil, expected, tmp_path):
+    torch.manual_seed(1)
+    spoilt = {k: spoil(k, v) for k, v in timm.create_model("resnet18").state_dict().items()}
+    torch.save({k: v for k, v in spoilt.items() if v is not None}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=expected):
+        build("resnet18", pretrained=str(tmp_path / "a.pth"))
+
+
+def test_an_unknown_wrapper_of_a_backbone_is_named(tmp_path):
+    state = {f"encoder_q.{k}": v for k, v in timm.create_model("resnet18").state_dict().items()}
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=r"begin with 'encoder_q\.', which is no known wrapper"):
+        build("resnet18", pretrained=str(tmp_path / "a.pth"))
 
 
 def test_the_papers_tags_exist():

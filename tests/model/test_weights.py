@@ -218,15 +218,20 @@ def test_names_of_early_versions(tmp_path):
     assert report.reinitialized == report.left_over == ()
 
 
-def test_missing_and_unknown_tensors_are_reported(tmp_path):
+def test_unknown_tensors_are_reported_and_missing_ones_refused(tmp_path):
     tensors = small_official(**{"predictor.something": torch.zeros(3)})
-    del tensors["sem_seg_head.predictor.decoder_norm.weight"]
     torch.save(tensors, tmp_path / "model.pth")
     report = import_weights(tmp_path / "model.pth", tmp_path / "out.safetensors")
-    assert report.reinitialized == ("decoder.norm.weight",)
+    assert report.reinitialized == ()
     assert report.left_over == ("predictor.something",)
     assert ("backbone.stem.conv1.weight", "backbone.body.conv1.weight") in report.renamed
-    assert "1 re-initialised: decoder.norm.weight" in str(report)
+    assert "1 left over: predictor.something" in str(report)
+    name = "sem_seg_head.predictor.decoder_norm.weight"
+    del tensors[name]
+    torch.save(tensors, tmp_path / "model.pth")
+    with pytest.raises(InputError, match=f"transformer decoder 40 of 41.*'{name}' is missing"):
+        import_weights(tmp_path / "model.pth", tmp_path / "none.safetensors")
+    assert not (tmp_path / "none.safetensors").exists()
 
 
 def test_what_is_no_mask2former_is_refused(tmp_path):
