@@ -27,6 +27,7 @@ def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
     """The figures of a checkpoint on the validation split of its own data, or of `data`; their page."""
     from mpformer.draw import attempted
     from mpformer.evaluate import evaluation
+    from mpformer.evaluate.metrics import unmeasured
     from mpformer.evaluate.pages import write_page
 
     origin = _origin(checkpoint)
@@ -38,6 +39,8 @@ def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
     found, usage = evaluation.evaluate(model, split, config, device=device, report=_progress())
     for key, value in {**found.scores.summary, **found.layers}.items():
         say(f"{key:24} {value:8.2f}")
+    for key, reason in unmeasured(config.data.task, found.scores.summary).items():
+        say(f"{key:24} not measured: {reason}")
     for key, text in usage.facts().items():
         say(f"{key:24} {text:>8}")
     if config.evaluate.pictures:

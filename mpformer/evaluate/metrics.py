@@ -39,6 +39,28 @@ def build_metrics(options: Evaluate) -> dict[str, Metric]:
     }
 
 
+_OF_OBJECTS = {
+    "AP": "there is no object",
+    "AP_small": "there is no object below 32x32 pixels",
+    "AP_medium": "there is no object from 32x32 to 96x96 pixels",
+    "AP_large": "there is no object above 96x96 pixels",
+}
+_OF_PIXELS = {"mIoU": "no pixel has a class", "PQ_stuff": "no stuff occurs"}
+_OF_SEGMENTS = {"PQ": "there is no segment", "PQ_things": "no countable class occurs"}
+_EXPECTED: dict[str, dict[str, str]] = {
+    "instance": _OF_OBJECTS,
+    "semantic": _OF_PIXELS,
+    "panoptic": _OF_SEGMENTS | _OF_PIXELS | _OF_OBJECTS,
+}
+"""Metrics of each task, and why one of them may be undefined."""
+
+
+def unmeasured(task: Task, measured: Iterable[str]) -> dict[str, str]:
+    """The task's metrics that are not among those `measured`, and why: {"AP_large": "there is no ..."}."""
+    known = set(measured)
+    return {name: reason for name, reason in _EXPECTED[task].items() if name not in known}
+
+
 def evaluate_predictions(
     predictions: Iterable[Prediction], catalog: Catalog, task: Task, *, boundary: bool = False
 ) -> dict[str, float]:
