@@ -154,7 +154,7 @@ def _hold_out(root: Path, train: _Json, splits: dict[str, Split]) -> str:
 
 def _trace_of_val(root: Path) -> str | None:
     """A folder whose name says that it holds the validation split."""
-    folders = (p for p in _folders(root) if _split_of(p.name) == "val")
+    folders = (p for p in _folders(root) if split_of(p.name) == "val")
     return next((str(p.relative_to(root)) for p in folders), None)
 
 
@@ -186,7 +186,7 @@ def _json_files(root: Path) -> Iterator[Path]:
 
 def _look(path: Path, root: Path) -> _Json:
     name = path.relative_to(root).as_posix()
-    looked = _Json(path, name, _split_of(name))
+    looked = _Json(path, name, split_of(name))
     try:
         content = parse_json(path)
     except InputError as error:
@@ -212,7 +212,7 @@ def _look(path: Path, root: Path) -> _Json:
     return looked
 
 
-def _split_of(name: str) -> str | None:
+def split_of(name: str) -> str | None:
     """The split that a path names: in its last part, or else in the nearest folder that names one."""
     for part in reversed(name.split("/")):
         for word in re.findall(r"[a-z]+", part.casefold()):
@@ -259,13 +259,13 @@ def _folder_of(
     for elsewhere in (False, True):  # names that are paths of another machine only where there are no others
         for folder in [] if ranked else dict.fromkeys([*beside, *_folders(root)]):
             name = folder.relative_to(root).as_posix()
-            if not folder.is_dir() or name == taken or _split_of(name) not in (None, split):
+            if not folder.is_dir() or name == taken or split_of(name) not in (None, split):
                 continue
             files = Files(root, name)
             if there := sum(files.has(n, elsewhere) for n in names):
                 looks_right = bool(_MASKS.search(name)) == (key == "panoptic_masks")
                 order = beside.index(folder) if folder in beside else len(beside)
-                ranked.append((not looks_right, _split_of(name) is None, -there, order, name))
+                ranked.append((not looks_right, split_of(name) is None, -there, order, name))
     ranked.sort()
     setting = f"data.dataset.{split}.{key}"
     if not ranked:

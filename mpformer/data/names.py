@@ -56,8 +56,8 @@ class Files:
         """(path relative to the root, whether it is written otherwise than the name).
 
         A name that no file has stands for the one file whose path differs in separators, percent signs,
-        Unicode form or case; with `elsewhere` also for the one file whose path ends like it, or like which it
-        ends, if it repeats the folder or is a path on another machine. Raises `InputError`, beginning with
+        Unicode form or case; with `elsewhere` also for the one file like whose path it ends, if it begins
+        with the folder's own name or is a path on another machine. Raises `InputError`, beginning with
         `what`, where there is none, or more than one.
         """
         if not isinstance(name, str) or not name.strip("/\\ ") or "\0" in name:
@@ -96,10 +96,13 @@ class Files:
         return found
 
     def _is_part(self, name: str, path: str, leaves: bool) -> bool:
-        """Whether a name and a path, both as `form` has them, are a longer and a shorter one of one file."""
-        if leaves:
-            return name.endswith("/" + path)
-        return f"/{form(self._folder)}/{path}".endswith("/" + name)
+        """Whether a longer name means the file at a path, both as `form` has them.
+
+        It may be a path on another machine, which leaves the folder, or begin with the folder's own name.
+        """
+        return f"/{name}".endswith(f"/{path}") and (
+            leaves or f"/{form(self._folder)}/{path}".endswith(f"/{name}")
+        )
 
     def _missing(self, name: str) -> str:
         if not self._top.is_dir():
