@@ -478,3 +478,55 @@ def test_fuzz_headers(place, raw, config, classes):
     header = {"format": "mpformer-1", "config": json.dumps(config), "classes": json.dumps(classes), **raw}
     save_file(TENSORS, place / "f.safetensors", {k: v for k, v in header.items() if "\0" not in v})
     one_line_or_result(lambda: read_metadata(place / "f.safetensors"))
+
+
+FAULTS = ["drop", "rename", "reshape", "integers", "nan", "empty", "wrap", "number", "extra"]
+
+
+def spoil_tensor(tensors, name, fault):
+    value = tensors.pop(name)
+    if fault == "rename":
+        tensors[name.replace("weight", "wieght").replace("bias", "baias")] = value
+    elif fault == "wrap":
+        tensors[f"module.{name}"] = value
+    elif fault == "extra":
+        tensors |= {name: value, f"{name}_extra": value.clone()}
+    elif fault != "drop":
+        tensors[name] = {
+            "reshape": value.flatten()[None],
+            "integers": torch.zeros(value.shape, dtype=torch.int8),
+            "nan": torch.full(value.shape, float("nan")),
+            "empty": value.flatten()[:0],
+            "number": torch.tensor(1.0),
+        }[fault]
+
+
+faults = st.lists(st.tuples(st.sampled_from(FAULTS), st.integers(0, 10**6)), min_size=1, max_size=4)
+
+
+@pytest.mark.slow
+@settings(FUZZ, max_examples=150)
+@given(faults, st.sampled_from(["", "model.", "module.model.", "odd."]), st.booleans())
+def test_fuzz_models(place, changes, prefix, as_start):
+    """A model with faults in single tensors is the whole model, or is refused and changes nothing."""
+    folder, model = place / "models", _model()
+    if not folder.exists():
+        files.write_folder(folder, model)
+        (folder / "model.safetensors").rename(folder / "whole")
+    tensors = dict(model.state_dict()) if as_start else load_file(folder / "whole")
+    for fault, number in changes:
+        spoil_tensor(tensors, list(tensors)[number % len(tensors)], fault)
+    save_file({prefix + k: v.clone() for k, v in tensors.items()}, folder / "model.safetensors")
+    (place / "g.safetensors").unlink(missing_ok=True)
+    wanted = model.state_dict()
+    if not as_start:
+        one_line_or_result(lambda: import_weights(folder, place / "g.safetensors"))
+        if (place / "g.safetensors").exists():
+            assert files.same(load_file(place / "g.safetensors"), wanted)
+        return
+    start = files.small_model(seed=1)
+    before = {k: v.clone() for k, v in start.state_dict().items()}
+    report = one_line_or_result(lambda: load_weights(start, folder / "model.safetensors"))
+    for name, tensor in start.state_dict().items():
+        source = wanted if report is not None and name in report.loaded else before
+        assert torch.equal(tensor, source[name]), name

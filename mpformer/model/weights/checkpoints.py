@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mpformer.config.yamlfile import nearest_path
+from mpformer.model.weights.filekind import container_of
 from mpformer.tracking.run_dir import RunDir, step_of
 from mpformer.types import InputError, RunError
 
@@ -68,9 +69,10 @@ def model_file(path: Path) -> Path:
     """The model file meant by a path: the file itself, a checkpoint's folder, or a run's newest checkpoint.
 
     In a run, damaged checkpoints are passed over with a warning. Raises `InputError` where there is no
-    checkpoint, or no undamaged one.
+    checkpoint, no undamaged one, or a file that cannot hold tensors.
     """
     if path.is_file():
+        container_of(path)
         return path
     if (path / MODEL_FILE).is_file():
         if (path / STATE_FILE).is_file():
@@ -78,6 +80,7 @@ def model_file(path: Path) -> Path:
                 read(path)
             except RunError as error:
                 raise InputError(str(error)) from None
+        container_of(path / MODEL_FILE)
         return path / MODEL_FILE
     found, damaged = latest(path)
     for line in damaged:

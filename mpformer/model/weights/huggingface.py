@@ -19,6 +19,7 @@ from mpformer.config.model import Backbone, Decoder, Loss, Model, Pilot, PixelDe
 from mpformer.config.yamlfile import nearest
 from mpformer.model.weights.filekind import check_text
 from mpformer.model.weights.names import huggingface_names
+from mpformer.model.weights.names_in_memory import name_in_files
 from mpformer.model.weights.names_maskformer import huggingface_maskformer_names
 from mpformer.model.weights.official import (
     SWINS,
@@ -155,13 +156,15 @@ def _class_names(settings: _Section) -> tuple[str, ...]:
 
 
 def _unwrap(tensors: dict[str, Tensor], folder: Path) -> Unwrapped:
-    whole = unwrap(tensors, lambda name: _WHOLE.match(name) is not None, folder)
-    if any(name.startswith("model.") and _WHOLE.match(name) for name in whole.tensors):
-        return whole
-    # saved from the inner model, whose names lack the first word
-    base = unwrap(tensors, lambda name: _BASE.match(name) is not None, folder)
-    named = {f"model.{k}" if _BASE.match(k) else k: v for k, v in base.tensors.items()}
-    return replace(base, tensors=named)
+    found = unwrap(tensors, lambda name: _WHOLE.match(name) is not None, folder)
+    if not any(name.startswith("model.") and _WHOLE.match(name) for name in found.tensors):
+        # saved from the inner model, whose names lack the first word
+        found = unwrap(tensors, lambda name: _BASE.match(name) is not None, folder)
+        base = {f"model.{k}" if _BASE.match(k) else k: v for k, v in found.tensors.items()}
+        found = replace(found, tensors=base)
+    named = {name_in_files(name): tensor for name, tensor in found.tensors.items()}
+    # where both are there, the one that needed no other name
+    return replace(found, tensors=named | {k: v for k, v in found.tensors.items() if k in named})
 
 
 def _read_json(file: Path) -> dict[str, Any]:
