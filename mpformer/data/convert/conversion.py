@@ -12,7 +12,7 @@ from mpformer.config.yamlfile import nearest, nearest_path
 from mpformer.data.convert import labelme, supervisely, via, voc, yolo
 from mpformer.data.convert.found import Found, Notes, Options
 from mpformer.data.convert.recognise import PHRASES, Form, forms_at
-from mpformer.data.convert.tree import Tree
+from mpformer.data.convert.tree import Tree, read_json
 from mpformer.data.convert.write import Written, write
 from mpformer.types import InputError
 
@@ -91,7 +91,7 @@ def convert(source: Path, out: Path, settings: Sequence[str]) -> Conversion:
             raise InputError(f"setting '{name}={chosen[name]}': {NAMES[form]} has no such choice, {known} do")
     notes = Notes()
     tree = Tree(root, target, notes)
-    if source.is_file():
+    if source.is_file() and form not in ("voc", "supervisely"):  # whose one file tells little
         tree.keep_labels(source.resolve())
     options = Options(rectangles=chosen.get("boxes") == "rectangles", attribute=chosen.get("class", ""))
     try:
@@ -104,7 +104,9 @@ def convert(source: Path, out: Path, settings: Sequence[str]) -> Conversion:
         raise InputError(f"{source.parent if source.is_file() else source}: {error}") from None
     without_split = not any(picture.split for picture in found.pictures)
     done = Conversion(NAMES[form], found.classes, tuple(written), without_split, notes)
-    atomic.write_text(target / REPORT, "\n".join([f"source: {root}", *done.lines()]) + "\n")
+    report = "\n".join([f"source: {root}", *done.lines()]) + "\n"
+    # file names may be no UTF-8
+    atomic.write_text(target / REPORT, report.encode("utf-8", "backslashreplace").decode("utf-8"))
     return done
 
 
@@ -131,10 +133,25 @@ def _form(source: Path, given: str | None) -> Form:
     if forms:
         phrases = " and ".join(PHRASES[form] for form in forms)
         raise InputError(f"{source}: {phrases}: say which, for instance form={forms[0]}")
+    _refuse_broken(source)
     raise InputError(
         f"{source}: no YOLO (data.yaml), Pascal VOC (SegmentationObject, XML), LabelMe, VIA or Supervisely "
         "(meta.json) data found; COCO needs no conversion: mpformer data check"
     )
+
+
+def _refuse_broken(source: Path) -> None:
+    """Raise `InputError` for a file that cannot be read and so tells no form."""
+    files = (
+        [source]
+        if source.is_file()
+        else sorted(p for s in ("yaml", "yml", "json") for p in source.glob(f"*.{s}"))
+    )
+    for path in files:
+        if path.suffix.lower() == ".json":
+            read_json(path, str(path))
+        elif path.suffix.lower() in (".yaml", ".yml"):
+            yolo.read_description(path, str(path))
 
 
 def _check_target(out: Path, root: Path) -> None:

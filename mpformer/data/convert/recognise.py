@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -114,7 +115,7 @@ def _csv(path: Path) -> Form | None:
 def _xml(path: Path) -> Form | None:
     with path.open("rb") as file:
         head = file.read(2000)
-    return "voc" if b"<annotation" in head else None
+    return "voc" if re.search(rb"<annotation[\s>]", head) else None
 
 
 _FILE_KINDS: dict[str, Callable[[Path], Form | None]] = {

@@ -60,6 +60,9 @@ class _Annotation:
 
 def _class_shapes(meta: Any, place: str) -> dict[str, str]:
     """Name and shape of each class."""
+    kind = meta.get("projectType", "images") if isinstance(meta, dict) else "images"
+    if kind not in ("images", "", None):
+        raise InputError(f"{place}: a project of {kind!s:.40}; images are expected")
     listed = meta.get("classes") if isinstance(meta, dict) else None
     if not isinstance(listed, list) or not listed:
         raise InputError(f"{place}: 'classes': a list with at least one class is expected")
@@ -106,12 +109,8 @@ def _picture(opened: _Annotation, shapes: dict[str, str], tree: Tree) -> Picture
 def _image(path: Path, tree: Tree) -> Path | None:
     """`img/a.png` for `ann/a.png.json`, or in old projects for `ann/a.json`."""
     folder = path.parent.parent / "img"
-    if (exact := folder / path.stem).is_file():
-        return exact
-    same = [image for image in tree.images(folder) if image.parent == folder and image.stem == path.stem]
-    if len(same) > 1:
-        raise InputError(f"{tree.name(path)}: the image may be {same[0].name} or {same[1].name}")
-    return same[0] if same else None
+    exact = folder / path.stem
+    return exact if exact.is_file() else tree.find_image_by_stem(path.stem, folder, tree.name(path))
 
 
 def _split_tag(opened: _Annotation) -> str:

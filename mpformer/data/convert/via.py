@@ -150,6 +150,8 @@ def _class(region: _Region, attribute: str) -> str:
         if len(ticked) != 1:
             raise InputError(f"{region.place}: '{attribute}' has {len(ticked)} values, one class is expected")
         value = ticked[0]
+    if isinstance(value, int | float) and not isinstance(value, bool):  # written by a script
+        value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{region.place}: no value of '{attribute}', which names the class")
     return value.strip()

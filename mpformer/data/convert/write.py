@@ -35,6 +35,8 @@ def write(found: Found, out: Path, form: str, notes: Notes) -> list[Written]:
     count from 1 in each file, images in the order of their names. A split of an earlier conversion that is
     no longer there is removed. Raises `InputError` for two images of one name, `OSError`.
     """
+    for name in found.classes:
+        _check_text(name, "the class name")
     contents: dict[Path, str] = {}
     written = []
     by_split = _by_split(found.pictures)
@@ -89,10 +91,7 @@ def _named(pictures: list[Picture]) -> dict[str, Picture]:
     named: dict[str, Picture] = {}
     for picture, path in zip(pictures, parts):
         name = safe_relative_path("/".join(path[shared:]), picture.place)
-        try:
-            name.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InputError(f"{picture.place}: the file name {name!r} is not UTF-8: rename it") from None
+        _check_text(name, f"{picture.place}: the file name")
         if name in named:
             if _same(named[name], picture):
                 continue
@@ -100,6 +99,14 @@ def _named(pictures: list[Picture]) -> dict[str, Picture]:
             raise InputError(f"{picture.place}: image {name} is labelled in {other}, too, and in another way")
         named[name] = picture
     return dict(sorted(named.items()))
+
+
+def _check_text(text: str, what: str) -> None:
+    """Raise `InputError` for what no UTF-8 file can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{what} {text!r} is not UTF-8: rename it") from None
 
 
 def _same(one: Picture, other: Picture) -> bool:

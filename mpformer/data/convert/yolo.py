@@ -32,7 +32,15 @@ _TOLERANCE = 0.01
 
 def read(tree: Tree, options: Options, notes: Notes) -> Found:
     """The data set of the one data.yaml in the source, or of a classes.txt beside labels/."""
-    described = [path for path in tree.with_suffix(".yaml", ".yml") if _describes(path, tree)]
+    described, broken = [], []
+    for path in tree.with_suffix(".yaml", ".yml"):
+        try:
+            if _describes(path, tree):
+                described.append(path)
+        except InputError as error:
+            broken.append(error)
+    if broken and not described:
+        raise broken[0]
     if len(described) > 1:
         both = " and ".join(tree.name(path) for path in described[:2])
         raise InputError(f"{both} both describe a data set: give one of them in place of the folder")
@@ -51,15 +59,16 @@ def read(tree: Tree, options: Options, notes: Notes) -> Found:
 
 
 def _describes(path: Path, tree: Tree) -> bool:
-    content = _yaml(path, tree).tree
+    content = read_description(path, tree.name(path)).tree
     return bool({"names", "nc"} & content.keys()) and bool(_KEYS.keys() & content.keys())
 
 
-def _yaml(path: Path, tree: Tree) -> Source:
+def read_description(path: Path, place: str) -> Source:
+    """A data.yaml, or any other YAML file. `InputError` where it is no YAML."""
     try:
         return read_yaml(path)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:  # a date of month 13, [a]: b
-        raise InputError(f"{tree.name(path)}: not valid YAML: {error}") from None
+        raise InputError(f"{place}: not valid YAML: {error}") from None
 
 
 def _place(source: Source, key: str, tree: Tree) -> str:
@@ -69,7 +78,7 @@ def _place(source: Source, key: str, tree: Tree) -> str:
 
 def _described(path: Path, tree: Tree) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
     """The classes and each split's images that a data.yaml names."""
-    source = _yaml(path, tree)
+    source = read_description(path, tree.name(path))
     content = source.tree
     if "kpt_shape" in content:
         raise InputError(f"{source.place(['kpt_shape'])}: a data set of keypoints has no masks to convert")

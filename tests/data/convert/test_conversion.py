@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -267,6 +268,50 @@ def test_images_of_one_name_in_folders_of_a_split_stay_apart(tmp_path):
     found = objects(tmp_path / "out")
     np.testing.assert_array_equal(found["one/a.png"][0][1], l_shape())
     np.testing.assert_array_equal(found["two/a.png"][0][1], box(1, 1, 5, 5))
+
+
+def test_names_that_are_not_utf_8_are_named(tmp_path):
+    src = tmp_path / "src"
+    test_labelme.a_file(src, test_labelme.shape("x", CORNERS))
+    picture(src / "b.png").rename(src / os.fsdecode(b"\xff.png"))
+    converted(src, tmp_path / "out")
+    assert "\\udcff.png" in (tmp_path / "out/conversion.txt").read_text()
+    test_labelme.a_file(src, test_labelme.shape("\ud800", CORNERS))
+    with pytest.raises(InputError, match=r"the class name '\\ud800' is not UTF-8: rename it"):
+        converted(src, tmp_path / "other")
+    yolo(tmp_path / "yolo")
+    image = picture(tmp_path / "yolo/images/train/b.png")
+    image.rename(image.with_name(os.fsdecode(b"\xff.png")))
+    with pytest.raises(InputError, match=r"the file name '\\udcff\.png' is not UTF-8: rename it"):
+        converted(tmp_path / "yolo", tmp_path / "other")
+
+
+def test_a_broken_file_that_tells_no_form_is_named(tmp_path):
+    src = yolo(tmp_path / "src")
+    text(src / "data.yaml", "train: [images\n")
+    with pytest.raises(InputError, match=r"data\.yaml:2: not valid YAML"):
+        converted(src, tmp_path / "out")
+    text(tmp_path / "via/via.json", '{"a": \n,}')
+    with pytest.raises(InputError, match=r"via\.json:2: not valid JSON"):
+        converted(tmp_path / "via", tmp_path / "out")
+    text(tmp_path / "cvat/annotations.xml", "<annotations><version>1.1</version></annotations>")
+    with pytest.raises(InputError, match="data found; COCO needs no conversion"):
+        converted(tmp_path / "cvat", tmp_path / "out")
+
+
+def test_other_files_beside_the_labels_do_no_harm(tmp_path):
+    src = yolo(tmp_path / "src")
+    text(src / "compose.yaml", "a: [b\n")
+    text(src / "args.yaml", "task: segment\nmode: train\n")
+    text(src / "README.roboflow.txt", "by Roboflow")
+    assert [w.images for w in converted(src, tmp_path / "out").splits] == [2, 2]
+
+
+def test_a_file_may_stand_for_its_folder(tmp_path):
+    src = supervisely(tmp_path / "src")
+    assert [w.images for w in converted(src / "meta.json", tmp_path / "out").splits] == [1, 1]
+    done = converted(labelme(tmp_path / "one") / "train/a.json", tmp_path / "alone")
+    assert [(w.split, w.images) for w in done.splits] == [("train", 1)]
 
 
 def test_a_loop_of_links_is_walked_once(tmp_path):

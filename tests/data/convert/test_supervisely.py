@@ -161,6 +161,7 @@ def test_wrong_objects_are_named(tmp_path, wrong, message):
     ("meta", "message"),
     [
         ({"classes": [*META["classes"], META["classes"][0]]}, "classes 0 and 4 are both called 'zebra'"),
+        ({**META, "projectType": "videos"}, r"meta\.json: a project of videos; images are expected"),
         ({"classes": []}, "'classes': a list with at least one class"),
         ({"classes": [{"title": "a"}]}, "class 0: a 'title' and a 'shape' are expected"),
     ],
