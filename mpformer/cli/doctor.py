@@ -14,6 +14,7 @@ import psutil
 
 from mpformer import __version__
 from mpformer.cores import usable_cores
+from mpformer.home import home_folder
 from mpformer.tracking.commit import git_commit
 from mpformer.tracking.mlflow_store import first_line
 
@@ -110,6 +111,8 @@ def _machine(problems: list[str]) -> Iterator[str]:
     yield f"disk: {free / 2**30:.1f} GiB free in this folder"
     if free < SCARCE_DISK:
         problems.append("the disk is nearly full")
-    if not os.access(Path.home(), os.W_OK):
-        problems.append(f"{Path.home()} is not writable, Ray keeps a token there: set HOME or RAY_AUTH_MODE")
+    home = home_folder()
+    if home is None or not os.access(home, os.W_OK):
+        what = "there is no home folder" if home is None else f"{home} is not writable"
+        problems.append(f"{what}, Ray keeps a token there: set HOME or RAY_AUTH_MODE")
     yield f"cluster: {os.environ.get('RAY_ADDRESS', 'this machine (RAY_ADDRESS is not set)')}"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from mpformer.cli.output import print_any_text
 from mpformer.cli.parser import parse
+from mpformer.home import ensure_home
 from mpformer.types import InputError, RunError
 
 
@@ -22,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         function, arguments = parse(sys.argv[1:] if argv is None else argv)
+        if (line := ensure_home()) is not None:
+            print(f"mpformer: {line}", file=sys.stderr)
         function(**arguments)
     except InputError as error:
         return _fail(2, str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,7 +127,7 @@ _OPENERS: dict[type[Section], Callable[[Any, Data, str], Catalog]] = {
 
 
 def _root(data: Data) -> Path:
-    return Path(data.root).expanduser().resolve()
+    return Path(os.path.expanduser(data.root)).resolve()
 
 
 def _name(data: Data, split: str) -> str:
@@ -152,7 +153,7 @@ def _stop_at_faults(data: Data, findings: Iterable[Finding]) -> None:
 
 def check_root(data: Data) -> None:
     """Raise `InputError` unless `data.root` is a folder; not for a packed set, which may lie elsewhere."""
-    root = Path(data.root).expanduser()
+    root = Path(os.path.expanduser(data.root))
     if not isinstance(data.dataset, Packed) and not root.is_dir():
         raise InputError(f"data.root: there is no folder {root}{nearest_path(root, folder=True)}")
 

@@ -77,6 +77,22 @@ def png_header(data: bytes) -> tuple[int, int, int, int] | None:
     return width, height, data[24], data[25]
 
 
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of a JPEG as stored, from the header of its first frame; None where there is none."""
+    position = 2
+    while position + 9 <= len(data):
+        if data[position] != 0xFF:
+            return None
+        kind = data[position + 1]
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # tables and extensions
+            height, width = data[position + 5 : position + 7], data[position + 7 : position + 9]
+            return int.from_bytes(width, "big"), int.from_bytes(height, "big")
+        alone = kind in (0x01, 0xFF) or 0xD0 <= kind <= 0xD8  # fill bytes, and markers without content
+        length = 0 if alone else int.from_bytes(data[position + 2 : position + 4], "big")
+        position += (1 if kind == 0xFF else 2) + length
+    return None
+
+
 def is_cut_short(data: bytes) -> bool:
     """Whether the end mark of a JPEG or PNG is missing; cv2 would fill the rest with grey and say nothing."""
     if data.startswith(JPEG):

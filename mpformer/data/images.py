@@ -53,9 +53,6 @@ _READERS: dict[bytes, Callable[[IO[bytes]], ImageFile.ImageFile]] = {
     b"GIF8": GifImagePlugin.GifImageFile,
     b"RIFF": WebPImagePlugin.WebPImageFile,
 }
-_LARGE_FILE = 1 << 20
-"""Bytes of a JPEG from which on its size is looked up first. Smaller ones hold fewer than `MAX_PIXELS`,
-unless they are blank; cv2 stops those at four times as many."""
 
 cv2.setNumThreads(1)  # samples are spread over processes; threads inside each would only contend
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about EXIF that nobody asked for
@@ -254,19 +251,21 @@ def _refuse_jpeg(data: bytes, name: str) -> None:
 
 
 def _refuse_before_decoding(data: bytes, name: str) -> None:
-    """Raise `InputError` for what cv2 would decode wrongly, or in too much memory."""
+    """Raise `InputError` for a PNG with wrong checksums, and for what would take too much memory."""
     header = filekinds.png_header(data)
+    if header is not None and (damaged := _damaged_chunk(data)):
+        raise InputError(f"{name}: the image file is damaged ({damaged})")
     if header is not None:
-        width, height = header[:2]
-        if damaged := _damaged_chunk(data):
-            raise InputError(f"{name}: the image file is damaged ({damaged})")
-    elif data.startswith(filekinds.TIFF) or len(data) >= _LARGE_FILE:
-        width, height, _ = _header_size(data, name)
+        size: tuple[int, ...] | None = header[:2]
+    elif data.startswith(filekinds.JPEG):
+        size = filekinds.jpeg_size(data)
+    elif data.startswith(tuple(_READERS)) or data.startswith(filekinds.TIFF):
+        size = _header_size(data, name)[:2]
     else:
-        return
-    if width * height > MAX_PIXELS:
+        size = None  # rare formats, for which cv2's own limit holds: four times as many
+    if size is not None and size[0] * size[1] > MAX_PIXELS:
         raise InputError(
-            f"{name}: {width}x{height} pixels; at most {MAX_PIXELS >> 20} million are read: cut it into tiles"
+            f"{name}: {size[0]}x{size[1]} pixels; at most {MAX_PIXELS >> 20} million are read: cut it into tiles"
         )
 
 

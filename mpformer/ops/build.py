@@ -117,10 +117,15 @@ def _run(commands: list[list[str]]) -> None:
 
 
 def cache_directory() -> Path:
-    """Where kernels built on this machine are kept: $MPFORMER_CACHE, else the user's cache directory."""
+    """Where kernels built on this machine are kept: $MPFORMER_CACHE, else the user's cache directory.
+
+    Raises BuildError for a user without a home folder; the command line makes one (`mpformer.home`).
+    """
     if os.environ.get("MPFORMER_CACHE"):
         return Path(os.environ["MPFORMER_CACHE"])
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if base.startswith("~"):
+        raise BuildError("no home folder for the cache: set HOME or MPFORMER_CACHE")
     return Path(base) / "mpformer"
 
 

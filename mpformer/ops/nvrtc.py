@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 
 from mpformer import atomic
-from mpformer.ops.build import cache_directory
+from mpformer.ops.build import BuildError, cache_directory
 
 Argument: TypeAlias = "ctypes._SimpleCData[Any] | ctypes.Structure"
 """Of a kernel: a number, a device pointer as c_void_p, or a structure by value."""
@@ -81,7 +81,10 @@ def compile_source(source: str, architecture: int, defines: Sequence[tuple[str, 
         *(f"-D{name}={value}" for name, value in defines),
     ]
     key = repr((source, options, nvrtc_version()))
-    cached = cache_directory() / "cuda" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.bin"
+    try:
+        cached = cache_directory() / "cuda" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.bin"
+    except BuildError as error:
+        raise CudaError(str(error)) from None
     if cached.exists():
         return cached.read_bytes()
     code = _compile(source, options, native)
