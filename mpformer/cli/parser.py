@@ -28,7 +28,7 @@ IMAGES = "image files or folders (a=b.png: ./a=b.png); and key=value settings, f
 
 if TYPE_CHECKING:
     _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
-VALUED, FLAGS = ("--only", "--data", "--out"), ("--plan", "--help", "-h", "--version")
+VALUED, FLAGS = ("--only", "--data", "--out", "--fix"), ("--plan", "--help", "-h", "--version")
 """The options that the next argument belongs to, and the others."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -271,3 +272,8 @@ class Data(Section):
     """Processes of the torch loader in each training worker."""
     prefetch: Annotated[int, Field(ge=0)] = setting(2)
     """Batches prepared ahead."""
+
+    @property
+    def place(self) -> str:
+        """`root`, where it begins with `~` below the home folder of whoever reads it."""
+        return os.path.expanduser(self.root)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,8 +41,8 @@ def open_split(data: Data, split: str) -> Catalog:
 
 def _open_packed(dataset: Packed, data: Data, split: str) -> Catalog:
     folder = dataset.train if split == "train" else dataset.val
-    classes, records = open_packed(data.root, folder, data.task)
-    return Catalog(_name(data, split), classes, records, data.root, records.group)
+    classes, records = open_packed(data.place, folder, data.task)
+    return Catalog(_name(data, split), classes, records, data.place, records.group)
 
 
 def _open_label_maps(dataset: LabelMaps, data: Data, split: str) -> Catalog:
@@ -127,7 +126,7 @@ _OPENERS: dict[type[Section], Callable[[Any, Data, str], Catalog]] = {
 
 
 def _root(data: Data) -> Path:
-    return Path(os.path.expanduser(data.root)).resolve()
+    return Path(data.place).resolve()
 
 
 def _name(data: Data, split: str) -> str:
@@ -153,7 +152,7 @@ def _stop_at_faults(data: Data, findings: Iterable[Finding]) -> None:
 
 def check_root(data: Data) -> None:
     """Raise `InputError` unless `data.root` is a folder; not for a packed set, which may lie elsewhere."""
-    root = Path(os.path.expanduser(data.root))
+    root = Path(data.place)
     if not isinstance(data.dataset, Packed) and not root.is_dir():
         raise InputError(f"data.root: there is no folder {root}{nearest_path(root, folder=True)}")
 

@@ -83,7 +83,7 @@ def _verify(data: Data, split: str) -> tuple[Finding, ...]:
     """Shards of a packed split whose checksums are wrong."""
     if not isinstance(data.dataset, Packed):
         return ()
-    lines = verify(data.root, getattr(data.dataset, split))
+    lines = verify(data.place, getattr(data.dataset, split))
     return tuple(Finding(_CHANGED_SHARD, line, Weight.OBSTACLE) for line in lines)
 
 

@@ -40,7 +40,7 @@ def mend(data: Data, out: Path) -> Mended:
     dataset = data.dataset
     if not isinstance(dataset, DataSet):
         raise InputError(f"--fix: data in COCO's form are expected, not '{dataset.format}'")
-    root = Path(data.root).expanduser().resolve()
+    root = Path(data.place).resolve()
     written: dict[str, str] = {}
     lines: list[str] = []
     splits = {"train": dataset.train, "val": dataset.val}

@@ -199,7 +199,7 @@ class Store:
             self._files, self._path = (
                 pafs.FileSystem.from_uri(place)
                 if "://" in place
-                else (pafs.LocalFileSystem(), str(Path(os.path.expanduser(place)).resolve()))
+                else (pafs.LocalFileSystem(), str(Path(place).resolve()))
             )
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{place}: not a place that can be opened: {error}") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,7 +25,7 @@ def data_version(data: Data, splits: Mapping[str, Catalog]) -> dict[str, str]:
         for records in filter(None, (split.records, split.instances)):
             digest.update(records.fingerprint().encode())
     tags = {"data": ", ".join(f"{split.name}: {len(split)} images" for split in splits.values())}
-    root = Path(os.path.expanduser(data.root))
+    root = Path(data.place)
     if (made_with := synthetic.arguments_of(root)) is not None:
         tags["data_generator"] = json.dumps(made_with, sort_keys=True)
         digest.update(tags["data_generator"].encode())

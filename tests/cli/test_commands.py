@@ -34,7 +34,7 @@ SURFACE = {
     "diagnose": ["CHECKPOINT", "--data D", "key=value"],
     "predict": ["CHECKPOINT", "IMAGE", "--out DIR"],
     "data synth": ["OUT", "key=value"],
-    "data check": ["D", "key=value"],
+    "data check": ["D", "--fix OUT", "key=value"],
     "data convert": ["SRC", "OUT", "key=value"],
     "data pack": ["D", "OUT", "key=value"],
     "data show": ["D", "--out DIR", "key=value"],

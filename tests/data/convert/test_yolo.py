@@ -248,7 +248,6 @@ def test_wrong_lines_are_named(tmp_path, label, message):
         ),
         ("train: 5\nval: images/val\nnames: [a, b]\n", "'train': a folder or a list"),
         ("train: images/train\nval: images/val\nnames: [a, b\n", "not valid YAML"),
-        ("train: images/train\nval: images/val\nnames: [a, b]\nday: 2024-13-45\n", "not valid YAML"),
     ],
 )
 def test_wrong_descriptions_are_named(tmp_path, description, message):
