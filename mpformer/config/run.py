@@ -61,8 +61,9 @@ class Train(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     init: str | None = None
     """Weights of a whole model to start from: a run, a checkpoint, or what `mpformer weights import` wrote.
-    What does not fit, such as the class head for other classes, is initialised randomly and listed. null: a
-    random model with the backbone of `model.backbone.pretrained`."""
+    What does not fit, such as the class head for other classes, is initialised randomly and listed; at least
+    half of every other part has to fit. null: a random model with the backbone of
+    `model.backbone.pretrained`."""
     length: Duration = "50 epochs"
     batch_size: Count = 16
     """Images of the global batch, whatever the number of workers."""

@@ -176,6 +176,39 @@ def test_arrays_of_odd_kinds(tmp_path):
         np.testing.assert_array_equal(tensor.numpy(), odd[name])
 
 
+def test_a_dictionary_that_holds_itself_is_opened_once(tmp_path):
+    content = dict(TENSORS)
+    content |= {f"again {i}": content for i in range(20)}
+    torch.save(content, tmp_path / "a.pth")
+    assert files.same(read_tensors(tmp_path / "a.pth"), TENSORS)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        lambda: np.core.multiarray._reconstruct,  # a function of NumPy alone
+        lambda: np.dtype("f4"),
+        lambda: {"a": np.dtype("f4"), "b": np.float32(3)},
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_parts_of_arrays_are_no_arrays(stored, tmp_path):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(stored()))
+    refused(lambda: read_tensors(tmp_path / "a.pkl"), "a.pkl: holds no named tensors")
+
+
+def test_an_array_that_contradicts_itself_is_refused(tmp_path):
+    array = np.arange(6, dtype=np.float32)
+    data = pickle.dumps({"a": array}, 2)
+    length = data.replace(b"K\x06\x85", b"K\x07\x85")  # a shape of 7
+    assert length != data
+    (tmp_path / "a.pkl").write_bytes(length)
+    refused(
+        lambda: read_tensors(tmp_path / "a.pkl"),
+        "is cut short or damaged: an array of shape (7,) and 24 bytes",
+    )
+
+
 @pytest.mark.parametrize("protocol", range(2, 6))
 @pytest.mark.parametrize("wrap", [lambda evil: evil, lambda evil: {"model": evil, "state_dict": TENSORS}])
 def test_code_in_a_file_is_not_run(protocol, wrap, tmp_path):

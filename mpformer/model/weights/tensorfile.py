@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mpformer.model.weights.arrayfile import StoredArray, read_arrays
 from mpformer.model.weights.filekind import Container, container_of
 from mpformer.types import InputError
-
-_ALLOWED = {
-    ("collections", "OrderedDict"),
-    ("_codecs", "encode"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    *(
-        (f"numpy.{core}.{module}", name)
-        for core in ("core", "_core")
-        for module, name in (
-            ("multiarray", "_reconstruct"),
-            ("multiarray", "scalar"),
-            ("numeric", "_frombuffer"),
-        )
-    ),
-}
-"""What a pickle may name: NumPy arrays and plain containers."""
 
 _DEPTH = 8
 """Levels of nested dictionaries that are looked into."""
@@ -42,7 +24,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """The named tensors of a safetensors, pickle (NumPy) or torch file, on the CPU, as they are stored.
 
     The format is told from the content, not from the name. A torch file is read with `weights_only`, a pickle
-    by an unpickler that admits NumPy arrays and plain containers only. Nested dictionaries become dotted
+    by a reader that knows NumPy arrays and plain containers only. Nested dictionaries become dotted
     names: {"model": {"w": ...}} gives "model.w"; `mpformer.model.weights.prefixes` takes such wrapping off.
     Raises `InputError`, naming the file, where it is something else, damaged, would need code, or holds no
     tensors.
@@ -70,33 +52,23 @@ def _read_torch(file: Path) -> Any:
         return torch.load(stream, map_location="cpu", weights_only=True)
 
 
-def _read_pickle(file: Path) -> Any:
-    with file.open("rb") as stream:
-        return _ArrayUnpickler(stream, encoding="latin1").load()
-
-
 _READERS: dict[Container, Callable[[Path], Any]] = {
     "safetensors": load_file,
     "torch": _read_torch,
-    "pickle": _read_pickle,
+    "pickle": read_arrays,
 }
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is neither array nor plain container")
-        return super().find_class(module, name)
 
 
 def _named_tensors(content: Any, file: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors and arrays of nested dictionaries with their dotted names, each name once."""
     seen: set[str] = set()
+    opened: set[int] = set()  # a dictionary may hold itself
     pending = [("", content, 0)]
     while pending:
         prefix, value, depth = pending.pop()
         if isinstance(value, Mapping):
-            if depth < _DEPTH:
+            if depth < _DEPTH and id(value) not in opened:
+                opened.add(id(value))
                 # names alone: numbers are the keys of an optimiser's state
                 inner = [
                     (f"{prefix}.{k}" if prefix else k, v) for k, v in value.items() if isinstance(k, str)
@@ -114,11 +86,9 @@ def _named_tensors(content: Any, file: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _as_tensor(value: Any, name: str, file: Path) -> Tensor | None:
     """A plain CPU tensor; None for what is neither tensor nor array of numbers."""
-    if isinstance(value, np.ndarray):
-        if value.dtype.kind not in "fiub":
-            return None
-        native = value.dtype.newbyteorder("=")
-        return torch.from_numpy(np.array(value, dtype=native, order="C"))  # a copy: arrays may be read-only
+    if isinstance(value, StoredArray):
+        array = value.array()
+        return None if array is None else torch.from_numpy(array)
     if not isinstance(value, Tensor):
         return None
     if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
