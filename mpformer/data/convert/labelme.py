@@ -44,7 +44,13 @@ def _picture(path: Path, content: dict[str, Any], tree: Tree) -> Picture | None:
     place, named = tree.name(path), content.get("imagePath")
     given = content.get("imageHeight"), content.get("imageWidth")
     image: Path | bytes
-    file = tree.find_image(named, path.parent, place) if isinstance(named, str) and named else None
+    file = tree.find_image(named, [path.parent], place) if isinstance(named, str) and named else None
+    if file is None and content.get("imageData") is None:
+        file = tree.find_image_by_stem(path.stem, path.parent, place)
+        if file is not None:
+            tree.notes.add(
+                "images found by the name of their label file", f"{place}: {named!r:.80} is not there"
+            )
     if file is not None:
         image, name = file, tree.name(file)
         height, width = annotated_size(file, given, place)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -81,28 +83,31 @@ class Tree:
         """A path as messages and `file_name` give it: relative to the source where it lies in it."""
         return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path.as_posix()
 
-    def find_image(self, given: str, near: Path, place: str) -> Path | None:
-        """The image that a label file in the folder `near` calls `given`.
+    def find_image(self, given: str, near: Sequence[Path], place: str) -> Path | None:
+        """The image that a label file calls `given`, a path relative to one of the folders `near`.
 
-        The file of that path, else the only one of that name in the source, else the only one whose name
-        differs in case, in the form of its accents or in `%20` alone; the latter two are noted. None where
-        no file answers. Raises `InputError` where several do.
+        The file of that path, else the only one of that name in the source, or the only one whose path ends
+        like the given one in most folders; else the same for names that differ in case, in the form of
+        their accents or in `%20` alone. All but the first are noted. None where no file answers. Raises
+        `InputError` where several do.
         """
         posix = PureWindowsPath(given).as_posix()
-        for folder in (near, self.root):
-            if (found := _existing(folder, given)) or (found := _existing(folder, posix)):
-                return found
+        for folder in (*near, self.root):
+            for path in (folder / given, folder / posix):
+                if exists(path) and path.is_file():
+                    return Path(os.path.normpath(path))
         name = posix.rpartition("/")[2]
         for files, difference in (
             (self._by_name.get(name, []), "images found in another folder than their label says"),
             (self._alike.get(form(name), []), "images found by a name that is spelt in another way"),
         ):
-            if len(files) > 1:
-                both = " and ".join(self.name(path) for path in files[:2])
+            closest = _ending_like(posix, files)
+            if len(closest) > 1:
+                both = " and ".join(self.name(path) for path in closest[:2])
                 raise InputError(f"{place}: the image '{given}' may be {both}: a path is expected")
-            if files:
-                self.notes.add(difference, f"{place}: '{given}' is {self.name(files[0])}")
-                return files[0]
+            if closest:
+                self.notes.add(difference, f"{place}: '{given}' is {self.name(closest[0])}")
+                return closest[0]
         return None
 
     def find_image_by_stem(self, stem: str, folder: Path, place: str) -> Path | None:
@@ -121,12 +126,23 @@ class Tree:
         return files[0] if files else None
 
 
-def _existing(folder: Path, name: str) -> Path | None:
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; not where the path can be none: too long, or with a NUL."""
     try:
-        path = folder / name
-        return Path(os.path.normpath(path)) if path.is_file() else None
-    except (OSError, ValueError):  # too long for a name, or a NUL in it
-        return None
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _ending_like(given: str, files: list[Path]) -> list[Path]:
+    """The files that share most of the last parts of a given path with it."""
+
+    def shared(path: Path) -> int:
+        pairs = zip(reversed(given.split("/")[:-1]), reversed(path.parts[:-1]))
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    most = max(map(shared, files), default=0)
+    return [path for path in files if shared(path) == most]
 
 
 def split_of(name: str, *, of_file: bool = False) -> str:

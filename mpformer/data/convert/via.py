@@ -161,7 +161,7 @@ def _class(region: _Region, attribute: str) -> str:
 
 
 def _picture(entry: _Entry, attribute: str, tree: Tree) -> Picture | None:
-    image = tree.find_image(entry.filename, entry.path.parent, entry.place)
+    image = tree.find_image(entry.filename, [entry.path.parent], entry.place)
     if image is None:
         tree.notes.add("images that are not there left out", f"{entry.place}: {entry.filename:.80}")
         return None

@@ -26,6 +26,8 @@ _CLASSES = (
 )
 """Classes 1 to 20 of the data set itself, where no labelmap.txt names others."""
 _VOID = 255
+_COLOR = 2**24
+"""Added to a colour that stands for itself."""
 _BACKGROUND = "background"
 
 
@@ -56,6 +58,8 @@ class _Palette:
     """The class of each palette index; "" for background and void."""
     index_of: dict[int, int]
     """The palette index of each colour, R << 16 | G << 8 | B."""
+    is_standard: bool
+    """Whether the classes are those of VOC itself: no labelmap.txt names others."""
 
 
 def _colormap() -> np.ndarray:
@@ -74,7 +78,7 @@ def _palette(root: Path, tree: Tree) -> _Palette:
     labelmap = next((p for p in (root / "labelmap.txt", root.parent / "labelmap.txt") if p.is_file()), None)
     if labelmap is None:
         names = dict(enumerate(_CLASSES, 1))
-        return _Palette(tuple(_CLASSES), {0: "", _VOID: "", **names}, index_of)
+        return _Palette(_CLASSES, {0: "", _VOID: "", **names}, index_of, True)
     place = tree.name(labelmap)
     listed: list[str] = []
     name_of = {0: "", _VOID: ""}
@@ -100,7 +104,7 @@ def _palette(root: Path, tree: Tree) -> _Palette:
         listed.append(name.strip())
     if not listed:
         raise InputError(f"{place}: no class in it")
-    return _Palette(check_distinct(listed, place), name_of, index_of)
+    return _Palette(check_distinct(listed, place), name_of, index_of, False)
 
 
 def _packed(rgb: np.ndarray) -> np.ndarray:
@@ -180,8 +184,9 @@ class _Masks:
             return None
         if not classes_file.is_file():
             raise InputError(f"{self.tree.name(classes_file)}: no such file: it gives the objects' classes")
-        ids = self._indices(objects_file)
-        classes = self._indices(classes_file)
+        ids = self._indices(objects_file, raw=True)
+        # a labelmap.txt names colours, which a palette may hold at any index
+        classes = self._indices(classes_file, raw=self.palette.is_standard)
         where = self.tree.name(objects_file)
         height, width = annotated_size(image, ids.shape, where)
         if classes.shape != ids.shape:
@@ -214,7 +219,9 @@ class _Masks:
             values, counts = np.unique(classes[pixels], return_counts=True)
             place = f"{where}: object {number}"
             if unknown := next((v for v in values.tolist() if v not in self.palette.name_of), None):
-                raise InputError(f"{place}: class {unknown} of SegmentationClass has no name")
+                color = f"the colour {unknown >> 16 & 255},{unknown >> 8 & 255},{unknown & 255}"
+                what = color if unknown >= _COLOR else f"class {unknown}"
+                raise InputError(f"{place}: {what} of SegmentationClass has no name")
             labels = {
                 name: int(n) for v, n in zip(values.tolist(), counts) if (name := self.palette.name_of[v])
             }
@@ -226,15 +233,19 @@ class _Masks:
             found.append(Object(next(iter(labels)), masks.run_lengths_of(pixels), place))
         return found
 
-    def _indices(self, path: Path) -> np.ndarray:
-        """A mask file as palette indices, [h,w] int32; a colour outside of the palette counts from 2^24."""
+    def _indices(self, path: Path, *, raw: bool) -> np.ndarray:
+        """A mask file as indices of VOC's palette, [h,w] int32; a colour that it lacks is 2^24 and the colour.
+
+        `raw`: the indices of a palette PNG are taken as they are, whatever its colours.
+        """
         place = self.tree.name(path)
         data = images.read_bytes(str(path))
         header = filekinds.png_header(data)
-        if header is not None and header[3] in (filekinds.PNG_GREY, filekinds.PNG_PALETTE):
+        kind = None if header is None else header[3]
+        if kind == filekinds.PNG_GREY or (kind == filekinds.PNG_PALETTE and raw):
             return images.load_index_map(data, place).astype(np.int32)
         packed = _packed(images.load_rgb_map(data, place))
         result = np.empty(packed.shape, np.int32)
         for color in np.unique(packed).tolist():
-            result[packed == color] = self.palette.index_of.get(color, 2**24 + color)
+            result[packed == color] = self.palette.index_of.get(color, _COLOR + color)
         return result

@@ -82,11 +82,16 @@ def _picture(path: Path, lists: dict[str, str], tree: Tree, options: Options) ->
 def _image(path: Path, root: ElementTree.Element, tree: Tree, place: str) -> Path | None:
     given = (root.findtext("filename") or "").strip()
     folders = (path.parent, path.parent.parent / "JPEGImages", path.parent.parent / "images")
+    if given and (found := tree.find_image(given, folders, place)):
+        return found
     for folder in folders:
-        if given and (folder / given).is_file():
-            return folder / given
-    found = tree.find_image(given, path.parent, place) if given else None
-    return found or tree.find_image_by_stem(path.stem, folders[1], place)
+        if found := tree.find_image_by_stem(path.stem, folder, place):
+            if given:
+                tree.notes.add(
+                    "images found by the name of their label file", f"{place}: '{given}' is not there"
+                )
+            return found
+    return None
 
 
 def _size(root: ElementTree.Element, place: str) -> tuple[int | None, int | None]:

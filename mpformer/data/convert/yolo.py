@@ -20,7 +20,7 @@ from mpformer.config.yamlfile import Source, read_yaml
 from mpformer.data import images
 from mpformer.data.convert.found import Found, Notes, Object, Options, Picture
 from mpformer.data.convert.shapes import Canvas
-from mpformer.data.convert.tree import IMAGE_SUFFIXES, Tree, check_distinct, read_text, split_of
+from mpformer.data.convert.tree import IMAGE_SUFFIXES, Tree, check_distinct, exists, read_text, split_of
 from mpformer.types import InputError
 
 _KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -143,7 +143,7 @@ def _roots(path: Path, content: dict[str, Any], tree: Tree) -> list[Path]:
     if not isinstance(given, str):
         raise InputError(f"{tree.name(path)}: 'path': a folder is expected, not {given!r:.60}")
     named = path.parent / PureWindowsPath(given).as_posix()
-    if named.is_dir():
+    if exists(named) and named.is_dir():
         return [named]
     tree.notes.add("'path' of data.yaml is not there, its own folder is taken", f"{tree.name(path)}: {given}")
     return [path.parent]
@@ -155,7 +155,7 @@ def _resolved(value: str, roots: list[Path]) -> Path | None:
         # Roboflow writes ../train/images for the folder train beside data.yaml, and Ultralytics reads it so
         for name in (posix, posix.removeprefix("../")):
             path = Path(os.path.normpath(root / name))
-            if "\0" not in name and path.exists():
+            if exists(path):
                 return path
     return None
 
@@ -173,7 +173,7 @@ def _images_of(path: Path, tree: Tree) -> list[Path]:
         if not (name := PureWindowsPath(line.strip()).as_posix()) or not line.strip():
             continue
         place = f"{tree.name(path)}:{number}"
-        image = tree.find_image(name, path.parent, place)
+        image = tree.find_image(name, [path.parent], place)
         if image is None:
             tree.notes.add("images that a list names and that are not there", f"{place}: {name}")
         else:

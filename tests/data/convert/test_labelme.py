@@ -149,6 +149,13 @@ def test_paths_of_windows_and_other_spellings_are_found(tmp_path):
     assert noted(done, "spelt in another way") == ["labels/two.json: 'b.png' is images/B.png"]
 
 
+def test_an_image_that_was_renamed_with_its_label(tmp_path):
+    a_file(tmp_path / "src", shape("x", CORNERS), imagePath="IMG_1.png")
+    done = converted(tmp_path / "src", tmp_path / "out")
+    assert noted(done, "name of their label file") == ["a.json: 'IMG_1.png' is not there"]
+    np.testing.assert_array_equal(only(tmp_path / "out"), l_shape())
+
+
 def test_splits_are_folders_of_these_names(tmp_path):
     a_file(tmp_path / "src/train", shape("x", CORNERS))
     a_file(tmp_path / "src/val", shape("y", CORNERS))

@@ -109,6 +109,25 @@ def test_cvat_writes_colours_a_labelmap_and_one_list(tmp_path):
         np.testing.assert_array_equal(pixels, ids == number)
 
 
+def test_a_labelmap_names_the_colours_of_any_palette(tmp_path):
+    src = a_set(tmp_path / "src")
+    text(src / "labelmap.txt", "background:0,0,0::\ncell:9,8,7::\nnucleus:1,2,3::\n")
+    ids, _ = maps()
+    for path in (src / "SegmentationClass").iterdir():
+        image = Image.new("P", (WIDTH, HEIGHT))
+        image.putpalette([0, 0, 0, 1, 2, 3, 9, 8, 7])
+        image.frombytes(np.select([ids == 1, ids == 2], [1, 2]).astype(np.uint8).tobytes())
+        image.save(path)
+    done = converted(src, tmp_path / "out")
+    assert done.classes == ("cell", "nucleus")
+    for listed in objects(tmp_path / "out").values():
+        assert [name for name, _ in listed] == ["nucleus", "cell"]
+        np.testing.assert_array_equal(listed[0][1], ids == 1)
+    text(src / "labelmap.txt", "background:0,0,0::\ncell:9,8,7::\n")
+    with pytest.raises(InputError, match="object 1: the colour 1,2,3 of SegmentationClass has no name"):
+        converted(src, tmp_path / "other")
+
+
 def test_an_object_of_two_classes_or_of_none_is_an_error(tmp_path):
     src = a_set(tmp_path / "src")
     ids, classes = maps()
@@ -177,6 +196,18 @@ def test_polygons_of_roboflow_s_folders(tmp_path):
     converted(src, tmp_path / "out")
     for split in ("train", "val"):
         np.testing.assert_array_equal(only(tmp_path / "out", split), l_shape())
+
+
+def test_an_image_that_was_renamed_with_its_label(tmp_path):
+    src = tmp_path / "src"
+    picture(src / "a.jpg")
+    polygon = f"<polygon>{numbered(CORNERS)}</polygon>"
+    text(src / "a.xml", xml("DSC_0001.JPG", an_object("dog", polygon)))
+    done = converted(src, tmp_path / "out")
+    assert noted(done, "name of their label file") == ["a.xml: 'DSC_0001.JPG' is not there"]
+    np.testing.assert_array_equal(only(tmp_path / "out"), l_shape())
+    text(src / "a.xml", xml("x" * 999, an_object("dog", polygon)))
+    assert len(noted(converted(src, tmp_path / "out"), "name of their label file")) == 1
 
 
 def test_parts_points_and_lists(tmp_path):

@@ -246,6 +246,7 @@ def test_wrong_lines_are_named(tmp_path, label, message):
             "train: images/train\nval: images/val\nnames: [a, b]\nkpt_shape: [17, 3]\n",
             "data.yaml:4: a data set of key",
         ),
+        (f"train: {'x' * 999}\nval: images/val\nnames: [a, b]\n", "data.yaml:1: 'train': there is no xxx"),
         ("train: 5\nval: images/val\nnames: [a, b]\n", "'train': a folder or a list"),
         ("train: images/train\nval: images/val\nnames: [a, b\n", "not valid YAML"),
     ],
@@ -255,6 +256,18 @@ def test_wrong_descriptions_are_named(tmp_path, description, message):
     with pytest.raises(InputError, match=message):
         converted(src, tmp_path / "out", "form=yolo")
     assert not (tmp_path / "out").exists()
+
+
+def test_lists_of_cvat_name_a_folder_that_is_not_there(tmp_path):
+    src = a_set(tmp_path / "src", "path: .\ntrain: train.txt\nval: val.txt\nnames: {0: cat, 1: dog}\n")
+    for split in ("train", "val"):
+        picture(src / f"images/{split}/same.png")
+        text(src / f"labels/{split}/same.txt", L)
+        text(src / f"{split}.txt", f"data/images/{split}/same.png\n")
+    done = converted(src, tmp_path / "out")
+    assert len(noted(done, "in another folder")) == 2
+    for split in ("train", "val"):
+        assert (tmp_path / "out" / split / "same.png").samefile(src / f"images/{split}/same.png")
 
 
 def test_an_image_in_two_splits_is_noted(tmp_path):
