@@ -86,12 +86,15 @@ def _palette(root: Path, tree: Tree) -> _Palette:
         if not line.strip() or line.startswith("#"):
             continue
         name, _, rest = line.partition(":")
-        words = rest.partition(":")[0].split(",")
-        if len(words) != 3 or not all(word.strip().isdecimal() and int(word) < 256 for word in words):
-            raise InputError(f"{place}:{number}: name:red,green,blue:: is expected, not '{line:.60}'")
-        red, green, blue = (int(word) for word in words)
-        color = red << 16 | green << 8 | blue
-        if name.strip().lower() == _BACKGROUND:
+        given = rest.partition(":")[0].strip()
+        background = name.strip().lower() == _BACKGROUND
+        # without a colour, the next of the palette's, as CVAT takes them
+        color = (
+            _color(given, f"{place}:{number}")
+            if given
+            else int(colors[0 if background else (len(listed) + 1) % 255])
+        )
+        if background:
             index_of[color] = 0
             continue
         if color == 0:
@@ -105,6 +108,15 @@ def _palette(root: Path, tree: Tree) -> _Palette:
     if not listed:
         raise InputError(f"{place}: no class in it")
     return _Palette(check_distinct(listed, place), name_of, index_of, False)
+
+
+def _color(text: str, place: str) -> int:
+    """A colour written as red,green,blue, packed."""
+    words = [word.strip() for word in text.split(",")]
+    if len(words) != 3 or not all(word.isdecimal() and len(word) < 4 and int(word) < 256 for word in words):
+        raise InputError(f"{place}: name:red,green,blue:: is expected, not '{text:.60}' for the colour")
+    red, green, blue = map(int, words)
+    return red << 16 | green << 8 | blue
 
 
 def _packed(rgb: np.ndarray) -> np.ndarray:
@@ -234,7 +246,7 @@ class _Masks:
         return found
 
     def _indices(self, path: Path, *, raw: bool) -> np.ndarray:
-        """A mask file as indices of VOC's palette, [h,w] int32; a colour that it lacks is 2^24 and the colour.
+        """A mask file as indices of VOC's palette, [h,w] int32; a colour that it lacks is 2^24 + the colour.
 
         `raw`: the indices of a palette PNG are taken as they are, whatever its colours.
         """

@@ -63,6 +63,8 @@ def _picture(path: Path, lists: dict[str, str], tree: Tree, options: Options) ->
         return None
     height, width = annotated_size(image, _size(root, place), place)
     canvas = Canvas(height, width, tree.notes)
+    # tools that add polygons count from 0; but supervision, which writes this, from 1 as VOC does
+    origin = 1.0 if (root.findtext("source/database") or "").strip() == "roboflow.ai" else 0.0
     objects = []
     for number, item in enumerate(root.iter("object"), 1):
         where = f"{place}: object {number}"
@@ -71,7 +73,7 @@ def _picture(path: Path, lists: dict[str, str], tree: Tree, options: Options) ->
             raise InputError(f"{where}: a <name> is expected")
         if (item.findtext("deleted") or "0").strip() == "1":
             tree.notes.add("objects marked as deleted left out", where)
-        elif (mask := _mask(item, canvas, options, where)) is not None:
+        elif (mask := _mask(item, origin, canvas, options, where)) is not None:
             objects.append(Object(name, mask, where))
     if not objects:
         tree.notes.add("images without an object", place)
@@ -105,10 +107,12 @@ def _size(root: ElementTree.Element, place: str) -> tuple[int | None, int | None
     return (sides[0], sides[1]) if all(sides) else (None, None)
 
 
-def _mask(item: ElementTree.Element, canvas: Canvas, options: Options, where: str) -> Polygons | Rle | None:
+def _mask(
+    item: ElementTree.Element, origin: float, canvas: Canvas, options: Options, where: str
+) -> Polygons | Rle | None:
     polygons = item.findall("polygon")
     if polygons:
-        parts = [canvas.polygon(_points(polygon, where), where) for polygon in polygons]
+        parts = [canvas.polygon(_points(polygon, origin, where), where) for polygon in polygons]
         kept = [part for part in parts if part is not None]
         return canvas.union(kept) if kept else None
     box = item.find("bndbox")
@@ -126,18 +130,22 @@ def _mask(item: ElementTree.Element, canvas: Canvas, options: Options, where: st
     return canvas.rectangle((x0 - 1, y0 - 1, x1, y1), where)
 
 
-def _points(polygon: ElementTree.Element, where: str) -> list[tuple[float, float]]:
-    """`<x1>..</x1><y1>..</y1>...`, in the order of the numbers, or `<pt><x>..</x><y>..</y></pt>...`."""
+def _points(polygon: ElementTree.Element, origin: float, where: str) -> list[tuple[float, float]]:
+    """The points, counted from 0.
+
+    They stand in `<x1>..</x1><y1>..</y1>...`, in whichever order, or in `<pt><x>..</x><y>..</y></pt>...`.
+    """
     pairs = polygon.findall("pt") or polygon.findall("point")
     if pairs:
-        return [(_number(p.findtext("x"), where), _number(p.findtext("y"), where)) for p in pairs]
+        given = [(_number(p.findtext("x"), where), _number(p.findtext("y"), where)) for p in pairs]
+        return [(x - origin, y - origin) for x, y in given]
     sides: dict[str, dict[int, float]] = {"x": {}, "y": {}}
     for child in polygon:
         if match := re.fullmatch(r"([xy])([0-9]{1,6})", child.tag if isinstance(child.tag, str) else ""):
             sides[match[1]][int(match[2])] = _number(child.text, where)
     if sides["x"].keys() != sides["y"].keys():
         raise InputError(f"{where}: {len(sides['x'])} x and {len(sides['y'])} y")
-    return [(sides["x"][index], sides["y"][index]) for index in sorted(sides["x"])]
+    return [(sides["x"][index] - origin, sides["y"][index] - origin) for index in sorted(sides["x"])]
 
 
 def _number(text: str | None, where: str) -> float:

@@ -128,6 +128,19 @@ def test_a_labelmap_names_the_colours_of_any_palette(tmp_path):
         converted(src, tmp_path / "other")
 
 
+def test_a_labelmap_without_colours_takes_those_of_the_palette(tmp_path):
+    src = a_set(tmp_path / "src")
+    names = ["background", *(f"c{i}" for i in range(1, 13))]
+    text(src / "labelmap.txt", "# label : color_rgb : 'body' parts : actions\n" + ":::\n".join([*names, ""]))
+    done = converted(src, tmp_path / "out")
+    assert done.classes == tuple(names[1:])
+    for listed in objects(tmp_path / "out").values():
+        assert [name for name, _ in listed] == ["c8", "c12"]
+    text(src / "labelmap.txt", "a:1,2::\n")
+    with pytest.raises(InputError, match=r"labelmap\.txt:1: name:red,green,blue:: is expected, not '1,2'"):
+        converted(src, tmp_path / "out")
+
+
 def test_an_object_of_two_classes_or_of_none_is_an_error(tmp_path):
     src = a_set(tmp_path / "src")
     ids, classes = maps()
@@ -196,6 +209,16 @@ def test_polygons_of_roboflow_s_folders(tmp_path):
     converted(src, tmp_path / "out")
     for split in ("train", "val"):
         np.testing.assert_array_equal(only(tmp_path / "out", split), l_shape())
+
+
+def test_supervision_counts_from_one(tmp_path):
+    src = tmp_path / "src"
+    picture(src / "JPEGImages/a.jpg")
+    polygon = f"<polygon>{numbered([(x + 1, y + 1) for x, y in CORNERS])}</polygon>"
+    source = "<source><database>roboflow.ai</database></source>"
+    text(src / "Annotations/a.xml", xml("a.jpg", source + an_object("dog", polygon)))
+    converted(src, tmp_path / "out")
+    np.testing.assert_array_equal(only(tmp_path / "out"), l_shape())
 
 
 def test_an_image_that_was_renamed_with_its_label(tmp_path):
