@@ -321,7 +321,8 @@ def _title(text: str, width: int, image_height: int) -> np.ndarray:
     strip = np.full((round(size * 2), width, 3), 255, np.uint8)
     glyphs = rasterised(text, size)
     while glyphs.shape[1] > width - 4 and len(text) > 1:
-        text = text[:-2] + "…" if len(text) > 2 else "…"
+        fits = len(text) * max(0, width - 4) // glyphs.shape[1]  # about
+        text = text[: max(0, min(len(text) - 2, fits))] + "…"
         glyphs = rasterised(text, size)
     glyphs = glyphs[: strip.shape[0], : max(0, width - 4)]
     top = (strip.shape[0] - glyphs.shape[0]) // 2

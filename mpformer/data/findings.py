@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+from mpformer.types import encodable
+
 UNUSABLE = "cannot be used"
 """The kind of what is wrong with single records."""
 
@@ -30,6 +32,9 @@ class Finding:
     weight: Weight = Weight.NOTE
     count: int = 1
     """How many cases it stands for."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", encodable(self.text))
 
 
 @dataclass

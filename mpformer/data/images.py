@@ -265,8 +265,8 @@ def _refuse_before_decoding(data: bytes, name: str) -> None:
         size = None  # rare formats, for which cv2's own limit holds: four times as many
     if size is not None and size[0] * size[1] > MAX_PIXELS:
         raise InputError(
-            f"{name}: {size[0]}x{size[1]} pixels; at most {MAX_PIXELS >> 20} million are read: cut "
-            "it into tiles"
+            f"{name}: {size[0]}x{size[1]} pixels; at most {MAX_PIXELS // 10**6} million are read: "
+            "cut it into tiles"
         )
 
 
