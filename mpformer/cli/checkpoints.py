@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
 
     origin = _origin(checkpoint)
     model, split, config, device = open_checkpoint(origin.file, data, settings)
+    changed = _tell_changed_data(origin, config)
     if config.cluster.workers > 1:
         from mpformer.train.launch import start_ray
 
@@ -44,9 +46,11 @@ def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
     for key, text in usage.facts().items():
         say(f"{key:24} {text:>8}")
     if config.evaluate.pictures:
-        folder = origin.pictures("evaluate", split.name)
+        folder = origin.pictures("evaluate", split.name, bool(changed))
         title, count = f"{checkpoint}: {split.name}", config.evaluate.pictures
         facts = usage.facts() | {name: f"{value:.1f}" for name, value in found.layers.items()}
+        if changed:
+            title, facts = f"{title}, changed since the run began", facts | {"changed": changed}
         files = attempted(lambda: write_page(folder, title, found, count=count, facts=facts), str(folder))
         if files is not None:
             say(str(files[0]))
@@ -61,13 +65,15 @@ def diagnose(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
 
     origin = _origin(checkpoint)
     model, split, config, device = open_checkpoint(origin.file, data, settings)
+    changed = _tell_changed_data(origin, config)
     chosen = range(len(split.records))[: config.evaluate.limit]
     report = _progress()
     found = diagnostics.diagnose(model, split, config, chosen, device, report=report)
     say(found.table())
-    folder = origin.pictures("diagnose", split.name)
+    folder = origin.pictures("diagnose", split.name, bool(changed))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "layers.json").write_text(json.dumps({"images": found.images, **found.metrics()}, indent=1))
+    content = {"images": found.images, **found.metrics()} | ({"changed_data": changed} if changed else {})
+    (folder / "layers.json").write_text(json.dumps(content, indent=1))
     say(str(folder / "layers.json"))
     for index in chosen[: config.evaluate.pictures]:
         record = split.records[index]
@@ -78,7 +84,8 @@ def diagnose(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
             write_png(path, picture)
             say(str(path))
     # figures of other data would pass for the run's own
-    _attach(origin, {f"diag/{k}": v for k, v in found.metrics().items()} if data is None else {}, folder)
+    own = data is None and not changed
+    _attach(origin, {f"diag/{k}": v for k, v in found.metrics().items()} if own else {}, folder)
 
 
 def predict(checkpoint: str, images: Sequence[str], out: str, settings: Sequence[str]) -> None:
@@ -107,6 +114,30 @@ def open_checkpoint(
     images = min(len(split.records), config.evaluate.limit or len(split.records))
     say(f"{file}: {images} images of {split.name} on {device}")
     return model, split, config, device
+
+
+def _tell_changed_data(origin: _Origin, config: Config) -> str:
+    """What has changed in the validation split of the checkpoint's run since it began, and print it.
+
+    Empty for nothing, for other data than the run's, and outside of a run.
+    """
+    from mpformer.data.version import DataVersion
+    from mpformer.model.weights.loading import read_metadata
+    from mpformer.train.rundata import changed_data
+
+    if origin.run is None:
+        return ""
+    asked, own = config.data, read_metadata(origin.file)[0].data
+    places = {Path(os.path.expanduser(data.root)).resolve() for data in (asked, own)}
+    if len(places) > 1 or (asked.dataset, asked.task) != (own.dataset, own.task):
+        return ""
+    changed = changed_data(origin.run, DataVersion(asked), ["val"])
+    if changed:
+        say(
+            f"the data have changed since {origin.run.name} began: {changed}; "
+            "the figures are of the changed data"
+        )
+    return changed
 
 
 def _for_evaluation(trained: Config, checkpoint: str, data: str | None, settings: Sequence[str]) -> Config:
@@ -165,9 +196,10 @@ class _Origin:
     name: str
     step: int
 
-    def pictures(self, what: str, split: str) -> Path:
-        """One folder for each kind of picture, checkpoint and split."""
-        return RunDir(self.folder).pictures / "-".join([what, self.name, *split.split()])
+    def pictures(self, what: str, split: str, changed: bool) -> Path:
+        """One folder for each kind of picture, checkpoint and split; another where the data have changed."""
+        marks = ["changed-data"] if changed else []
+        return RunDir(self.folder).pictures / "-".join([what, self.name, *split.split(), *marks])
 
 
 def _origin(checkpoint: str) -> _Origin:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from mpformer.ablation.plan import show_value
 from mpformer.cli.output import say
+from mpformer.cli.rundata import ways_on
 from mpformer.cli.size import size_line
 from mpformer.config import Config, diff, dump_yaml, load_config, run_name
 from mpformer.tracking.run_dir import RunDir
+from mpformer.types import InputError
 
 
 def train(recipe: str, settings: Sequence[str]) -> None:
@@ -19,10 +21,14 @@ def train(recipe: str, settings: Sequence[str]) -> None:
     say(f"run {run_dir}")
     from mpformer.tracking.progress import Follower, follow
     from mpformer.train.launch import fit
+    from mpformer.train.rundata import ChangedDataError
 
     label = f"{config.name} s{config.train.seed}"
-    with follow([Follower(label, run_dir, config.train.batch_size)], say):
-        summary = fit(config)
+    try:
+        with follow([Follower(label, run_dir, config.train.batch_size)], say):
+            summary = fit(config)
+    except ChangedDataError as error:
+        raise InputError(f"{error}; {ways_on(recipe, settings, run_dir)}") from None
     tell_tracking_problems(run_dir)
     for key, value in summary["metrics"].items():
         before = summary["untrained_metrics"].get(key)

@@ -13,6 +13,7 @@ from mpformer import atomic
 from mpformer.ablation.plan import plan_text, state_text
 from mpformer.ablation.spec import Study, Trial, load_study
 from mpformer.cli.output import say
+from mpformer.cli.rundata import changed_trials, study_ways_on
 from mpformer.cli.runs import stored_absolutely, tell_tracking_problems
 from mpformer.config.shipped import experiments
 from mpformer.shell import command
@@ -52,10 +53,13 @@ def ablate(study_file: str, settings: Sequence[str], only: str | None, plan: boo
     trials = study.trials(only)
     _generate_data(study)
     say(f"{study.name}: {len(trials)} runs in {study.folder}: {state_text(trials)}")
-    failures = _run_study(study, trials) if not all(trial.finished for trial in trials) else []
-    _diagnose_pilots(study, trials)
+    ways = study_ways_on(study, settings, only)
+    failures = changed_trials(trials, ways)
+    same = _without(trials, failures)
+    failures += _run_study(study, same) if not all(trial.finished for trial in same) else []
+    _diagnose_pilots(study, same)
     if study.file.search and only is None:
-        failures += _search(study, study.file.search)
+        failures += _search(study, study.file.search, ways)
     _write_report(study, collect(study))
     for trial in trials:
         tell_tracking_problems(trial.run_dir)
@@ -65,6 +69,11 @@ def ablate(study_file: str, settings: Sequence[str], only: str | None, plan: boo
         kind = InputError if all(failure.bad_input for failure in failures) else RunError
         first = failures[0]
         raise kind(f"{len(failures)} of {len(trials)} runs failed, {first.trial.label}: {first.reason}")
+
+
+def _without(trials: Sequence[Trial], failures: Sequence[Failure]) -> list[Trial]:
+    failed = {failure.trial.run_dir for failure in failures}
+    return [trial for trial in trials if trial.run_dir not in failed]
 
 
 def _diagnose_pilots(study: Study, trials: Sequence[Trial]) -> None:
@@ -88,16 +97,21 @@ def _diagnose_pilots(study: Study, trials: Sequence[Trial]) -> None:
         say(f"{trial.label}: figures of the pilots measured")
 
 
-def _search(study: Study, search: Search) -> list[Failure]:
-    """Run the samples of the study's search that have not ended, then write and print their table."""
+def _search(study: Study, search: Search, ways: str) -> list[Failure]:
+    """Run the samples of the study's search that have not ended, then write and print their table.
+
+    ways: what to do where the data of one have changed.
+    """
     from mpformer.ablation.results import read_run
     from mpformer.ablation.search import samples, table
     from mpformer.ablation.studyfile import split_column
 
     found = samples(study)
-    open_ones = [one.trial for one in found if not one.trial.finished and one.stopped_at is None]
+    failures = changed_trials([one.trial for one in found], ways)
+    same = _without([one.trial for one in found if one.stopped_at is None], failures)
+    open_ones = [trial for trial in same if not trial.finished]
     say(f"search: {len(found)} samples of row {search.row}, {len(open_ones)} to run")
-    failures = _run_study(study, open_ones, search) if open_ones else []
+    failures += _run_study(study, open_ones, search) if open_ones else []
     metric = split_column(search.column)[1]
     values = [
         read_run(one.trial.run_dir, one.trial.config.train.batch_size).metrics.get(metric)

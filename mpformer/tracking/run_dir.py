@@ -30,6 +30,11 @@ class RunDir:
         return self.path / "config.yaml"
 
     @property
+    def data(self) -> Path:
+        """What data the run was begun on (`mpformer.train.rundata`)."""
+        return self.path / "data.json"
+
+    @property
     def metrics(self) -> Path:
         """Folder of the metrics record (`mpformer.tracking.record`)."""
         return self.path / "metrics"

@@ -19,10 +19,10 @@ from mpformer import atomic
 from mpformer.capacity import Capacity
 from mpformer.config import Config, dump_yaml, run_name
 from mpformer.cores import usable_cores
-from mpformer.data.catalog import check_same_classes, open_split
+from mpformer.data.catalog import check_same_classes
 from mpformer.data.findings import in_short
 from mpformer.data.obstacles import require_usable
-from mpformer.data.version import data_version
+from mpformer.data.version import SPLITS, DataVersion
 from mpformer.model.weights.checkpoints import latest, model_file
 from mpformer.plugin import inherited_folder
 from mpformer.tracking.entry import Entry
@@ -30,7 +30,7 @@ from mpformer.tracking.mlflow_store import prepare_store
 from mpformer.tracking.record import read_summary
 from mpformer.tracking.run_dir import RunDir
 from mpformer.tracking.tracker import close_run
-from mpformer.train import plugins
+from mpformer.train import plugins, rundata
 from mpformer.train.mirror import open_mirror
 from mpformer.types import InputError, RunError
 
@@ -111,17 +111,20 @@ def fit(
     """Train one run to its end and return its summary; the same settings again resume or just return it.
 
     `entry`: where it stands in MLflow, by default in an experiment of the recipe's name; `callbacks` for Ray
-    Train's RunConfig. Raises `InputError` for bad settings or data, `RunError`
-    where the run fails or another process is at work on it.
+    Train's RunConfig. Raises `InputError` for bad settings or data, and for other data than the run was begun
+    on (`rundata.ChangedDataError`), `RunError` where the run fails or another process is at work on it.
     """
     run_dir = run_directory(config)
     mirror = open_mirror(config.cluster.mirror, run_dir)
     mirror.pull()
+    version = DataVersion(config.data)
     if (summary := read_summary(run_dir)) is not None:
         mirror.finish()
+        if (line := rundata.check(run_dir, version)) is not None:
+            log.warning("%s: %s", run_dir.name, line)
         return summary
     plugins.check(config)
-    splits = {name: open_split(config.data, name) for name in ("train", "val")}
+    splits = {name: version.open(name) for name in SPLITS}
     if not splits["train"].records:
         raise InputError(f"{config.data.root}: the training split has no image")
     # labels are places in the table: with another one the figures would compare the wrong classes
@@ -132,10 +135,11 @@ def fit(
     require_usable(config.data, splits)
     run_dir.mkdir(parents=True, exist_ok=True)
     with only_driver(run_dir):
-        atomic.write_text(RunDir(run_dir).config, dump_yaml(config))
         begun, damaged = latest(run_dir)
         for line in damaged:
             log.warning("%s. The run goes on from the checkpoint before", line)
+        data_tags = rundata.settle(run_dir, version, begun)
+        atomic.write_text(RunDir(run_dir).config, dump_yaml(config))
         # a run that has begun does without the file, which may be gone
         init = model_file(Path(config.train.init)).resolve() if config.train.init and not begun else None
         start_ray([config])
@@ -148,7 +152,7 @@ def fit(
             ray.put(splits["train"]),
             ray.put(splits["val"]),
             uuid.uuid4().hex,
-            replace(entry, tags={**entry.tags, **data_version(config.data, splits)}),
+            replace(entry, tags={**entry.tags, **data_tags}),
             prepare_store(config, entry.experiment, len(capacity.nodes)),
             init,
         )

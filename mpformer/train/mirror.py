@@ -145,7 +145,7 @@ class Mirror:
 
     def _push(self) -> None:
         kept = checkpoints.complete(self.run_dir)
-        files = [*self._rewritten, *sorted(self._run.metrics.glob("*.jsonl"))]
+        files = [self._run.data, *self._rewritten, *sorted(self._run.metrics.glob("*.jsonl"))]
         files += sorted(path for path in self._run.pictures.rglob("*") if path.is_file())
         files += (waiting := list(self._run.waiting_evaluations().values()))
         for folder in kept:
