@@ -15,7 +15,7 @@ from mpformer.ablation.spec import Study, Trial
 from mpformer.ablation.studyfile import message
 from mpformer.config import Config, duration_in_steps
 from mpformer.config.section import Count, NonNegative, Positive, Section
-from mpformer.config.yamlfile import nearest, read_yaml, value_of
+from mpformer.config.yamlfile import nearest, read_settings, value_of
 from mpformer.tracking.record import read_summary
 from mpformer.types import InputError
 
@@ -107,7 +107,7 @@ class Costs:
         folders = (study.path.resolve().parent, study.path.resolve().parent.parent)
         here = (folder / COSTS_FILE for folder in folders if (folder / COSTS_FILE).is_file())
         path = Path(options.costs) if options.costs else next(here, None)
-        tree = read_yaml(path, named_by="plan.costs").tree if path else {}
+        tree = read_settings(path, named_by="plan.costs").tree if path else {}
         try:
             file = CostFile.model_validate(tree)
         except ValidationError as error:

@@ -19,7 +19,7 @@ from mpformer.ablation.studyfile import Profile, Row, Seeds, StudyFile, check, m
 from mpformer.config import Config, build_config, flatten, inline_dataset, read_recipe, run_name
 from mpformer.config.section import Section
 from mpformer.config.shipped import locate
-from mpformer.config.yamlfile import Source, merge, nearest, parse_scalar, read_yaml, value_of
+from mpformer.config.yamlfile import Source, merge, nearest, parse_scalar, read_settings, value_of
 from mpformer.tracking.run_dir import RunDir
 from mpformer.types import InputError, Task
 
@@ -132,7 +132,7 @@ def load_study(path: str | Path, settings: Sequence[str] = ()) -> Study:
     naming file, line, key and the nearest right name.
     """
     path = locate(path)
-    source = _with_profiles(read_yaml(path))
+    source = _with_profiles(read_settings(path))
     file = check(source)
     chosen, overrides = _split_settings(path, file, settings)
     profile = file.profiles[chosen.profile] if chosen.profile else Profile()
@@ -233,7 +233,7 @@ def _with_profiles(source: Source) -> Source:
     if (name := source.tree.get("profiles_from")) is None:
         return source
     named_by = f"{source.place(['profiles_from'])}: profiles_from"
-    shared = read_yaml(locate(source.text("profiles_from", name), source.path.parent), named_by)
+    shared = read_settings(locate(source.text("profiles_from", name), source.path.parent), named_by)
 
     def placed(recipe: Any, key: str) -> str:
         return str(locate(shared.text(key, recipe), shared.path.parent).resolve())
@@ -255,7 +255,7 @@ def _with_profiles(source: Source) -> Source:
 def _recipe(source: Source, name: str, keys: Sequence[str]) -> Source:
     path = locate(name, source.path.parent).resolve()
     if not path.is_file():  # raises, with the nearest file
-        read_yaml(path, named_by=f"{source.place(keys)}: {'.'.join(keys)}")
+        read_settings(path, named_by=f"{source.place(keys)}: {'.'.join(keys)}")
     return read_recipe(path)
 
 

@@ -18,7 +18,7 @@ from mpformer.config.identity import flatten
 from mpformer.config.plugins import PLUGIN_TAG, Plugin
 from mpformer.config.run import Config
 from mpformer.config.shipped import DATA_SETS, locate
-from mpformer.config.yamlfile import Source, nearest, read_yaml
+from mpformer.config.yamlfile import Source, nearest, read_settings
 from mpformer.types import InputError
 
 
@@ -37,11 +37,13 @@ def read_recipe(path: str | Path) -> Source:
 
     Not yet checked against the schema.
     """
-    source = read_yaml(locate(path))
+    source = read_settings(locate(path))
     path = source.path
     base = source.tree.pop("base", None)
     if base is not None:
-        parent = read_yaml(locate(source.text("base", base), path.parent).resolve(), named_by=f"{path}: base")
+        parent = read_settings(
+            locate(source.text("base", base), path.parent).resolve(), named_by=f"{path}: base"
+        )
         if "base" in parent.tree:
             raise InputError(
                 f"{parent.path}: a base has no base of its own; lay {path.name} over {parent.tree['base']}"
@@ -86,7 +88,7 @@ def inline_dataset(source: Source, folder: Path) -> Source:
 
 def read_dataset(path: Path, named_by: str = "") -> Source:
     """A data-set file; not yet checked against the schema."""
-    source = read_yaml(path.resolve(), named_by, DATA_SETS)
+    source = read_settings(path.resolve(), named_by, DATA_SETS)
     source.tree.setdefault("name", path.stem)
     return source
 

@@ -83,8 +83,8 @@ _UNQUOTED = re.compile("undefined alias|cannot start any token|mapping values ar
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number (YAML 1.1 requires a dot), a date or a key is text, and a duplicate
-    key is an error."""
+    """Safe YAML in which 1e-4 is a number (YAML 1.1 requires a dot), a date is text, and a duplicate key is
+    an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -96,9 +96,6 @@ class _Loader(yaml.SafeLoader):
                     None, None, f"duplicate key '{key.value}'", key.start_mark
                 )
             seen.add(key.value)
-        self.flatten_mapping(node)
-        for key, _ in node.value:
-            key.tag = _TEXT  # a row may be called 2024 or no
         return super().construct_mapping(node, deep)
 
 
@@ -123,9 +120,19 @@ for _first in "-+0123456789":
     )
 
 
+class _SettingsLoader(_Loader):
+    """With keys that are text, too: a row may be called 2024 or no."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+                key.tag = _TEXT
+        return super().construct_mapping(node, deep)
+
+
 def parse_scalar(text: str) -> Any:
     """The value that YAML reads from a text."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader subclass)
+    return yaml.load(text, Loader=_SettingsLoader)  # noqa: S506  (a SafeLoader subclass)
 
 
 def quoted(text: str) -> str:
@@ -148,7 +155,17 @@ def value_of(setting: str, schema: type[BaseModel] = Config) -> Any:
     raise InputError(f"setting '{setting}': {reason}")
 
 
-def read_yaml(path: Path, named_by: str = "", among: tuple[str, ...] = RECIPES) -> Source:
+def read_settings(path: Path, named_by: str = "", among: tuple[str, ...] = RECIPES) -> Source:
+    """As `read_yaml`, with keys that are names, whatever YAML would read from them."""
+    return read_yaml(path, named_by, among, _SettingsLoader)
+
+
+def read_yaml(
+    path: Path,
+    named_by: str = "",
+    among: tuple[str, ...] = RECIPES,
+    loader_class: type[yaml.SafeLoader] = _Loader,
+) -> Source:
     """Read a YAML file that holds a mapping; `InputError` where it is missing or holds something else.
 
     `among`: the folders of shipped files whose names are proposed in the place of a missing one.
@@ -161,7 +178,7 @@ def read_yaml(path: Path, named_by: str = "", among: tuple[str, ...] = RECIPES) 
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     try:
-        loader = _Loader(text)
+        loader = loader_class(text)
         try:
             node = loader.get_single_node()
             tree = loader.construct_document(node) if node is not None else {}

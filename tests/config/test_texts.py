@@ -11,7 +11,7 @@ from mpformer.ablation.cost import PlanOptions
 from mpformer.ablation.spec import load_study
 from mpformer.config import Config, dump_yaml, load_config
 from mpformer.config.texts import declared
-from mpformer.config.yamlfile import quoted, read_yaml
+from mpformer.config.yamlfile import quoted, read_settings, read_yaml
 from mpformer.types import InputError
 
 FOLDERS = [
@@ -177,7 +177,8 @@ def test_quoted_text_is_read_back(tmp_path, name):
 def test_a_key_is_text_and_a_list_is_none(tmp_path):
     path = tmp_path / "file.yaml"
     path.write_text("2024: a\nno: {007: b}\n")
-    assert read_yaml(path).tree == {"2024": "a", "no": {"007": "b"}}
+    assert read_settings(path).tree == {"2024": "a", "no": {"007": "b"}}
+    assert read_yaml(path).tree == {2024: "a", False: {7: "b"}}, "that of a plug-in is YAML"
     path.write_text("[a]: b\n")
     with pytest.raises(InputError, match=r"file\.yaml:1: .*a name is expected"):
         read_yaml(path)

@@ -46,6 +46,7 @@ def write(run_dir: Path, step: int) -> None:
     with (run_dir / "metrics" / "0001.jsonl").open("a") as file:
         file.write(f"{step}\n")
     (run_dir / "config.yaml").write_text("name: run\n")
+    (run_dir / "data.json").write_text("{}")
 
 
 def content(folder: Path) -> dict[str, bytes]:
