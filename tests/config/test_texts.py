@@ -179,6 +179,8 @@ def test_a_key_is_text_and_a_list_is_none(tmp_path):
     path.write_text("2024: a\nno: {007: b}\n")
     assert read_settings(path).tree == {"2024": "a", "no": {"007": "b"}}
     assert read_yaml(path).tree == {2024: "a", False: {7: "b"}}, "that of a plug-in is YAML"
+    path.write_text("a: &a {7: b, no: c}\nd: {<<: *a, no: e}\n")
+    assert read_settings(path).tree["d"] == {"7": "b", "no": "e"}
     path.write_text("[a]: b\n")
     with pytest.raises(InputError, match=r"file\.yaml:1: .*a name is expected"):
         read_yaml(path)
