@@ -93,6 +93,25 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
+def webp_header(data: bytes) -> tuple[int, int, bytes] | None:
+    """(width, height, EXIF) of a WebP, the EXIF empty where there is none; None for other files."""
+    if not data.startswith(b"RIFF") or data[8:12] != b"WEBP" or len(data) < 30:
+        return None
+    kind = data[12:16]
+    if kind == b"VP8X":  # the extended form: sizes less one in 24 bits
+        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+        at = data.rfind(b"EXIF") if data[20] & 8 else -1
+        length = int.from_bytes(data[at + 4 : at + 8], "little") if at >= 0 else 0
+        return width, height, data[at + 8 : at + 8 + length] if length else b""
+    if kind == b"VP8L":  # lossless: 14 bits each, less one
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, b""
+    if kind == b"VP8 ":
+        width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+        return width, height, b""
+    return None
+
+
 def is_cut_short(data: bytes) -> bool:
     """Whether the end mark of a JPEG or PNG is missing; cv2 would fill the rest with grey and say nothing."""
     if data.startswith(JPEG):

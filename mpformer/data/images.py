@@ -24,7 +24,6 @@ from PIL import (
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
-    WebPImagePlugin,
 )
 
 from mpformer.data import filekinds
@@ -51,7 +50,6 @@ _READERS: dict[bytes, Callable[[IO[bytes]], ImageFile.ImageFile]] = {
     filekinds.JPEG: JpegImagePlugin.JpegImageFile,
     b"BM": BmpImagePlugin.BmpImageFile,
     b"GIF8": GifImagePlugin.GifImageFile,
-    b"RIFF": WebPImagePlugin.WebPImageFile,
 }
 
 cv2.setNumThreads(1)  # samples are spread over processes; threads inside each would only contend
@@ -259,7 +257,7 @@ def _refuse_before_decoding(data: bytes, name: str) -> None:
         size: tuple[int, ...] | None = header[:2]
     elif data.startswith(filekinds.JPEG):
         size = filekinds.jpeg_size(data)
-    elif data.startswith(tuple(_READERS)) or data.startswith(filekinds.TIFF):
+    elif data.startswith((*_READERS, *filekinds.TIFF)) or filekinds.webp_header(data) is not None:
         size = _header_size(data, name)[:2]
     else:
         size = None  # rare formats, for which cv2's own limit holds: four times as many
@@ -336,9 +334,15 @@ def _header_size(data: bytes, name: str) -> tuple[int, int, bool]:
     if data.startswith(filekinds.TIFF):
         tiff = _tiff_header(data, name)
         return tiff.width, tiff.height, tiff.orientation >= 5
-    # not `Image.open`, which refuses an image of many pixels even if only its size is wanted
+    # Pillow refuses to open an image of many pixels even if only its size is wanted: hence not `Image.open`
+    # where a reader will do, and no reader of WebP
+    webp = filekinds.webp_header(data)
     reader = next((r for head, r in _READERS.items() if data.startswith(head)), Image.open)
     try:
+        if webp is not None:
+            exif = Image.Exif()
+            exif.load(webp[2])
+            return webp[0], webp[1], exif.get(_ORIENTATION, 1) >= 5
         with reader(io.BytesIO(data)) as image:
             width, height = image.size
             turned = image.getexif().get(_ORIENTATION, 1) >= 5
