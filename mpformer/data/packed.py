@@ -96,7 +96,7 @@ def _manifest(store: Store) -> dict[str, Any] | None:
         texts = [t for s in manifest["shards"] for t in (s["name"], s["sha256"])]
         sound = all(isinstance(n, int) and n > 0 for n in counts) and all(isinstance(t, str) for t in texts)
         sound = sound and {"complete", "objects"} <= manifest.keys() and manifest.get("bits") in _BITS
-    except (AttributeError, LookupError, TypeError, ValueError):
+    except (AttributeError, InputError, LookupError, TypeError, ValueError):
         sound = False
     if not sound:
         raise InputError(f"{store.place}/{MANIFEST}: not a manifest that `mpformer data pack` wrote")

@@ -91,7 +91,7 @@ def test_the_table_of_an_ascii_terminal_is_ascii(tmp_path):
 
 
 def test_bytes_of_a_file_name_that_are_no_text_are_printed():
-    """By their hexadecimal digits, in any encoding; without a traceback."""
+    """As escapes: without a traceback anywhere."""
     name = os.fsdecode(b"caf\xe9.png")
     stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     print_any_text(stream)

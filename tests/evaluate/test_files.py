@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 
 import mpformer
 from mpformer.draw import decode_png
+from mpformer.evaluate import files
 from mpformer.evaluate.files import find_images, predict_files
 from mpformer.types import InputError
 from tests.evaluate.scenes import CLASSES, ColourModel, scenes, tiny_config
@@ -121,3 +122,31 @@ def test_names_keep_images_apart(folder):
     assert [name for _, name in find_images([folder])] == ["deep/two", "one.jpg", "one.png"]
     with pytest.raises(InputError, match="overwrite"):
         find_images([folder, folder / "one.png"])
+
+
+def test_an_image_too_large_for_an_overlay_still_has_its_results(folder, tmp_path, monkeypatch, caplog):
+    """Of 95x75 and 100x72 pixels the second is above a limit of 7150."""
+    monkeypatch.setattr(files, "_LARGEST", 7150)
+    pictures = predict_files(ColourModel(), [folder], tmp_path / "out", tiny_config("instance"))
+    assert [p.name for p in pictures] == ["two.png"]
+    assert [m.rsplit(": ", 2)[1:] for m in caplog.messages] == [
+        ["left out", "100x72 pixels are too many for an overlay"]
+    ]
+    found = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert {a["image_id"] for a in found["annotations"]} == {1, 2}
+
+
+def test_bits_in_use_reach_the_prediction(tmp_path):
+    image = scenes(1).records[0]
+    pixels = cv2.imdecode(np.frombuffer(image.image, np.uint8), cv2.IMREAD_COLOR)
+    (tmp_path / "8.png").write_bytes(image.image)
+    cv2.imwrite(str(tmp_path / "12.png"), pixels.astype(np.uint16) << 4)
+    config = tiny_config("instance")
+    deep = config.model_copy(update={"data": config.data.model_copy(update={"bits": 12})})
+    found = []
+    for name, settings in (("8", config), ("12", deep), ("12", config)):
+        predict_files(ColourModel(), [tmp_path / f"{name}.png"], tmp_path / "out", settings)
+        content = json.loads((tmp_path / "out" / "predictions.json").read_text())
+        found.append([(a["category_id"], a["segmentation"]) for a in content["annotations"]])
+    assert found[0] == found[1]
+    assert found[0] != found[2]

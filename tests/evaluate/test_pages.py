@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpformer import draw
-from mpformer.evaluate import instance
+from mpformer.evaluate import instance, pages
 from mpformer.evaluate.evaluation import measure
 from mpformer.evaluate.inference import predict_records
 from mpformer.evaluate.instance import ImageInstances, TrueInstance, count_instances
@@ -132,3 +132,34 @@ def test_no_images_still_make_a_page(catalog, tmp_path):
     files = write_page(tmp_path, "empty", measure([], catalog, tiny_config("instance")))
     assert len(files) == 1
     assert "No images" in files[0].read_text()
+
+
+def test_a_picture_that_fails_is_left_out(catalog, tmp_path, monkeypatch, caplog):
+    """Of three images the second is too large, and the file of the third is gone."""
+    config = tiny_config("instance")
+    evaluation = measure(predict_records(ColourModel(), catalog, config, range(3)), catalog, config)
+    first, second, third = (one.record for one in worst_first(evaluation))
+    missing = replace(third, image=str(tmp_path / "gone.png"))
+    records = [missing if r.image_id == third.image_id else r for r in catalog.records]
+    evaluation = replace(evaluation, catalog=replace(catalog, records=records))
+    largest = {first.image_id: 10**9, second.image_id: 1, third.image_id: 10**9}
+    drawn = pages.picture
+
+    def picture_of(prediction, record, classes):
+        monkeypatch.setattr(pages, "_LARGEST", largest[record.image_id])
+        return drawn(prediction, record, classes)
+
+    monkeypatch.setattr(pages, "picture", picture_of)
+    files = write_page(tmp_path / "page", "title", evaluation)
+    assert [f.name for f in files] == ["evaluation.html", f"01-{first.image_id}.jpg"]
+    assert [m.split(":")[0] for m in caplog.messages] == [
+        f"picture of image {one.image_id}" for one in (second, third)
+    ]
+    assert "too many for a picture" in caplog.messages[0]
+    assert "gone.png: no such file" in caplog.messages[1]
+
+
+def test_names_of_files_from_ids_of_images():
+    assert pages.file_stem("../a b/ü.png") == ".._a_b_ü.png"
+    assert len(pages.file_stem("𠀀" * 300).encode()) == 200
+    assert pages.file_stem("x" * 300 + "end").endswith("xend")
