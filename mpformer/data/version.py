@@ -29,7 +29,7 @@ _NAMED = 3
 
 Described = dict[str, Any]
 """One split, as JSON: `classes` ([name, source id, is_thing] of each), `images` (names; null for shards),
-`count` (of images), `missing` (names of images that are not there), `objects` (number of annotations; null
+`count` (of images), `missing` (names of images that have gone since), `objects` (number of annotations; null
 where they are in label maps), `annotations` and `labels` (digest of each annotation file, and of each label
 map, mask or shard, by its path in the folder), `records` (digest of all records as they are read); `problem`,
 where the annotation files have changed and cannot be read any more: why."""
@@ -46,6 +46,7 @@ class DataVersion:
         self._splits: dict[str, Catalog] = {}
         self._annotations: dict[str, dict[str, str]] = {}
         self._described: dict[str, Described] = {}
+        self._compared: dict[str, tuple[Described, Described]] = {}
 
     def open(self, split: str) -> Catalog:
         """`open_split`, but once."""
@@ -66,11 +67,15 @@ class DataVersion:
 
     def compared(self, split: str, before: Described) -> Described:
         """The split as it is now; COCO's annotations are parsed only where their files have changed."""
-        check_root(self.data)
-        named = before["count"] == len(
-            before["images"] or ()
-        )  # the name of one that was missing is not known
-        if not isinstance(self.data.dataset, DataSet) or not named:
+        if split not in self._compared or self._compared[split][0] != before:
+            check_root(self.data)
+            self._compared[split] = before, self._now(split, before)
+        return self._compared[split][1]
+
+    def _now(self, split: str, before: Described) -> Described:
+        # of an image that was missing then, no name is known that could be looked for
+        all_there = before["count"] == len(before["images"] or ())
+        if not isinstance(self.data.dataset, DataSet) or not all_there:
             return self.describe(split)
         if self._annotation_digests(split) != before["annotations"]:
             try:
@@ -146,8 +151,7 @@ def _table(root: str, records: RecordTable) -> Described:
         if isinstance(record.label_map, str):
             labels.append(record.label_map.removeprefix(f"{root}/"))
         objects += len(record.segments)
-    found = {"images": images, "missing": _missing(root, images), "objects": objects}
-    return {**found, "labels": _digests(root, labels)}
+    return {"images": images, "objects": objects, "labels": _digests(root, labels)}
 
 
 def _innermost(records: Records) -> Records:
@@ -199,8 +203,7 @@ def changes(split: str, before: Described, now: Described) -> str:
     parts = [
         *_class_changes(before["classes"], now["classes"]),
         *_name_changes("image", before["images"] or (), now["images"] or ()),
-        *_named("image file is gone", "image files are gone", _beyond(now["missing"], before["missing"])),
-        *_named("image file is back", "image files are back", _beyond(before["missing"], now["missing"])),
+        *_named("image file is gone", "image files are gone", now["missing"]),
         *_file_changes(_noun(now), before["labels"], now["labels"]),
     ]
     if now["images"] is None and before["count"] != now["count"]:

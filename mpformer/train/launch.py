@@ -23,7 +23,7 @@ from mpformer.data.catalog import check_same_classes
 from mpformer.data.findings import in_short
 from mpformer.data.obstacles import require_usable
 from mpformer.data.version import SPLITS, DataVersion
-from mpformer.model.weights.checkpoints import latest, model_file
+from mpformer.model.weights.checkpoints import complete, latest, model_file
 from mpformer.plugin import inherited_folder
 from mpformer.tracking.entry import Entry
 from mpformer.tracking.mlflow_store import prepare_store
@@ -124,6 +124,8 @@ def fit(
             log.warning("%s: %s", run_dir.name, line)
         return summary
     plugins.check(config)
+    if complete(run_dir):
+        rundata.check(run_dir, version)  # before it is told what is wrong with other data
     splits = {name: version.open(name) for name in SPLITS}
     if not splits["train"].records:
         raise InputError(f"{config.data.root}: the training split has no image")

@@ -204,7 +204,7 @@ def test_images_that_are_gone_and_back_are_named(tmp_path):
     assert changed(data, before)["train"] == "train: 1 image file is gone ('images/2.png')"
     assert changed(data, without) == {}
     (tmp_path / "2.png").rename(tmp_path / "images/2.png")
-    assert changed(data, without)["train"] == "train: 1 image file is back ('images/2.png')"
+    assert changed(data, without)["train"] == "train: 1 image added ('images/2.png')"
 
 
 def test_litter_beside_the_images_changes_nothing(tmp_path):
