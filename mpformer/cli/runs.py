@@ -19,6 +19,7 @@ def train(recipe: str, settings: Sequence[str]) -> None:
     config = stored_absolutely(load_config(recipe, settings))
     run_dir = Path(config.storage) / run_name(config)
     say(f"run {run_dir}")
+    from mpformer.evaluate.metrics import unmeasured
     from mpformer.tracking.progress import Follower, follow
     from mpformer.train.launch import fit
     from mpformer.train.rundata import ChangedDataError
@@ -33,6 +34,9 @@ def train(recipe: str, settings: Sequence[str]) -> None:
     for key, value in summary["metrics"].items():
         before = summary["untrained_metrics"].get(key)
         say(f"{key:16} {value:8.2f}" + ("" if before is None else f"   untrained {before:.2f}"))
+    measured = [key.removeprefix("val/") for key in summary["metrics"]]
+    for key, reason in unmeasured(config.data.task, measured).items() if measured else ():
+        say(f"{key:16} not measured: {reason}")
     say(str(RunDir(run_dir).summary))
 
 
