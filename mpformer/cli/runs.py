@@ -33,10 +33,10 @@ def train(recipe: str, settings: Sequence[str]) -> None:
     tell_tracking_problems(run_dir)
     for key, value in summary["metrics"].items():
         before = summary["untrained_metrics"].get(key)
-        say(f"{key:16} {value:8.2f}" + ("" if before is None else f"   untrained {before:.2f}"))
+        say(f"{key:20} {value:8.2f}" + ("" if before is None else f"   untrained {before:.2f}"))
     measured = [key.removeprefix("val/") for key in summary["metrics"]]
     for key, reason in unmeasured(config.data.task, measured).items() if measured else ():
-        say(f"{key:16} not measured: {reason}")
+        say(f"{'val/' + key:20} not measured: {reason}")
     say(str(RunDir(run_dir).summary))
 
 

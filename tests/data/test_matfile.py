@@ -47,7 +47,12 @@ def test_other_content_is_named(tmp_path, value):
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(b"<html>", "HTML"), (b"\x89HDF\r\n\x1a\n", "an HDF5 file"), (b"MATLAB 5.0", "a MATLAB file"), (b"\0" * 200, "zeros")],
+    [
+        (b"<html>", "HTML"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        (b"MATLAB 5.0", "a MATLAB file"),
+        (b"\0" * 200, "zeros"),
+    ],
 )
 def test_other_files_are_named(tmp_path, content, expected):
     (tmp_path / "a.mat").write_bytes(content)
