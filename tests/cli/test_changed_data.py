@@ -57,7 +57,7 @@ def train(run: FinishedRun) -> list[str]:
 
 def test_a_finished_run_prints_its_figures_on_the_same_data(run, capsys, caplog):
     assert main(train(run)) == 0
-    assert "val/PQ              31.25   untrained 1.50" in capsys.readouterr().out
+    assert "val/PQ                  31.25   untrained 1.50" in capsys.readouterr().out
     assert caplog.text == ""
 
 
