@@ -19,7 +19,7 @@ from mpformer.config.yamlfile import nearest
 from mpformer.model.pyramid import SimpleFeaturePyramid
 from mpformer.model.swin import PadThenShift
 from mpformer.model.weights.prefixes import unwrap
-from mpformer.model.weights.tensorfile import read_tensors
+from mpformer.model.weights.tensorfile import read_tensors, shown
 from mpformer.types import FEATURE_STRIDES, InputError
 
 
@@ -210,8 +210,8 @@ def _weights_of(file: Path, name: str, model: nn.Module) -> dict[str, Tensor]:
     stored = unwrap(read_tensors(file), set(wanted).__contains__, file).tensors
     if sum(own in stored for own in wanted) < len(wanted) / 2:
         raise InputError(
-            f"model.backbone.pretrained: {file} holds no weights of {name}: {next(iter(stored))}, ... where "
-            f"{wanted[0]}, ... is expected"
+            f"model.backbone.pretrained: {file} holds no weights of {name}: {shown(next(iter(stored)))}, ... "
+            f"where {shown(wanted[0])}, ... is expected"
         )
     return stored
 

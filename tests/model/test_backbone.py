@@ -169,7 +169,7 @@ def test_a_file_with_code_is_refused(suffix, tmp_path, monkeypatch):
 def test_wrong_weights_are_named(tmp_path):
     other = tmp_path / "other.pth"
     torch.save({"encoder.0.weight": torch.zeros(2)}, other)
-    with pytest.raises(InputError, match=r"holds no weights of resnet18: encoder\.0\.weight"):
+    with pytest.raises(InputError, match=r"holds no weights of resnet18: 'encoder\.0\.weight"):
         build("resnet18", pretrained=str(other))
     broken = tmp_path / "broken.pth"
     broken.write_bytes(b"not a file of weights")

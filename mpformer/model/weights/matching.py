@@ -181,7 +181,7 @@ def _kind(name: str) -> str:
 
 def summary(names: Iterable[str], most: int = 12) -> str:
     """Names that differ in numbers only as one, with their count; at most that many, then how many more."""
-    groups = Counter(re.sub(r"\b\d+\b", "*", name) for name in names)
+    groups = Counter(re.sub(r"\b\d+\b", "*", " ".join(name.split())) for name in names)
     listed = [f"{n} ({count})" if count > 1 else n for n, count in list(groups.items())[:most]]
     rest = sum(list(groups.values())[most:])
     return ", ".join(listed) + (f" and {rest} more" if rest else "")

@@ -15,7 +15,7 @@ from mpformer.config.model import Backbone, Decoder, Loss, Model, Pilot, PixelDe
 from mpformer.model.weights.names import Names, official_names
 from mpformer.model.weights.names_maskformer import official_maskformer_names
 from mpformer.model.weights.prefixes import Unwrapped, unwrap
-from mpformer.model.weights.tensorfile import read_tensors
+from mpformer.model.weights.tensorfile import read_tensors, shown
 from mpformer.types import MEMORY_STRIDES, InputError
 
 _PIXELS = "sem_seg_head.pixel_decoder"
@@ -104,7 +104,7 @@ def _what_there_is(tensors: dict[str, Tensor]) -> str:
         return (
             "the names are those of Hugging Face: import the folder that holds the file and its config.json"
         )
-    return f"there is {', '.join(name[:100] for name in list(tensors)[:3])}, ..."
+    return f"there is {', '.join(shown(name) for name in list(tensors)[:3])}, ..."
 
 
 _HUGGING_FACE = ("model.pixel_level_module.", "pixel_level_module.")
