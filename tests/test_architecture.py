@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "mpformer").rglob("*.py"))
 
 BASE = {
+    "filekind",
     "home",
     "types",
     "atomic",
@@ -29,6 +30,7 @@ ALLOWED = {
     "atomic": set(),
     "cores": set(),
     "shell": set(),
+    "filekind": set(),
     "home": set(),
     "plugin": {"types"},
     "config": {"types", "plugin"},

@@ -26,7 +26,8 @@ from PIL import (
     TiffImagePlugin,
 )
 
-from mpformer.data import filekinds
+from mpformer import filekind
+from mpformer.data import headers
 from mpformer.data.records import Record
 from mpformer.types import PIXEL_MEAN, InputError
 
@@ -47,7 +48,7 @@ _RGB_EXPECTED = "1, 3 or 4 channels of 8 or 16 bits are expected"
 _SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point"}
 """Of TIFF."""
 _READERS: dict[bytes, Callable[[IO[bytes]], ImageFile.ImageFile]] = {
-    filekinds.JPEG: JpegImagePlugin.JpegImageFile,
+    filekind.JPEG: JpegImagePlugin.JpegImageFile,
     b"BM": BmpImagePlugin.BmpImageFile,
     b"GIF8": GifImagePlugin.GifImageFile,
 }
@@ -92,7 +93,7 @@ def load_reduced_image(record: Record, factor: int) -> tuple[np.ndarray, int]:
     """
     name = _name(record)
     data = read_bytes(record.image)
-    if not data.startswith(filekinds.JPEG):
+    if not data.startswith(filekind.JPEG):
         factor = 1
     image = _decode_rgb(data, name, record.bits, _REDUCED[factor])
     expected = (-(-record.height // factor), -(-record.width // factor))
@@ -120,8 +121,8 @@ def read_image(source: str | bytes, bits: int = 16) -> np.ndarray:
 def used_bits(record: Record) -> int | None:
     """Bits in use of the record's image, 8..16, by its largest value; None unless it is a 16-bit file."""
     data = read_bytes(record.image)
-    header = filekinds.png_header(data)
-    if data.startswith(filekinds.JPEG) or (header is not None and header[2] < 16):
+    header = headers.png_header(data)
+    if data.startswith(filekind.JPEG) or (header is not None and header[2] < 16):
         return None
     pixels = decode(data, _name(record), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     return max(8, int(pixels.max()).bit_length()) if pixels.dtype == np.uint16 else None
@@ -130,7 +131,7 @@ def used_bits(record: Record) -> int | None:
 def image_size(path: str) -> tuple[int, int]:
     """(height, width) of an image file once decoded, from its header. `InputError` if damaged."""
     data = read_bytes(path)
-    if (header := filekinds.png_header(data)) is not None:
+    if (header := headers.png_header(data)) is not None:
         return header[1], header[0]  # its EXIF may stand at its end: Pillow would decode the whole to find it
     width, height, turned = _header_size(data, path)
     return (width, height) if turned else (height, width)
@@ -162,8 +163,8 @@ def load_rgb_map(source: str | bytes, name: str) -> np.ndarray:
     data = read_bytes(source)
     _refuse_jpeg(data, name)
     pixels = decode(data, name, cv2.IMREAD_UNCHANGED)
-    header = filekinds.png_header(data)
-    grey = pixels.ndim == 2 or (header is not None and header[3] == filekinds.PNG_GREY_ALPHA)
+    header = headers.png_header(data)
+    grey = pixels.ndim == 2 or (header is not None and header[3] == headers.PNG_GREY_ALPHA)
     if pixels.dtype == np.uint8 and not grey:
         return np.ascontiguousarray(pixels[..., 2::-1])
     if pixels.dtype.kind in "iu" and not pixels.any():
@@ -185,8 +186,8 @@ def load_index_map(source: str | bytes, name: str) -> np.ndarray:
     data = read_bytes(source)
     _refuse_jpeg(data, name)
     pixels = decode(data, name, cv2.IMREAD_UNCHANGED)  # finds a damaged file, too
-    header = filekinds.png_header(data)
-    if header is not None and header[3] == filekinds.PNG_PALETTE:  # cv2 expands the palette
+    header = headers.png_header(data)
+    if header is not None and header[3] == headers.PNG_PALETTE:  # cv2 expands the palette
         return _palette_indices(data, name)
     if pixels.ndim != 2:
         raise InputError(f"{name}: one value per pixel is expected, not {pixels.shape[2]} channels")
@@ -206,7 +207,7 @@ def decode(data: bytes, name: str, flags: int) -> np.ndarray:
     """An encoded image as cv2 decodes it; `InputError`, which begins with `name`, if it is not whole."""
     if not data:
         raise InputError(f"{name}: the file is empty, an image is expected")
-    if filekinds.is_cut_short(data):
+    if headers.is_cut_short(data):
         raise InputError(f"{name}: the image file is truncated (after {len(data)} bytes)")
     _refuse_before_decoding(data, name)
     try:
@@ -215,7 +216,7 @@ def decode(data: bytes, name: str, flags: int) -> np.ndarray:
         reason = error.err if isinstance(error, cv2.error) else "not enough memory"
         raise InputError(f"{name}: cannot be decoded as an image: {reason}") from None
     if image is None:
-        kind = _tiff_header(data, name) if data.startswith(filekinds.TIFF) else filekinds.described(data)
+        kind = _tiff_header(data, name) if data.startswith(filekind.TIFF) else filekind.described(data)
         raise InputError(f"{name}: not an image that can be decoded ({kind})")
     return image
 
@@ -229,11 +230,11 @@ def _name(record: Record) -> str:
 
 def _decode_rgb(data: bytes, name: str, bits: int, flags: int = 0) -> np.ndarray:
     """[h,w,3] uint8 RGB of an encoded image; of a 16-bit one the upper 8 of the `bits` in use."""
-    header = filekinds.png_header(data)
-    if data.startswith(filekinds.JPEG) or (header is not None and header[2] <= 8):
+    header = headers.png_header(data)
+    if data.startswith(filekind.JPEG) or (header is not None and header[2] <= 8):
         return decode(data, name, flags | cv2.IMREAD_COLOR_RGB)
     # cv2 5.0 swaps the channels of a 16-bit TIFF wrongly if it is to give RGB
-    if data.startswith(filekinds.TIFF) and not (tiff := _tiff_header(data, name)).is_picture():
+    if data.startswith(filekind.TIFF) and not (tiff := _tiff_header(data, name)).is_picture():
         raise InputError(f"{name}: {tiff}; {_RGB_EXPECTED}")
     image = decode(data, name, flags | cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     if image.dtype == np.uint16:
@@ -244,20 +245,20 @@ def _decode_rgb(data: bytes, name: str, bits: int, flags: int = 0) -> np.ndarray
 
 
 def _refuse_jpeg(data: bytes, name: str) -> None:
-    if data.startswith(filekinds.JPEG):
+    if data.startswith(filekind.JPEG):
         raise InputError(f"{name}: a JPEG does not keep the values of its pixels; a PNG is expected")
 
 
 def _refuse_before_decoding(data: bytes, name: str) -> None:
     """Raise `InputError` for a PNG with wrong checksums, and for what would take too much memory."""
-    header = filekinds.png_header(data)
+    header = headers.png_header(data)
     if header is not None and (damaged := _damaged_chunk(data)):
         raise InputError(f"{name}: the image file is damaged ({damaged})")
     if header is not None:
         size: tuple[int, ...] | None = header[:2]
-    elif data.startswith(filekinds.JPEG):
-        size = filekinds.jpeg_size(data)
-    elif data.startswith((*_READERS, *filekinds.TIFF)) or filekinds.webp_header(data) is not None:
+    elif data.startswith(filekind.JPEG):
+        size = headers.jpeg_size(data)
+    elif data.startswith((*_READERS, *filekind.TIFF)) or headers.webp_header(data) is not None:
         size = _header_size(data, name)[:2]
     else:
         size = None  # rare formats, for which cv2's own limit holds: four times as many
@@ -270,7 +271,7 @@ def _refuse_before_decoding(data: bytes, name: str) -> None:
 
 def _damaged_chunk(data: bytes) -> str:
     """Which chunk of a PNG has a wrong checksum or is cut short; empty if none of those that matter."""
-    position, view = len(filekinds.PNG), memoryview(data)
+    position, view = len(filekind.PNG), memoryview(data)
     while position + 12 <= len(data):
         end = position + 8 + int.from_bytes(view[position : position + 4], "big")
         kind = bytes(view[position + 4 : position + 8])
@@ -331,12 +332,12 @@ def _tiff_header(data: bytes, name: str) -> _Tiff:
 
 def _header_size(data: bytes, name: str) -> tuple[int, int, bool]:
     """Width and height of an image as its header has them, and whether its EXIF swaps them."""
-    if data.startswith(filekinds.TIFF):
+    if data.startswith(filekind.TIFF):
         tiff = _tiff_header(data, name)
         return tiff.width, tiff.height, tiff.orientation >= 5
     # Pillow refuses to open an image of many pixels even if only its size is wanted: hence not `Image.open`
     # where a reader will do, and no reader of WebP
-    webp = filekinds.webp_header(data)
+    webp = headers.webp_header(data)
     reader = next((r for head, r in _READERS.items() if data.startswith(head)), Image.open)
     try:
         if webp is not None:
@@ -347,7 +348,7 @@ def _header_size(data: bytes, name: str) -> tuple[int, int, bool]:
             width, height = image.size
             turned = image.getexif().get(_ORIENTATION, 1) >= 5
     except Exception as error:  # Pillow's parsers raise whatever their steps do
-        kind = filekinds.described(data)
+        kind = filekind.described(data)
         raise InputError(f"{name}: not an image that can be decoded ({kind}): {_reason(error)}") from error
     return width, height, turned
 

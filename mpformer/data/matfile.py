@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 from scipy.io.matlab import loadmat
 
-from mpformer.data import filekinds
+from mpformer import filekind
 from mpformer.data.images import read_bytes
 from mpformer.types import InputError
 
@@ -26,7 +26,7 @@ def load_stuff_map(path: str) -> np.ndarray:
         content = loadmat(io.BytesIO(data), variable_names=["S"])
     except Exception as error:  # scipy's parser raises whatever its steps do
         reason = str(error) or type(error).__name__
-        kind = filekinds.described(data)
+        kind = filekind.described(data)
         raise InputError(f"{path}: not a MATLAB file that can be read ({kind}): {reason}") from error
     labels = content.get("S")
     if not isinstance(labels, np.ndarray) or labels.ndim != 2 or not labels.size:

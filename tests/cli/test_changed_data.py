@@ -82,7 +82,7 @@ def test_a_finished_run_refuses_to_show_figures_of_other_data(run, capsys):
 def test_data_that_are_not_there_are_said_not_to_be_compared(run, capsys, caplog):
     run.scenes.rename(run.scenes.with_name("elsewhere"))
     assert main(train(run)) == 0
-    assert "val/PQ              31.25" in capsys.readouterr().out
+    assert "val/PQ                  31.25" in capsys.readouterr().out
     assert "its data were not there to compare: data.root: there is no folder" in caplog.text
 
 

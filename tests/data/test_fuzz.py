@@ -25,10 +25,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
-from mpformer import draw, lettering
+from mpformer import draw, filekind, lettering
 from mpformer.ablation.tables import cells_of, markdown_table
 from mpformer.config import Data
-from mpformer.data import filekinds
 from mpformer.data.catalog import open_split
 from mpformer.data.check import check, report_text
 from mpformer.data.detect import detect
@@ -133,9 +132,9 @@ def orientation(value: int) -> Image.Exif:
 
 def with_checksums(data: bytes) -> bytes:
     """A PNG whose checksums are right again, so that what is in its parts is looked at."""
-    if not data.startswith(filekinds.PNG):
+    if not data.startswith(filekind.PNG):
         return data
-    fixed, position = bytearray(data), len(filekinds.PNG)
+    fixed, position = bytearray(data), len(filekind.PNG)
     while position + 12 <= len(data):
         end = position + 8 + int.from_bytes(data[position : position + 4], "big")
         if end + 4 > len(data):

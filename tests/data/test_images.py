@@ -116,7 +116,7 @@ def png():
     ("content", "expected"),
     [
         (b"", "empty"),
-        (b"<html>404</html>", "HTML, such as the error page of a download"),
+        (b"<html>404</html>", "a web page .HTML., such as the error page of a download"),
         (b"\x00\x01\x02\x03\x04", "not an image"),
         (jpeg()[:-200], "truncated"),
         (jpeg()[:-2], "truncated"),

@@ -74,7 +74,10 @@ BROKEN = {
     "LFS pointer, cut": (LFS[:30], "is a Git LFS pointer"),
     "web page": (b"<!DOCTYPE html>\n<html><title>Sign in</title>", "is a web page (HTML)"),
     "web page, odd": (b"\xef\xbb\xbf\n  <HTML>", "is a web page (HTML)"),
-    "XML error of a bucket": (b'<?xml version="1.0"?><Error><Code>AccessDenied', "is a web page (HTML)"),
+    "XML error of a bucket": (
+        b'<?xml version="1.0"?><Error><Code>AccessDenied',
+        "is XML, such as the error message of a bucket",
+    ),
     "empty": (b"", "is empty (0 bytes)"),
     "JSON": (b'{"error": "not found"}', "is text, not weights"),
     "message": (b"Access denied", "is text, not weights: 'Access denied'"),
@@ -109,7 +112,7 @@ BROKEN = {
     "pickle of text": (pickle.dumps({"a": "b"}), "holds no named tensors"),
     "pickle of arrays, cut": (pickle.dumps({"a": np.ones(9)})[:-20], "is cut short or damaged"),
     "the same name twice": (torch_bytes({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}), "'a.b' twice"),
-    "array": (b"\x93NUMPY\x01\x00" + bytes(99), "is one NumPy array"),
+    "array": (b"\x93NUMPY\x01\x00" + bytes(99), "is a NumPy array"),
 }
 
 

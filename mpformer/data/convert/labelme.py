@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mpformer.data import filekinds
+from mpformer import filekind
 from mpformer.data.convert.found import Found, Notes, Object, Options, Picture
 from mpformer.data.convert.image_files import annotated_size, embedded_size
 from mpformer.data.convert.recognise import form_of_json
@@ -70,10 +70,10 @@ def _picture(path: Path, content: dict[str, Any], tree: Tree) -> Picture | None:
 
 
 def _suffix(data: bytes, place: str) -> str:
-    for start, suffix in ((filekinds.PNG, ".png"), (filekinds.JPEG, ".jpg")):
+    for start, suffix in ((filekind.PNG, ".png"), (filekind.JPEG, ".jpg")):
         if data.startswith(start):
             return suffix
-    raise InputError(f"{place}: imageData: a PNG or a JPEG is expected, not {filekinds.described(data)}")
+    raise InputError(f"{place}: imageData: a PNG or a JPEG is expected, not {filekind.described(data)}")
 
 
 def _objects(shapes: list[Any], canvas: Canvas, place: str) -> list[Object]:

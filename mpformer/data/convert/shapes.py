@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from mpformer.data import filekinds, images, masks
+from mpformer import filekind
+from mpformer.data import headers, images, masks
 from mpformer.data.convert.found import Notes
 from mpformer.data.records import Polygons, Rle
 from mpformer.types import InputError
@@ -168,13 +169,13 @@ def mask_png(data: bytes, largest: tuple[int, int], place: str) -> np.ndarray:
 
     `largest`: (height, width) that it may have; nothing larger is decoded. Raises `InputError`.
     """
-    header = filekinds.png_header(data)
+    header = headers.png_header(data)
     if header is None:
-        raise InputError(f"{place}: a mask as a PNG is expected, not {filekinds.described(data)}")
+        raise InputError(f"{place}: a mask as a PNG is expected, not {filekind.described(data)}")
     width, height = header[:2]
     if not (0 < height <= largest[0] and 0 < width <= largest[1]):
         raise InputError(f"{place}: a mask of {width}x{height} pixels, at most {largest[1]}x{largest[0]} fit")
-    if header[3] == filekinds.PNG_PALETTE:  # a palette: 0 is the background, whatever its colour
+    if header[3] == headers.PNG_PALETTE:  # a palette: 0 is the background, whatever its colour
         return images.load_index_map(data, place) != 0
     pixels = images.decode(data, place, cv2.IMREAD_UNCHANGED)
     if pixels.ndim == 3:

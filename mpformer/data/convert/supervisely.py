@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpformer.data import filekinds
+from mpformer import filekind
 from mpformer.data.convert.found import Found, Notes, Object, Options, Picture
 from mpformer.data.convert.image_files import annotated_size
 from mpformer.data.convert.shapes import Canvas, from_base64, mask_png, numbers, pairs
@@ -152,7 +152,7 @@ def _bitmap(given: object, canvas: Canvas, where: str) -> Rle | None:
     if len(origin) != 2 or any(value != int(value) for value in origin):
         raise InputError(f"{where}: 'origin' is {given.get('origin')!r:.60}, two whole numbers are expected")
     data = from_base64(given.get("data"), where)
-    if not data.startswith(filekinds.PNG):
+    if not data.startswith(filekind.PNG):
         limit = 64 + 8 * canvas.height * canvas.width + 2**20
         try:
             data = zlib.decompressobj().decompress(data, limit)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpformer.data import filekinds, images, masks
+from mpformer.data import headers, images, masks
 from mpformer.data.convert import voc_xml
 from mpformer.data.convert.found import Found, Notes, Object, Options, Picture
 from mpformer.data.convert.image_files import annotated_size
@@ -252,9 +252,9 @@ class _Masks:
         """
         place = self.tree.name(path)
         data = images.read_bytes(str(path))
-        header = filekinds.png_header(data)
+        header = headers.png_header(data)
         kind = None if header is None else header[3]
-        if kind == filekinds.PNG_GREY or (kind == filekinds.PNG_PALETTE and raw):
+        if kind == headers.PNG_GREY or (kind == headers.PNG_PALETTE and raw):
             return images.load_index_map(data, place).astype(np.int32)
         packed = _packed(images.load_rgb_map(data, place))
         result = np.empty(packed.shape, np.int32)

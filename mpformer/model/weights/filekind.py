@@ -10,25 +10,12 @@ import zipfile
 from pathlib import Path
 from typing import Literal
 
+from mpformer.filekind import known
 from mpformer.types import InputError
 
 Container = Literal["safetensors", "torch", "pickle"]
 
 _LFS = b"version https://git-lfs"
-_MAGIC = (
-    (b"\x1f\x8b", "a gzip archive: unpack it first"),
-    (b"BZh", "a bzip2 archive: unpack it first"),
-    (b"\xfd7zXZ", "an xz archive: unpack it first"),
-    (b"7z\xbc\xaf", "a 7z archive: unpack it first"),
-    (b"Rar!", "a RAR archive: unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "a zstd archive: unpack it first"),
-    (b"\x89HDF", "an HDF5 file (Keras or TensorFlow weights)"),
-    (b"GGUF", "a GGUF file"),
-    (b"\x93NUMPY", "one NumPy array without a name"),
-    (b"\x89PNG", "a PNG image"),
-    (b"\xff\xd8\xff", "a JPEG image"),
-    (b"%PDF", "a PDF document"),
-)
 _TORCH_BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How files of torch before 1.6 begin: a pickle of their magic number."""
 _HEAD = 4096
@@ -71,15 +58,10 @@ def mistaken_for(head: bytes, size: int) -> str | None:
         return (
             f"is a Git LFS pointer, not the file itself ({content} bytes): run `git lfs pull` in its folder"
         )
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")):
-        return "is a web page (HTML), not the file itself: download the file that the page links to"
-    for magic, name in _MAGIC:
-        if head.startswith(magic):
-            return f"is {name}"
-    if head[257:262] == b"ustar":
-        return "is a tar archive: unpack it first"
-    return None
+    if head.startswith(b"PK"):
+        return None  # torch's own form is an archive
+    kind = known(head)
+    return None if kind is None else f"is {kind}"
 
 
 def check_text(file: Path) -> None:

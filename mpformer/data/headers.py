@@ -1,72 +1,11 @@
-"""What a file is, told from its first bytes: for messages, and to choose how an image is decoded."""
+"""What the headers of image files say, read without decoding them."""
 
 from __future__ import annotations
 
-JPEG = b"\xff\xd8\xff"
-PNG = b"\x89PNG\r\n\x1a\n"
-TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-"""Little and big endian, the second two with 64-bit offsets."""
+from mpformer.filekind import JPEG, PNG
 
 PNG_GREY, PNG_PALETTE, PNG_GREY_ALPHA = 0, 3, 4
 """Colour types of a PNG that `png_header` gives."""
-
-_HEADS = {
-    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer, not the file itself: run `git lfs pull`",
-    b"%PDF": "a PDF document",
-    b"PK\x03\x04": "a ZIP archive",
-    b"\x1f\x8b": "a gzip file",
-    b"BZh": "a bzip2 file",
-    b"\xfd7zXZ": "an xz file",
-    b"Rar!": "a RAR archive",
-    b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive",
-    b"\x93NUMPY": "a NumPy array",
-    b"\x89HDF": "an HDF5 file",
-    b"MATLAB": "a MATLAB file",
-    b"8BPS": "a Photoshop document",
-    b"\0\0\1\0": "an icon",
-    b"\0\5\x16\7": "the part of a file that macOS keeps beside it (AppleDouble): delete it",
-    b"SIMPLE  =": "a FITS file",
-    b"RIFF": "a RIFF file, such as WebP or AVI",
-    b"GIF8": "a GIF image",
-    b"BM": "a BMP image",
-    b"\x76\x2f\x31\x01": "an OpenEXR image",
-    PNG: "a PNG image",
-    JPEG: "a JPEG image",
-} | dict.fromkeys(TIFF, "a TIFF image")
-_BOXES = {
-    b"heic": "a HEIC image",
-    b"heix": "a HEIC image",
-    b"hevc": "a HEIC image",
-    b"mif1": "a HEIF image",
-    b"msf1": "a HEIF image",
-    b"avif": "an AVIF image",
-    b"avis": "an AVIF image",
-    b"qt  ": "a QuickTime film",
-}
-"""Brands of files that consist of ISO media boxes."""
-
-
-def described(data: bytes) -> str:
-    """What a file is, in a few words: "a PDF document", "HTML", ...; by its first bytes where unknown."""
-    for head, kind in _HEADS.items():
-        if data.startswith(head):
-            return kind
-    if data[4:8] == b"ftyp":
-        return _BOXES.get(data[8:12], "a film or another file of ISO media boxes")
-    if data[128:132] == b"DICM":
-        return "a DICOM file"
-    if not data.strip(b"\0"):
-        return f"{len(data)} bytes of zeros"
-    text = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if b"<svg" in text:
-        return "an SVG drawing"
-    if text.startswith((b"<!doctype html", b"<html")):
-        return "HTML, such as the error page of a download"
-    if text.startswith(b"<?xml"):
-        return "XML"
-    if text.startswith((b"<", b"{", b"[")):
-        return "text"
-    return f"unknown; the first bytes are {data[:8].hex(' ')}"
 
 
 def png_header(data: bytes) -> tuple[int, int, int, int] | None:
