@@ -32,7 +32,7 @@ class Inspected:
     digest: bytes = b""
     """Of the image file."""
     bits: int | None = None
-    """In use of a 16-bit file."""
+    """In use of a 16-bit file of which nobody has said how many it uses (`data.bits`, also of shards)."""
     brightest: int = 255
     """Highest value of the image as the model gets it."""
     unknown: Mapping[int, int] = field(default_factory=dict)
@@ -49,7 +49,7 @@ def inspect(record: Record) -> Inspected:
     try:
         digest = hashlib.blake2b(read_bytes(record.image), digest_size=16).digest()
         image = load_image(record)
-        bits = used_bits(record)
+        bits = used_bits(record) if record.bits == 16 else None
         whole = Window.whole(record.width, record.height)
         found = list(crop_masks(record, record.segments, whole))
         unknown, turned = _unknown_values(record)

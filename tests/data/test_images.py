@@ -12,6 +12,7 @@ from PIL import Image
 from mpformer.config import Data
 from mpformer.data import images, pack
 from mpformer.data.catalog import open_split
+from mpformer.data.check import check, report_text
 from mpformer.data.images import (
     image_size,
     load_ids,
@@ -253,6 +254,8 @@ def test_the_setting_reaches_every_record(tmp_path):
     for bits in (None, 12):  # shards remember it
         shards = Data(root=packed["root"], dataset={"format": "packed"}, bits=bits)
         assert np.array_equal(load_image(open_split(shards, "train").records[0]), expected)
+        assert "fewer bits" not in report_text(check(shards))  # they are not dark
+    assert "fewer bits" in report_text(check(data))
     with pytest.raises(InputError, match="'bits' differs"):
         pack.pack(data, packed["root"])
 
