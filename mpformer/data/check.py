@@ -12,7 +12,7 @@ import numpy as np
 from mpformer.config import Data, DataSet, Packed
 from mpformer.data.catalog import check_same_classes, open_split
 from mpformer.data.findings import Finding, Weight, in_short
-from mpformer.data.inspection import place_of
+from mpformer.data.inspection import Inspected
 from mpformer.data.names import is_litter
 from mpformer.data.obstacles import inspect_all, obstacles
 from mpformer.data.packed import verify
@@ -69,8 +69,16 @@ def check(data: Data) -> dict[str, SplitReport]:
     lenient = data.model_copy(update={"on_bad_sample": "skip"})
     catalogs = {split: open_split(lenient, split) for split in ("train", "val")}
     seen: dict[bytes, str] = {}
-    reports = {split: check_split(catalog, data, split, seen) for split, catalog in catalogs.items()}
-    reports = {split: replace(r, findings=damaged[split] + r.findings) for split, r in reports.items()}
+    reports, names = {}, {}
+    for split, catalog in catalogs.items():
+        inspected = inspect_all(catalog.records[i] for i in range(len(catalog)))
+        names[split] = {one.place for one in inspected if one.place}
+        report = _split_report(catalog, inspected, seen)
+        found = (*damaged[split], *obstacles(catalog, data, split, inspected), *report.findings)
+        reports[split] = replace(report, findings=found)
+    listed = names["train"] | names["val"]  # of one folder, an image may belong to the other split
+    for split, report in reports.items():
+        reports[split] = replace(report, unlisted=len(_images_beside(names[split]) - listed))
     try:
         check_same_classes(catalogs["train"].classes, catalogs["val"].classes, catalogs["val"].name)
     except InputError as error:
@@ -87,26 +95,19 @@ def _verify(data: Data, split: str) -> tuple[Finding, ...]:
     return tuple(Finding(_CHANGED_SHARD, line, Weight.OBSTACLE) for line in lines)
 
 
-def check_split(
-    catalog: Catalog, data: Data, split: str, seen: dict[bytes, str] | None = None
-) -> SplitReport:
-    """The report of one split ("train" or "val").
+def _split_report(catalog: Catalog, checked: Sequence[Inspected], seen: dict[bytes, str]) -> SplitReport:
+    """The report of one split, but for `unlisted`.
 
     `seen` collects the digests of images, to find the same file in two splits.
     """
-    seen = {} if seen is None else seen
-    checked = inspect_all(catalog.records[i] for i in range(len(catalog)))
-    findings = [*catalog.findings, *obstacles(catalog, data, split, checked)]
-    names: set[str] = set()
-    for index, one in enumerate(checked):
+    findings = list(catalog.findings)
+    for one in checked:
         findings += one.findings
-        where = place_of(catalog.records[index])
-        if where:
-            names.add(where)
         if one.digest:
             if one.digest in seen:
-                findings.append(Finding("duplicate images", f"{where}: the same file as {seen[one.digest]}"))
-            seen.setdefault(one.digest, f"{where} ({catalog.name})")
+                text = f"{one.place}: the same file as {seen[one.digest]}"
+                findings.append(Finding("duplicate images", text))
+            seen.setdefault(one.digest, f"{one.place} ({catalog.name})")
     usable = [one for one in checked if one.usable]
     areas = np.array([a for one in usable for a in one.areas], np.int64)
     widths, heights = [one.size[1] for one in usable] or [0], [one.size[0] for one in usable] or [0]
@@ -128,7 +129,7 @@ def check_split(
             int(((areas >= SMALL) & (areas < LARGE)).sum()),
             int((areas >= LARGE).sum()),
         ),
-        unlisted=len(_images_beside(names) - names),
+        unlisted=0,
         findings=tuple(findings),
     )
 

@@ -20,7 +20,9 @@ class Inspected:
     """What was seen of one record."""
 
     usable: bool
-    size: tuple[int, int]
+    place: str
+    """The image's path, or its id where it has none; "" where no file is found."""
+    size: tuple[int, int] = (0, 0)
     """(height, width)."""
     labels: tuple[int, ...] = ()
     """Of the objects that are no crowd and have a pixel."""
@@ -45,7 +47,7 @@ class Inspected:
 def inspect(record: Record) -> Inspected:
     """Decode a record's image and draw its masks."""
     if record.problem:
-        return Inspected(False, (0, 0), findings=(Finding(UNUSABLE, record.problem, Weight.FAULT),))
+        return Inspected(False, _place_of(record), findings=_unusable(record.problem))
     try:
         digest = hashlib.blake2b(read_bytes(record.image), digest_size=16).digest()
         image = load_image(record)
@@ -54,10 +56,11 @@ def inspect(record: Record) -> Inspected:
         found = list(crop_masks(record, record.segments, whole))
         unknown, turned = _unknown_values(record)
     except InputError as error:
-        return Inspected(False, (0, 0), findings=(Finding(UNUSABLE, str(error), Weight.FAULT),))
+        return Inspected(False, _place_of(record), findings=_unusable(str(error)))
     kept = [(s, m) for s, m in zip(record.segments, found) if m is not None and not s.crowd]
     return Inspected(
         usable=True,
+        place=_place_of(record),
         size=(record.height, record.width),
         labels=tuple(s.label for s, _ in kept),
         areas=tuple(int(m.pixels.sum()) for _, m in kept),
@@ -72,8 +75,11 @@ def inspect(record: Record) -> Inspected:
     )
 
 
-def place_of(record: Record) -> str:
-    """The image's path, or its id where it has none."""
+def _unusable(reason: str) -> tuple[Finding, ...]:
+    return (Finding(UNUSABLE, reason, Weight.FAULT),)
+
+
+def _place_of(record: Record) -> str:
     return record.image if isinstance(record.image, str) else f"image {record.image_id}"
 
 
@@ -97,7 +103,7 @@ def _mask_findings(record: Record, found: Sequence[BoxMask | None]) -> Iterator[
     twins: dict[tuple[object, ...], int] = {}
     size = np.array([record.width, record.height])
     for segment, mask in zip(record.segments, found):
-        named = f"{place_of(record)}: object {segment.id}"
+        named = f"{_place_of(record)}: object {segment.id}"
         if mask is None:
             yield Finding("objects without a pixel in the image", named)
             continue

@@ -12,6 +12,7 @@ import numpy as np
 
 from mpformer.config import Config
 from mpformer.data.images import read_image
+from mpformer.data.names import without_litter
 from mpformer.draw import attempted, decode_png, write_png
 from mpformer.evaluate import instance as rle
 from mpformer.evaluate.inference import infer, to_result
@@ -26,19 +27,25 @@ _LARGEST = 1 << 26
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
-def find_images(paths: Sequence[str | Path]) -> list[tuple[Path, str]]:
+def find_images(
+    paths: Sequence[str | Path], report: Callable[[str], None] | None = None
+) -> list[tuple[Path, str]]:
     """Image files with the names of their results; folders are searched recursively.
 
-    A name is the path relative to the given folder, without the suffix unless two images differ only in it.
+    Files that macOS or Windows left are passed over, and `report` is told how many. A name is the path
+    relative to the given folder, without the suffix unless two images differ only in it.
     Raises `InputError` for a path that does not exist, a folder without images, and two images of one name.
     """
     found: list[tuple[Path, Path]] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            images = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            inside, litter = without_litter(images, path)
+            if litter and report:
+                report(f"{path}: {litter} files that a system left are passed over")
             if not inside:
                 raise InputError(f"{path}: no images in this folder (files ending in {', '.join(SUFFIXES)})")
-            found += [(p, p.relative_to(path)) for p in inside]
+            found += [(p, p.relative_to(path)) for p in sorted(inside)]
         elif path.is_file():
             found.append((path, Path(path.name)))
         else:
@@ -76,7 +83,7 @@ def predict_files(
     not an image, after the results of the earlier ones are written.
     """
     out = Path(out)
-    images = find_images(paths)
+    images = find_images(paths, report)
     device = next(model.parameters()).device
     writer = _CocoWriter(model.classes)
     pictures: list[Path] = []

@@ -124,6 +124,15 @@ def test_names_keep_images_apart(folder):
         find_images([folder, folder / "one.png"])
 
 
+def test_what_macos_left_is_passed_over_with_a_count(folder):
+    (folder / "._one.png").write_bytes(b"\0\5\x16\7")
+    (folder / "__MACOSX" / "deep").mkdir(parents=True)
+    (folder / "__MACOSX" / "deep" / "._two.PNG").write_bytes(b"\0\5\x16\7")
+    lines = []
+    assert [name for _, name in find_images([folder], lines.append)] == ["deep/two", "one"]
+    assert lines == [f"{folder}: 2 files that a system left are passed over"]
+
+
 def test_an_image_too_large_for_an_overlay_still_has_its_results(folder, tmp_path, monkeypatch, caplog):
     """Of 95x75 and 100x72 pixels the second is above a limit of 7150."""
     monkeypatch.setattr(files, "_LARGEST", 7150)
