@@ -40,6 +40,10 @@ class Opened:
     findings: tuple[Finding, ...]
 
 
+_Found = tuple[tuple[Segment, ...], str, str]
+"""Of one image: its segments, the path of its id PNG or "", what is wrong or ""."""
+
+
 class _File:
     """One annotation file while it is read."""
 
@@ -80,18 +84,40 @@ class _File:
             self.notes.add(OTHER_NAMES, f"{what}: '{item['file_name']}' is taken to be {path}")
         return path, other, ""
 
-    def opened(self, records: list[Record], taken: Mapping[str, list[int]]) -> Opened:
-        """`taken`: the places of the records that use a file by another name."""
+    def opened(self, root: Path, place: Split, found: Mapping[object, _Found]) -> Opened:
+        """The records of the split's share of the images, with what was found of each."""
+        files = Files(root, place.images)
+        records: list[Record] = []
+        others: dict[int, str] = {}
+        for key, image in self.images.items():
+            path, other, problem = self.located(files, image, f"image {key}")
+            segments, label_map, other_problem = found[key]
+            if other:
+                others[len(records)] = path
+            records.append(
+                Record(
+                    image_id=str(key),
+                    image=path,
+                    width=image["width"],
+                    height=image["height"],
+                    segments=segments,
+                    label_map=label_map or None,
+                    problem=problem or other_problem,
+                )
+            )
+        self._refuse_shared_files(records, others)
+        findings = (*self.notes.findings(), *self.orphans)
+        return Opened(self.classes, _shared(records, place.share, self.path), findings)
+
+    def _refuse_shared_files(self, records: list[Record], others: dict[int, str]) -> None:
+        """A problem for each record that uses a file by another name (`others`), if a second one has it."""
         users = defaultdict(list)
-        for index, record in enumerate(records):
-            users[record.image].append(index)
-        for path, places in taken.items():
-            if len(users[path]) > 1:
-                others = ", ".join(records[i].image_id for i in users[path])
-                for i in places:
-                    text = f"{self.path}: images {others} would all be {path}; name each file as it is"
-                    records[i] = replace(records[i], problem=records[i].problem or text)
-        return Opened(self.classes, records, (*self.notes.findings(), *self.orphans))
+        for record in records:
+            users[record.image].append(record.image_id)
+        for i, path in others.items():
+            if len(users[path]) > 1 and not records[i].problem:
+                text = f"images {', '.join(users[path])} would all be {path}; name each file as it is"
+                records[i] = replace(records[i], problem=f"{self.path}: {text}")
 
 
 def read_instance(root: Path, dataset: DataSet, place: Split) -> Opened:
@@ -119,24 +145,7 @@ def read_instance(root: Path, dataset: DataSet, place: Split) -> Opened:
             problems.setdefault(key, f"{file.path}: annotation {named} (image {key}): {wrong}")
     if (text := _like_fractions(file, segments)) is not None:
         file.orphans.append(Finding("coordinates in units of the image's size", text, Weight.OBSTACLE))
-    records: list[Record] = []
-    taken: dict[str, list[int]] = defaultdict(list)
-    files = Files(root, place.images)
-    for key, image in file.images.items():
-        path, other, problem = file.located(files, image, f"image {key}")
-        if other:
-            taken[path].append(len(records))
-        records.append(
-            Record(
-                image_id=str(key),
-                image=path,
-                width=image["width"],
-                height=image["height"],
-                segments=tuple(segments[key]),
-                problem=problem or problems.get(key, ""),
-            )
-        )
-    return _shared(file.opened(records, taken), place, file.path)
+    return file.opened(root, place, {k: (tuple(segments[k]), "", problems.get(k, "")) for k in segments})
 
 
 def read_panoptic(root: Path, dataset: DataSet, place: Split) -> Opened:
@@ -151,7 +160,7 @@ def read_panoptic(root: Path, dataset: DataSet, place: Split) -> Opened:
         )
     file = _File(root, dataset, place)
     maps = Files(root, place.panoptic_masks)
-    found: dict[object, tuple[tuple[Segment, ...], str, str]] = {}
+    found: dict[object, _Found] = {}
     for index, annotation in enumerate(file.annotations):
         if (key := file.image_of(annotation, index)) is None:
             continue
@@ -168,30 +177,10 @@ def read_panoptic(root: Path, dataset: DataSet, place: Split) -> Opened:
         except Wrong as wrong:
             problem = problem or f"{file.path}: annotation of image {key}: {wrong}"
         found[key] = (segments, label_map, problem)
-    records: list[Record] = []
-    taken: dict[str, list[int]] = defaultdict(list)
-    files = Files(root, place.images)
-    for key, image in file.images.items():
-        path, other, problem = file.located(files, image, f"image {key}")
-        if other:
-            taken[path].append(len(records))
-        if key not in found:
-            problem = (
-                problem or f"{file.path}: image {key} has no annotation; panoptic data needs one per image"
-            )
-        segments, label_map, other_problem = found.get(key, ((), "", ""))
-        records.append(
-            Record(
-                image_id=str(key),
-                image=path,
-                width=image["width"],
-                height=image["height"],
-                segments=segments,
-                label_map=label_map or None,
-                problem=problem or other_problem,
-            )
-        )
-    return _shared(file.opened(records, taken), place, file.path)
+    for key in file.images.keys() - found.keys():
+        problem = f"{file.path}: image {key} has no annotation; panoptic data needs one per image"
+        found[key] = ((), "", problem)
+    return file.opened(root, place, found)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -222,17 +211,16 @@ def parse_json(path: Path) -> Any:
         raise InputError(f"{path}: not valid JSON: {error}") from None
 
 
-def _shared(opened: Opened, place: Split, path: Path) -> Opened:
-    """The records of the split's share of the file, in its order."""
-    low, high = place.share
+def _shared(records: list[Record], share: tuple[float, float], path: Path) -> list[Record]:
+    """The share's records, in the order of the file."""
+    low, high = share
     if (low, high) == (0.0, 1.0):
-        return opened
-    count = len(opened.records)
-    mixed = sorted(opened.records, key=lambda r: (share_of(r.image_id), r.image_id))
-    chosen = {r.image_id for r in mixed[int(low * count) : int(high * count)]}
+        return records
+    mixed = sorted(records, key=lambda r: (share_of(r.image_id), r.image_id))
+    chosen = {r.image_id for r in mixed[int(low * len(records)) : int(high * len(records))]}
     if not chosen:
-        raise InputError(f"{path}: none of {count} images lies in the share {low:g}..{high:g}")
-    return replace(opened, records=[r for r in opened.records if r.image_id in chosen])
+        raise InputError(f"{path}: none of {len(records)} images lies in the share {low:g}..{high:g}")
+    return [r for r in records if r.image_id in chosen]
 
 
 def _class_table(

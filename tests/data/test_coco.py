@@ -354,3 +354,37 @@ def test_category_table_that_changed_between_the_splits(tmp_path):
         check_same_classes(classes, changed, "val.json")
     with pytest.raises(InputError, match=r"val\.json: 1 classes, but 2 are expected"):
         check_same_classes(classes, ClassTable(classes.classes[:1]), "val.json")
+
+
+def test_two_images_are_never_one_file(tmp_path):
+    """`2.PNG` and `2%2Epng` may each stand for 2.png, but not both."""
+    changes = {1: {"file_name": "2.PNG"}, 2: {"file_name": "2%2Epng"}}
+    data = coco_folder(tmp_path, image_changes=changes)
+    with pytest.raises(InputError, match=r"images 1, 2 would all be images/2\.png; name each file as it is"):
+        open_split(data, "train")
+    one = coco_folder(tmp_path, image_changes={1: {"file_name": "1.PNG"}})
+    [finding] = open_split(one, "train").findings
+    assert "image 1: '1.PNG' is taken to be images/1.png" in finding.text
+
+
+def test_numbers_in_other_forms_are_used_and_counted(tmp_path):
+    data = coco_folder(
+        tmp_path,
+        [
+            annotation("11", "1", category_id=3.0),
+            annotation(12, 2.0, category_id=" 7 ", iscrowd="0", area="3"),
+        ],
+        image_changes={1: {"width": "60"}, 2: {"id": 2.0}},
+    )
+    catalog = open_split(data, "train")
+    plain = open_split(
+        coco_folder(tmp_path / "b", [annotation(11, 1), annotation(12, 2, category_id=7)]), "train"
+    )
+    for ours, theirs in zip(catalog.records, plain.records):
+        assert (ours.image_id, ours.width) == (theirs.image_id, theirs.width)
+        assert [(s.id, s.label) for s in ours.segments] == [(s.id, s.label) for s in theirs.segments]
+    [finding] = catalog.findings
+    assert (finding.count, "train.json: image 1: 'width' '60' is taken as 60" in finding.text) == (8, True)
+    for wrong in (1.5, "1.5", "one", True, [1], {}):
+        with pytest.raises(InputError, match="annotation"):
+            open_split(coco_folder(tmp_path, [annotation(11, 1, category_id=wrong)]), "train")
