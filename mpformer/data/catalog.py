@@ -18,6 +18,7 @@ from mpformer.data.findings import UNUSABLE, Finding, Notes, Weight
 from mpformer.data.names import OTHER_NAMES, Files
 from mpformer.data.packed import open_packed
 from mpformer.data.records import Catalog, Reader, Record, Records, RecordTable, build_table
+from mpformer.shell import command
 from mpformer.types import ClassTable, InputError
 
 
@@ -60,6 +61,11 @@ def _open_mask_files(dataset: MaskFiles, data: Data, split: str) -> Catalog:
 
 def _open_coco(dataset: DataSet, data: Data, split: str) -> Catalog:
     root, place = _root(data), dataset.train if split == "train" else dataset.val
+    if not (root / place.annotations).is_file():
+        raise InputError(
+            f"no file {root / place.annotations}{nearest_path(root / place.annotations)}; "
+            f"{command('data', 'check', Path(data.root))} finds the annotations in a folder of any layout"
+        )
     read = coco.read_panoptic if dataset.format == "coco_panoptic" else coco.read_instance
     opened = read(root, dataset, place)
     instances = None
@@ -190,6 +196,11 @@ def _relabelled(record: Record, label_of: dict[int, int]) -> Record:
 def check_same_classes(expected: ClassTable, found: ClassTable, where: str) -> None:
     """Raise `InputError` unless number, order, names and ids of the classes agree; `where` names `found`."""
     for i, (a, b) in enumerate(zip(expected.classes, found.classes)):
+        if a.name == b.name and a.source_id == b.source_id and a.is_thing != b.is_thing:
+            raise InputError(
+                f"{where}: class '{b.name}' is {'' if b.is_thing else 'not '}countable ('isthing'), unlike "
+                "that of the other table: train and val, or checkpoint and data, need the same category table"
+            )
         if (a.name, a.source_id) != (b.name, b.source_id):
             raise InputError(
                 f"{where}: class {i} is '{b.name}' (id {b.source_id}), but '{a.name}' (id {a.source_id}) is "

@@ -14,7 +14,7 @@ from mpformer.data.catalog import check_same_classes, open_split
 from mpformer.data.findings import Finding, Weight, in_short
 from mpformer.data.inspection import Inspected
 from mpformer.data.names import is_litter
-from mpformer.data.obstacles import inspect_all, obstacles
+from mpformer.data.obstacles import inspect_all, not_held_out, obstacles
 from mpformer.data.packed import verify
 from mpformer.data.records import Catalog
 from mpformer.shell import command
@@ -70,12 +70,16 @@ def check(data: Data) -> dict[str, SplitReport]:
     catalogs = {split: open_split(lenient, split) for split in ("train", "val")}
     seen: dict[bytes, str] = {}
     reports, names = {}, {}
+    digests: dict[str, set[bytes]] = {}
     for split, catalog in catalogs.items():
         inspected = inspect_all(catalog.records[i] for i in range(len(catalog)))
         names[split] = {one.place for one in inspected if one.place}
+        digests[split] = {one.digest for one in inspected if one.digest}
         report = _split_report(catalog, inspected, seen)
         found = (*damaged[split], *obstacles(catalog, data, split, inspected), *report.findings)
         reports[split] = replace(report, findings=found)
+    if (shared := not_held_out(len(digests["train"] & digests["val"]), len(digests["val"]))) is not None:
+        reports["val"] = replace(reports["val"], findings=(shared, *reports["val"].findings))
     listed = names["train"] | names["val"]  # of one folder, an image may belong to the other split
     for split, report in reports.items():
         reports[split] = replace(report, unlisted=len(_images_beside(names[split]) - listed))
@@ -162,15 +166,19 @@ def _split_text(report: SplitReport) -> str:
     lines = [
         f"{report.name}: {report.images} images, {report.objects} objects and {report.crowds} crowds "
         f"of {len(report.classes)} classes",
-        f"  sizes {smallest_w} to {largest_w} wide, {smallest_h} to {largest_h} high",
-        f"  objects per image {low} to {high}, median {middle}; {report.empty} images without any",
-        f"  {small} small, {medium} medium, {large} large (below 32x32 pixels, below 96x96, above)",
     ]
+    if report.usable:
+        lines += [
+            f"  sizes {smallest_w} to {largest_w} wide, {smallest_h} to {largest_h} high",
+            f"  objects per image {low} to {high}, median {middle}; {report.empty} images without any",
+            f"  {small} small, {medium} medium, {large} large (below 32x32 pixels, below 96x96, above)",
+        ]
     present = sorted((c for c in report.classes if c.objects), key=lambda c: -c.objects)
-    shown = ", ".join(f"{c.name} {c.objects} in {c.images}" for c in present[:_LISTED])
-    lines.append(f"  classes (objects in images): {shown}{_more(len(present) - _LISTED)}")
+    if present:
+        shown = ", ".join(f"{c.name} {c.objects} in {c.images}" for c in present[:_LISTED])
+        lines.append(f"  classes (objects in images): {shown}{_more(len(present) - _LISTED)}")
     missing = [c.name for c in report.classes if not c.objects]
-    if missing:
+    if missing and present:
         lines.append(
             f"  classes without an object: {', '.join(missing[:_LISTED])}{_more(len(missing) - _LISTED)}"
         )
@@ -198,7 +206,7 @@ def obstacle(reports: Mapping[str, SplitReport], on_bad_sample: str) -> str | No
     """Why training on such data would fail, in one line; None if it would not."""
     every = [f for report in reports.values() for f in report.findings]
     stops = in_short(f for f in every if f.weight is Weight.OBSTACLE)
-    if on_bad_sample == "error":
+    if on_bad_sample == "error" and all(report.usable for report in reports.values()):
         faults = Counter(f.kind for f in every if f.weight is Weight.FAULT)
         way_out = "mend them, or leave them out with data.on_bad_sample=skip"
         stops += [f"{kind}: {count} ({way_out})" for kind, count in faults.items()]

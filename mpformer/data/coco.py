@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def read_instance(root: Path, dataset: DataSet, place: Split) -> Opened:
     """
     file = _File(root, dataset, place)
     segments: dict[object, list[Segment]] = {key: [] for key in file.images}
-    problems: dict[object, str] = {}
+    problems: dict[object, list[str]] = defaultdict(list)
     seen: set[int] = set()
     for index, annotation in enumerate(file.annotations):
         if (key := file.image_of(annotation, index)) is None:
@@ -142,10 +142,16 @@ def read_instance(root: Path, dataset: DataSet, place: Split) -> Opened:
             segments[key].append(replace(segment, crowd=segment.crowd and not dataset.ignore_iscrowd))
         except Wrong as wrong:
             named = annotation.get("id", f"number {index}")
-            problems.setdefault(key, f"{file.path}: annotation {named} (image {key}): {wrong}")
+            problems[key].append(f"{file.path}: annotation {named} (image {key}): {wrong}")
     if (text := _like_fractions(file, segments)) is not None:
         file.orphans.append(Finding("coordinates in units of the image's size", text, Weight.OBSTACLE))
-    return file.opened(root, place, {k: (tuple(segments[k]), "", problems.get(k, "")) for k in segments})
+    told = {key: _in_short(of_image) for key, of_image in problems.items()}
+    return file.opened(root, place, {k: (tuple(segments[k]), "", told.get(k, "")) for k in segments})
+
+
+def _in_short(problems: Sequence[str]) -> str:
+    more = len(problems) - 1
+    return problems[0] + (f" (and {more} more of this image)" if more else "")
 
 
 def read_panoptic(root: Path, dataset: DataSet, place: Split) -> Opened:

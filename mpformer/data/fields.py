@@ -93,14 +93,25 @@ def crowd(item: Mapping[str, Any], integers: Integers) -> bool:
 
 
 def area(item: Mapping[str, Any], otherwise: Callable[[], float]) -> float:
-    """The annotation's 'area' in pixels, computed where it has none."""
+    """The annotation's 'area' in pixels, computed where it has none, or one of 0."""
     value = item.get("area")
     if value is None:
         return otherwise()
     number = as_number(value)
     if not isinstance(number, float) or not math.isfinite(number):
         raise Wrong(f"'area' is {value!r}, a number is expected")
-    return number
+    return number if number > 0 else otherwise()
+
+
+def box(item: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
+    """The annotation's 'bbox' as x, y, width, height in pixels; None where it cannot be meant so."""
+    value = item.get("bbox")
+    if not isinstance(value, list) or len(value) != 4 or not all(isinstance(v, int | float) for v in value):
+        return None
+    x, y, width, height = map(float, value)
+    # without an extent, or in units of the image's size
+    meant = all(map(math.isfinite, (x, y, width, height))) and width > 0 and height > 0 and width + height > 2
+    return (x, y, width, height) if meant else None
 
 
 def instance(
@@ -115,24 +126,32 @@ def instance(
     of_class = label(annotation, classes, labels, integers)
     given = annotation.get("segmentation")
     mask: Mask
+    if given == [] or given == [[]]:
+        raise Wrong(f"'segmentation' is empty: at least one polygon is expected{_only_box(annotation)}")
     if isinstance(given, list):
         mask = _polygons(given, *size)
     elif isinstance(given, dict):
         mask = _run_lengths(given, *size)
     else:
-        raise Wrong("no 'segmentation': a list of polygons or run lengths are expected")
+        raise Wrong(
+            f"no 'segmentation': a list of polygons or run lengths are expected{_only_box(annotation)}"
+        )
     pixels = area(annotation, lambda: masks.area(mask, *size))
-    return Segment(of_class, crowd(annotation, integers), mask, pixels, number)
+    return Segment(of_class, crowd(annotation, integers), mask, pixels, number, box(annotation))
+
+
+def _only_box(annotation: Mapping[str, Any]) -> str:
+    return "; there is only a 'bbox', and a box is no mask" if box(annotation) else ""
 
 
 def is_flat_polygon(given: object) -> bool:
     """Whether a 'segmentation' is one polygon x, y, x, y, ... without the list of polygons around it."""
-    return isinstance(given, list) and bool(given) and all(isinstance(v, int | float) for v in given)
+    return isinstance(given, list) and len(given) >= 6 and all(isinstance(v, int | float) for v in given)
 
 
 def _polygons(given: list[Any], height: int, width: int) -> Polygons:
-    if not given:
-        raise Wrong("'segmentation' is empty: at least one polygon is expected")
+    if len(given) == 4 and all(isinstance(v, int | float) for v in given):
+        raise Wrong("'segmentation' is a box of four numbers, and a box is no mask: polygons are expected")
     if is_flat_polygon(given):
         raise Wrong(
             "'segmentation' is one flat list; wrap it: [[x, y, ...]], or `mpformer data check DATA --fix OUT`"
@@ -200,5 +219,5 @@ def panoptic_segments(
             pixels = area(item, lambda: 0.0)
         except Wrong as wrong:
             raise Wrong(f"segment {number}: {wrong}") from None
-        segments[number] = Segment(of_class, is_crowd, MapId(number), pixels, number)
+        segments[number] = Segment(of_class, is_crowd, MapId(number), pixels, number, box(item))
     return tuple(segments.values())

@@ -167,8 +167,8 @@ class _Mender:
                 self._set(annotation, "image_id", key, what, "ids of images")
             for item in (annotation, *_dicts(annotation.get("segments_info"))):
                 self._fields(item, categories, ignore_iscrowd, what)
-            same = json.dumps({**annotation, "id": None, "area": None, "bbox": None}, sort_keys=True)
-            if "segmentation" in annotation and same in seen:
+            same = json.dumps({**annotation, "id": None, "area": None}, sort_keys=True)
+            if annotation.get("segmentation") and same in seen:
                 self.notes.add("objects annotated twice", f"{what}: removed once")
                 continue
             seen.add(same)

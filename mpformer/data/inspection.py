@@ -5,14 +5,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 
 from mpformer.data.findings import UNUSABLE, Finding, Weight
 from mpformer.data.images import load_ids, load_image, read_bytes, used_bits
 from mpformer.data.masks import BoxMask, Window, crop_masks
-from mpformer.data.records import MapId, Polygons, Record
+from mpformer.data.records import MapId, Polygons, Record, Segment
 from mpformer.types import InputError
+
+_ROWS = 64
+"""Rows of an image that are looked at for its brightness."""
+
+Box = tuple[float, float, float, float]
+
+
+class _Look(TypedDict):
+    brightest: int
+    flat: float
+    blank: bool
 
 
 @dataclass(frozen=True)
@@ -28,15 +40,27 @@ class Inspected:
     """Of the objects that are no crowd and have a pixel."""
     areas: tuple[int, ...] = ()
     """Their pixels."""
+    undrawn: int = 0
+    """Objects that are no crowd and have no pixel."""
+    area_ratios: tuple[float, ...] = ()
+    """Pixels drawn to pixels stated, of the objects whose source states an area of its own."""
+    boxes: tuple[tuple[Box, Box], ...] = ()
+    """(x, y, width, height) as stated and as drawn, of the objects whose source states one."""
     crowds: int = 0
     segments: int = 0
     """All, with and without a pixel."""
     digest: bytes = b""
     """Of the image file."""
     bits: int | None = None
-    """In use of a 16-bit file of which nobody has said how many it uses (`data.bits`, also of shards)."""
+    """In use of a 16-bit file."""
+    expected_bits: int = 16
+    """As settings or shards have it."""
     brightest: int = 255
-    """Highest value of the image as the model gets it."""
+    """Value that one pixel of 1,000 exceeds, of the image as the model gets it."""
+    flat: float = 0.0
+    """Share of the pixels that equal their neighbour: near 1 in label maps, less in photographs."""
+    blank: bool = False
+    """Whether all pixels are of one colour."""
     unknown: Mapping[int, int] = field(default_factory=dict)
     """Values of its label map that no segment stands for, and their pixels."""
     channels_turned: bool = False
@@ -51,7 +75,7 @@ def inspect(record: Record) -> Inspected:
     try:
         digest = hashlib.blake2b(read_bytes(record.image), digest_size=16).digest()
         image = load_image(record)
-        bits = used_bits(record) if record.bits == 16 else None
+        bits = used_bits(record)
         whole = Window.whole(record.width, record.height)
         found = list(crop_masks(record, record.segments, whole))
         unknown, turned = _unknown_values(record)
@@ -64,15 +88,33 @@ def inspect(record: Record) -> Inspected:
         size=(record.height, record.width),
         labels=tuple(s.label for s, _ in kept),
         areas=tuple(int(m.pixels.sum()) for _, m in kept),
+        undrawn=sum(m is None and not s.crowd for s, m in zip(record.segments, found)),
+        area_ratios=tuple(int(m.pixels.sum()) / s.area for s, m in kept if _states_area(s)),
+        boxes=tuple((s.box, (m.x, m.y, m.pixels.shape[1], m.pixels.shape[0])) for s, m in kept if s.box),
         crowds=sum(s.crowd for s in record.segments),
         segments=len(record.segments),
         digest=digest,
         bits=bits,
-        brightest=int(image.max()),
+        expected_bits=record.bits,
+        **_look(image),
         unknown=unknown,
         channels_turned=turned,
         findings=(*_mask_findings(record, found), *_id_findings(record, unknown)),
     )
+
+
+def _states_area(segment: Segment) -> bool:
+    """Whether there is an area, and not that of the box, which some tools write."""
+    box = segment.box
+    return segment.area >= 1 and (box is None or abs(segment.area - box[2] * box[3]) > 0.01 * segment.area)
+
+
+def _look(image: np.ndarray) -> _Look:
+    rows = image[:: max(1, len(image) // _ROWS)]
+    bright = int(np.percentile(rows, 99.9))
+    same = (rows[:, 1:] == rows[:, :-1]).all(2)
+    blank = bool(same.all()) and bool((image == image[0, 0]).all())
+    return {"brightest": bright, "flat": float(same.mean()) if same.size else 1.0, "blank": blank}
 
 
 def _unusable(reason: str) -> tuple[Finding, ...]:
@@ -113,7 +155,7 @@ def _mask_findings(record: Record, found: Sequence[BoxMask | None]) -> Iterator[
             if beyond > 1:
                 yield Finding("polygons that reach outside the image", f"{named}: {beyond:.0f} pixels")
         pixels = int(mask.pixels.sum())
-        if abs(segment.area - pixels) > max(30, 0.25 * pixels):
+        if segment.area >= 1 and abs(segment.area - pixels) > max(30, 0.25 * pixels):
             stated = f"{segment.area:.0f} pixels stated, {pixels} drawn"
             yield Finding("areas that contradict the mask", f"{named}: {stated}")
         digest = hashlib.blake2b(np.packbits(mask.pixels).tobytes(), digest_size=16).digest()

@@ -6,8 +6,9 @@ the other.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from mpformer.config import Data, DataSet, LabelMaps
 from mpformer.cores import usable_cores
 from mpformer.data import augment
 from mpformer.data.findings import Finding, Weight, in_short
-from mpformer.data.inspection import Inspected, inspect
+from mpformer.data.inspection import Box, Inspected, inspect
 from mpformer.data.records import Catalog, Record
 from mpformer.types import InputError
 
@@ -29,8 +30,18 @@ _CELL = 4
 """Side of the cells in which masks are predicted, in pixels of the training image."""
 _DARK = 15
 """Images none of whose values exceeds it are nearly black."""
+_FLAT = 0.9
+"""Share of equal neighbours from which on dark images are taken for label maps."""
 _MOST_BITS = 14
 """16-bit files all of which use no more are taken to have a lower depth."""
+_FEW = 3
+"""Cases from which on something is concluded from most of them."""
+_ALIKE = 0.5
+"""IoU from which on a mask is where its box is."""
+_OTHER_AREA = 1.5
+"""Factor from which on an area is another."""
+_LOST = 0.2
+"""Share of objects without a pixel that is no accident."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,8 @@ def obstacles(
     for rule in (_nothing_usable, _channels_turned, _lost_to_ignore, _no_object):
         if (finding := rule(seen)) is not None:
             return (finding,)  # all others follow from it
-    return tuple(f for f in (rule(seen) for rule in (_too_few_bits, _too_dark, _too_small)) if f is not None)
+    rules = (_masks_elsewhere, _other_areas, _lost_pixels, _bits, _without_content, _too_small)
+    return tuple(f for f in (rule(seen) for rule in rules) if f is not None)
 
 
 def require_usable(data: Data, splits: Mapping[str, Catalog]) -> None:
@@ -86,13 +98,32 @@ def require_usable(data: Data, splits: Mapping[str, Catalog]) -> None:
             if data.on_bad_sample == "error":
                 for finding in (f for one in inspected for f in one.findings if f.weight is Weight.FAULT):
                     raise InputError(finding.text)
-            found = obstacles(catalog, data, name, inspected, complete)
+            concluded = obstacles(catalog, data, name, inspected, complete)
+            found = [f for f in concluded if f.weight is Weight.OBSTACLE]
             if not found or complete:
                 break
             if count == _AT_START:
                 found = []  # suspected only
         if found:
             raise InputError("; ".join(in_short(found)))
+
+
+def not_held_out(shared: int, images: int) -> Finding | None:
+    """What to say where `shared` of the validation split's images are training images, too."""
+    if not shared or 2 * shared < images:
+        return None
+    text = f"{shared} of {images}: figures on them say nothing of other images"
+    return Finding("validation images that are training images", text, Weight.NOTE, shared)
+
+
+def notes_of(splits: Mapping[str, Catalog]) -> list[str]:
+    """One line for each kind of what a run should say of its data before it starts."""
+    lines = [f"{c.name}: {line}" for c in splits.values() for line in in_short(c.findings)]
+    train, val = (splits[name].records.image_files() for name in ("train", "val"))
+    if train is not None and val is not None:
+        shared = not_held_out(len(set(val).intersection(train)), len(val))
+        lines += in_short([shared] if shared is not None else [])
+    return lines
 
 
 def inspect_all(records: Iterable[Record]) -> list[Inspected]:
@@ -148,6 +179,18 @@ def _lost_to_ignore(split: _Split) -> Finding | None:
     pixels: Counter[int] = Counter()
     for one in split.usable:
         pixels.update(one.unknown)
+    kind = "classes lost to the values to ignore"
+    if not seen and pixels:
+        values = ", ".join(map(str, sorted(pixels)[:5]))
+        return split.obstacle(kind, f"no pixel has a class: all have ignored values ({values})")
+    ids = [info.source_id for info in classes.classes]
+    if _shifted(ids, {ids[label] for label in seen}, set(pixels)):
+        return split.obstacle(
+            kind,
+            f"class {min(ids)} ('{classes.names[ids.index(min(ids))]}') never occurs, but the ignored value "
+            f"{max(ids) + 1} does: the maps probably count from {min(ids) + 1}: add 1 to the ids in "
+            "data.dataset.classes",
+        )
     if len(seen) > 1 or not pixels:
         return None
     value, count = pixels.most_common(1)[0]
@@ -155,13 +198,18 @@ def _lost_to_ignore(split: _Split) -> Finding | None:
     if share < 1:
         return None
     lost = next(info for i, info in enumerate(classes.classes) if i not in seen)
-    found = f"only '{classes.names[min(seen)]}'" if seen else "none"
     return split.obstacle(
-        "classes lost to the values to ignore",
-        f"of {len(classes)} classes {found} occurs, and the ignored value {value} covers {share:.1f} % of "
-        f"the pixels: it is probably the value of '{lost.name}' (now {lost.source_id}): set that class's id "
-        f"to {value} in data.dataset.classes, and take {value} out of data.dataset.ignore",
+        kind,
+        f"of {len(classes)} classes only '{classes.names[min(seen)]}' occurs, and the ignored value {value} "
+        f"covers {share:.1f} % of the pixels: it is probably the value of '{lost.name}' (now "
+        f"{lost.source_id}): set that class's id to {value} in data.dataset.classes, and take {value} out of "
+        "data.dataset.ignore",
     )
+
+
+def _shifted(ids: Sequence[int], seen: Set[int], ignored: Set[int]) -> bool:
+    """Whether the maps hold each class's id plus one: only the first is missing, and there is one beyond."""
+    return len(ids) > 1 and set(ids) - seen == {min(ids)} and max(ids) + 1 in ignored
 
 
 def _no_object(split: _Split) -> Finding | None:
@@ -192,26 +240,118 @@ def _no_object(split: _Split) -> Finding | None:
     )
 
 
-def _too_few_bits(split: _Split) -> Finding | None:
-    used = [one.bits for one in split.usable if one.bits is not None]
-    if split.data.bits is not None or not used or max(used) > _MOST_BITS:
+def _masks_elsewhere(split: _Split) -> Finding | None:
+    boxes = [pair for one in split.usable for pair in one.boxes]
+    if not _mostly(_iou(stated, drawn) < _ALIKE for stated, drawn in boxes):
+        return None
+    if not _mostly(_iou((x, y, x2 - x, y2 - y), drawn) < _ALIKE for (x, y, x2, y2), drawn in boxes):
+        return None  # corners instead of sizes: the masks are right
+    wrong = sum(_iou(stated, drawn) < _ALIKE for stated, drawn in boxes)
+    why = "they are probably of other images, or of another size"
+    if _mostly(_iou(stated, (y, x, h, w)) >= _ALIKE for stated, (x, y, w, h) in boxes):
+        why = "rows and columns are exchanged: run lengths go down the columns in COCO, points are x, y"
+    elif (factor := _common([drawn[2] / stated[2] for stated, drawn in boxes])) is not None:
+        why = (
+            f"they are {factor:.3g} times as large: probably in another unit, or of an image of another size"
+        )
+    return split.obstacle(
+        "masks that do not lie in their boxes",
+        f"{wrong} of {len(boxes)} masks are not where the annotation's 'bbox' is: {why}",
+    )
+
+
+def _other_areas(split: _Split) -> Finding | None:
+    ratios = [ratio for one in split.usable for ratio in one.area_ratios]
+    if not _mostly(abs(math.log(max(ratio, 1e-9))) > math.log(_OTHER_AREA) for ratio in ratios):
+        return None
+    factor = _common(ratios)
+    boxes = [pair for one in split.usable for pair in one.boxes]
+    if factor is None and boxes and _mostly(_iou(*pair) >= _ALIKE for pair in boxes):
+        return None  # masks and boxes agree, so it is the areas that are wrong, and they are noted
+    why = "run lengths that begin with a one, or points in another order or unit, look like that"
+    if factor is not None:
+        why = (
+            f"they have {factor:.3g} times the area, as if drawn on an image {factor**0.5:.3g} times as large"
+        )
+    return split.obstacle(
+        "masks that contradict their areas", f"most of {len(ratios)} masks do not have the area stated: {why}"
+    )
+
+
+def _lost_pixels(split: _Split) -> Finding | None:
+    lost = sum(one.undrawn for one in split.usable)
+    every = lost + sum(len(one.labels) for one in split.usable)
+    if lost < _FEW or lost < _LOST * every:
+        return None
+    return split.obstacle(
+        "objects outside their images",
+        f"{lost} of {every} objects have no pixel in their image: their coordinates are probably those of "
+        "images of another size",
+    )
+
+
+def _bits(split: _Split) -> Finding | None:
+    used = [one for one in split.usable if one.bits is not None]
+    if not used:
+        return None
+    most = max(one.bits or 0 for one in used)
+    expected = max(one.expected_bits for one in used)
+    if most > expected:
+        return split.obstacle(
+            "16-bit images that use more bits",
+            f"values up to {2**most - 1} in files that are said to use {expected} bits would be white: set "
+            f"data.bits={_depth(most)}",
+        )
+    if split.data.bits is not None or expected < 16 or most > _MOST_BITS:
         return None
     return split.obstacle(
         "16-bit images that use fewer bits",
-        f"the {len(used)} files in 16 bits have no value above {2 ** max(used) - 1}, and come out dark: "
-        f"their depth is probably {max(used)} bits: set data.bits={max(used)}",
+        f"no 16-bit file ({len(used)}) has a value above {2**most - 1}, so they come out dark: set "
+        f"data.bits={_depth(most)}, or the most that any split needs",
     )
 
 
-def _too_dark(split: _Split) -> Finding | None:
+def _depth(bits: int) -> int:
+    """The depth of a camera whose values have so many bits."""
+    return next(depth for depth in (8, 10, 12, 14, 16) if depth >= bits)
+
+
+def _without_content(split: _Split) -> Finding | None:
+    if split.usable and all(one.blank for one in split.usable):
+        text = f"each of {len(split.usable)} images has one colour alone; transparency is not read"
+        return split.obstacle("images without content", text)
     brightest = max((one.brightest for one in split.usable), default=255)
-    if brightest > _DARK or _too_few_bits(split) is not None:
+    if brightest > _DARK or _bits(split) is not None:
         return None
-    return split.obstacle(
-        "images that are nearly black",
-        f"no value of {len(split.usable)} images exceeds {brightest} of 255: they are probably label maps, "
-        "or of another depth (data.bits)",
-    )
+    if min(one.flat for one in split.usable) > _FLAT:
+        text = (
+            f"no value of {len(split.usable)} images exceeds {brightest} of 255: they are probably label maps"
+        )
+        return split.obstacle("images that are nearly black", text)
+    text = f"{split.catalog.name}: hardly a value exceeds {brightest} of 255"
+    return Finding("dark images", text, Weight.NOTE)
+
+
+def _mostly(cases: Iterable[bool]) -> bool:
+    """Whether more than half of the cases are true, of a few at least."""
+    listed = list(cases)
+    return len(listed) >= _FEW and 2 * sum(listed) > len(listed)
+
+
+def _common(factors: Sequence[float]) -> float | None:
+    """The factor that most have to within a tenth, if there is one and it is not 1."""
+    middle = float(np.median(factors))
+    near = sum(abs(math.log(max(f, 1e-9) / middle)) < 0.1 for f in factors) if middle > 0 else 0
+    return middle if 4 * near > 3 * len(factors) and abs(math.log(middle)) > 0.1 else None
+
+
+def _iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes (x, y, width, height)."""
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    overlap = max(0.0, width) * max(0.0, height)
+    union = abs(a[2] * a[3]) + b[2] * b[3] - overlap
+    return overlap / union if union > 0 else 0.0
 
 
 def _too_small(split: _Split) -> Finding | None:

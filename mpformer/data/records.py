@@ -8,6 +8,8 @@ with its `Segment` objects is made on access.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import os
 import struct
 from abc import abstractmethod
@@ -57,9 +59,11 @@ class Segment:
     """A group of objects annotated as one: no training target, and predictions in it are no errors."""
     mask: Mask
     area: float
-    """As the source states it, in pixels."""
+    """As the source states it, in pixels; 0 where it does not."""
     id: int
     """The source's own id (COCO: of the annotation; panoptic: of the segment)."""
+    box: tuple[float, float, float, float] | None = None
+    """(x, y, width, height) in pixels as the source states it, which the mask is checked against."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,10 @@ class Records(Sequence[Record]):
     def fingerprint(self) -> str:
         """Hexadecimal digits of all that opening the split has read, independent of the folder's path."""
 
+    def image_files(self) -> list[bytes] | None:
+        """What identifies the image files, in order; None where it takes reading every record to tell."""
+        return None
+
     def objects_by_label(self) -> np.ndarray | None:
         """Objects that are no crowd of each label in usable records, [at least the labels in use] int64; None
         where it takes reading every record to tell."""
@@ -141,6 +149,9 @@ class NamedRecords(Records):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def image_files(self) -> list[bytes]:
+        return [os.fsencode(name) for name in self.names]
 
     def read(self, index: int) -> Record:
         name = self.names[index]
@@ -216,6 +227,10 @@ class RecordTable(Records):
             digest.update(seen.data)
         return digest.hexdigest()
 
+    def image_files(self) -> list[bytes]:
+        blob, starts = self._columns["image"].tobytes(), self._columns["image_start"].tolist()
+        return [blob[a:b] for a, b in itertools.pairwise(starts)]
+
     def objects_by_label(self) -> np.ndarray:
         column = self._columns
         usable = np.repeat(np.diff(column["problem_start"]) == 0, np.diff(column["segment_start"]))
@@ -244,6 +259,7 @@ class RecordTable(Records):
             mask=unpack_mask(self._bytes("mask", index)),
             area=float(column["area"][index]),
             id=int(column["id"][index]),
+            box=None if np.isnan(column["box"][index, 0]) else tuple(column["box"][index].tolist()),
         )
 
 
@@ -258,11 +274,15 @@ _SCALARS = {
 }
 
 
+_NO_BOX = (math.nan,) * 4
+
+
 def build_table(records: Iterable[Record], root: str) -> RecordTable:
     """Flat columns of records whose paths are relative to `root`."""
     blobs = {name: bytearray() for name in (*_TEXTS, "mask")}
     starts: dict[str, list[int]] = {name: [0] for name in (*_TEXTS, "mask", "segment")}
     scalars: dict[str, list[float]] = {name: [] for name in _SCALARS}
+    boxes: list[tuple[float, float, float, float]] = []
     for record in records:
         for name in _TEXTS:
             blobs[name] += str(getattr(record, name) or "").encode("utf-8", "surrogatepass")
@@ -274,10 +294,12 @@ def build_table(records: Iterable[Record], root: str) -> RecordTable:
                 scalars[name].append(getattr(segment, name))
             blobs["mask"] += pack_mask(segment.mask)
             starts["mask"].append(len(blobs["mask"]))
+            boxes.append(segment.box or _NO_BOX)
         starts["segment"].append(len(scalars["label"]))
-    columns = {name: np.frombuffer(bytes(blob), np.uint8) for name, blob in blobs.items()}
+    columns: dict[str, np.ndarray] = {n: np.frombuffer(bytes(b), np.uint8) for n, b in blobs.items()}
     columns |= {f"{name}_start": np.asarray(start, np.int64) for name, start in starts.items()}
     columns |= {name: np.asarray(scalars[name], dtype) for name, dtype in _SCALARS.items()}
+    columns["box"] = np.asarray(boxes, np.float32).reshape(-1, 4)
     return RecordTable(columns, root)
 
 

@@ -11,7 +11,7 @@ import torch
 from mpformer.data.augment import Placement, place_masks
 from mpformer.data.masks import Window, record_masks, segment_rle
 from mpformer.data.records import MapId, Record
-from mpformer.evaluate.instance import TrueInstance, encode_mask
+from mpformer.evaluate.instance import TrueInstance, area, encode_mask
 from mpformer.evaluate.postprocess import Sizes
 from mpformer.types import ClassTable, Target, Task
 
@@ -62,7 +62,11 @@ def true_instances(record: Record) -> tuple[TrueInstance, ...]:
         counts = [encode_mask(mask) for mask in record_masks(record)]
     else:
         counts = [segment_rle(s, record)["counts"] for s in record.segments]
-    return tuple(TrueInstance(s.label, s.crowd, c, s.area) for s, c in zip(record.segments, counts))
+    size = record.height, record.width
+    return tuple(
+        TrueInstance(s.label, s.crowd, c, s.area if s.area > 0 else float(area(c, size)))
+        for s, c in zip(record.segments, counts)
+    )
 
 
 def true_segments(record: Record) -> TrueSegments:

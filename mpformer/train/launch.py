@@ -20,8 +20,7 @@ from mpformer.capacity import Capacity
 from mpformer.config import Config, dump_yaml, run_name
 from mpformer.cores import usable_cores
 from mpformer.data.catalog import check_same_classes
-from mpformer.data.findings import in_short
-from mpformer.data.obstacles import require_usable
+from mpformer.data.obstacles import notes_of, require_usable
 from mpformer.data.version import SPLITS, DataVersion
 from mpformer.model.weights.checkpoints import complete, latest, model_file
 from mpformer.plugin import inherited_folder
@@ -131,9 +130,8 @@ def fit(
         raise InputError(f"{config.data.root}: the training split has no image")
     # labels are places in the table: with another one the figures would compare the wrong classes
     check_same_classes(splits["train"].classes, splits["val"].classes, splits["val"].name)
-    for catalog in splits.values():
-        for line in in_short(catalog.findings):
-            log.warning("%s: %s", catalog.name, line)
+    for line in notes_of(splits):
+        log.warning("%s", line)
     require_usable(config.data, splits)
     run_dir.mkdir(parents=True, exist_ok=True)
     with only_driver(run_dir):

@@ -40,7 +40,7 @@ CASES = {
     "c08a-class-names-odd": (0, ["no problems found", "samples of train"]),
     "c08b-class-names-double": (2, ["categories 1 and 2 are both named 'disk'"]),
     "c09d-extension-case": (0, ["'val0.PNG' is taken to be val2017/val0.png", "train on it"]),
-    "c10a-tiff-12-of-16-bit": (2, ["no value above 4095", "set data.bits=12"]),
+    "c10a-tiff-12-of-16-bit": (2, ["has a value above 4095", "set data.bits=12"]),
     "c20-panoptic-control": (
         0,
         ["train: 6 images, 18 objects", "panoptic_masks=annotations/panoptic_train2017"],

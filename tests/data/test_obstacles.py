@@ -11,7 +11,7 @@ from mpformer.config import Data, DataSet, LabelMaps, LargeScaleJitter, Split
 from mpformer.config.data import ClassEntry, LabelSplit
 from mpformer.data.catalog import open_split
 from mpformer.data.check import check, obstacle
-from mpformer.data.obstacles import require_usable
+from mpformer.data.obstacles import notes_of, require_usable
 from mpformer.types import InputError
 from tests.data.folders import annotation, coco_folder, photograph
 
@@ -85,7 +85,9 @@ def test_fractions_of_the_size(tmp_path):
     fractions = [annotation(n, n, segmentation=parts) for n in range(1, 5)]
     data = coco_folder(tmp_path, fractions)
     stopped(data, "coordinates in units of the image's size", "annotation 1 and all others", "multiply x by")
-    assert outcomes(coco_folder(tmp_path, [*fractions, annotation(9, 2)]))[1] is None
+    mixed = [annotation(n, 1 + n % 4, segmentation=parts) for n in range(1, 4)]
+    data = coco_folder(tmp_path, [*mixed, *(annotation(10 + n, 1 + n % 4) for n in range(4))])
+    stopped(data, "objects outside their images", "3 of 7 objects have no pixel in their image")
 
 
 def test_objects_that_no_training_image_shows(tmp_path):
@@ -105,8 +107,10 @@ def test_fewer_bits_than_the_file_has_room_for(tmp_path, bits):
         grey = photograph(seed=n).astype(np.uint16).sum(2)
         scaled = grey * (2**bits - 1) // grey.max()
         cv2.imwrite(str(tmp_path / "images" / f"{n}.png"), scaled.astype(np.uint16))
-    stopped(data, f"no value above {2**bits - 1}", f"set data.bits={bits}")
+    stopped(data, f"has a value above {2**bits - 1}", f"set data.bits={bits}")
     assert outcomes(data.model_copy(update={"bits": bits})) == (None, None)
+    if bits > 8:
+        stopped(data.model_copy(update={"bits": bits - 2}), "would be white", f"set data.bits={bits}")
 
 
 def test_label_maps_in_the_place_of_images(tmp_path):
@@ -114,6 +118,86 @@ def test_label_maps_in_the_place_of_images(tmp_path):
     for n in range(1, 5):
         cv2.imwrite(str(tmp_path / "images" / f"{n}.png"), (photograph(seed=n) > 99).astype(np.uint8))
     stopped(data, "images that are nearly black", "no value of 4 images exceeds 1 of 255", "label maps")
+
+
+BLOB = [[5.0, 6.0, 25.0, 6.0, 25.0, 12.0, 15.0, 12.0, 15.0, 36.0, 5.0, 36.0]]
+"""An L: its transpose lies elsewhere."""
+
+
+def annotated(masks, **changes):
+    """An annotation in each image for a mask that is given as a polygon or run lengths, and the true box."""
+    return [
+        annotation(n, n, segmentation=masks, bbox=[5, 6, 20, 30], area=360.0, **changes) for n in range(1, 5)
+    ]
+
+
+def moved(function):
+    points = [function(x, y) for x, y in zip(BLOB[0][::2], BLOB[0][1::2])]
+    return [[v for point in points for v in point]]
+
+
+def test_masks_that_are_not_where_their_boxes_are(tmp_path):
+    assert outcomes(coco_folder(tmp_path / "right", annotated(BLOB))) == (None, None)
+    turned = annotated(moved(lambda x, y: (y, x)))
+    stopped(coco_folder(tmp_path / "turned", turned), "masks that do not lie in their boxes", "exchanged")
+    half = annotated(moved(lambda x, y: (x / 2, y / 2)))
+    stopped(coco_folder(tmp_path / "half", half), "4 of 4 masks are not where", "times as large")
+    # rows first, where COCO has columns first
+    pixels = np.zeros((40, 60), np.uint8)
+    cv2.fillPoly(pixels, [np.array(BLOB[0], int).reshape(-1, 2)], 1)
+    edges = np.flatnonzero(np.diff(pixels.ravel(), prepend=0, append=0))
+    counts = np.diff(np.concatenate([[0], edges, [2400]])).tolist()
+    rows = annotated({"size": [40, 60], "counts": counts})
+    found, raised = outcomes(coco_folder(tmp_path / "rows", rows))
+    assert "masks that do not lie in their boxes" in found
+    assert "masks that do not lie in their boxes" in raised
+    # boxes as corners, which nothing reads: the masks are right
+    corners = [{**a, "bbox": [5, 6, 25, 36]} for a in annotated(BLOB)]
+    assert outcomes(coco_folder(tmp_path / "corners", corners)) == (None, None)
+
+
+def test_masks_that_do_not_have_their_areas(tmp_path):
+    inverted = {"size": [40, 60], "counts": [0, 100, 300, 2000]}
+    data = coco_folder(tmp_path / "a", [annotation(n, n, segmentation=inverted) for n in range(1, 5)])
+    stopped(data, "masks that contradict their areas", "7 times the area")
+    of_boxes = [{**a, "area": 600.0} for a in annotated(BLOB)]
+    assert outcomes(coco_folder(tmp_path / "b", of_boxes)) == (None, None)
+    for area in (0, None, 0.004):  # not stated, or in another unit, beside a box that agrees
+        unstated = [{**a, "area": area} for a in annotated(BLOB)]
+        assert outcomes(coco_folder(tmp_path / f"c{area}", unstated))[1] is None
+
+
+def test_images_without_content_and_dark_photographs(tmp_path):
+    data = coco_folder(tmp_path)
+    for n in range(1, 5):
+        cv2.imwrite(str(tmp_path / "images" / f"{n}.png"), np.full((40, 60, 3), 40 * n, np.uint8))
+    stopped(data, "images without content", "each of 4 images has one colour alone")
+    for n in range(1, 5):
+        noise = np.random.default_rng(n).integers(0, 10, (40, 60, 3)).astype(np.uint8)
+        cv2.imwrite(str(tmp_path / "images" / f"{n}.png"), noise)
+    assert outcomes(data) == (None, None)
+    assert "dark images" in {f.kind for f in check(data)["train"].findings}
+
+
+def test_boxes_alone_are_called_that(tmp_path):
+    boxes = [annotation(n, n, segmentation=[], bbox=[5, 6, 20, 30]) for n in range(1, 5)]
+    found, raised = outcomes(coco_folder(tmp_path, boxes).model_copy(update={"on_bad_sample": "skip"}))
+    assert "there is only a 'bbox', and a box is no mask" in found
+    assert "there is only a 'bbox', and a box is no mask" in raised
+    four = [annotation(n, n, segmentation=[5, 6, 20, 30]) for n in range(1, 5)]
+    with pytest.raises(InputError, match=r"a box of four numbers.*\(and 3 more faults"):
+        open_split(coco_folder(tmp_path, four), "train")
+
+
+def test_validation_images_that_are_training_images_are_told(tmp_path):
+    data = coco_folder(tmp_path)
+    kinds = {f.kind for f in check(data)["val"].findings}
+    assert "validation images that are training images" in kinds
+    lines = notes_of({split: open_split(data, split) for split in ("train", "val")})
+    assert lines == [
+        "validation images that are training images: 4, the first: 4 of 4: figures on them say "
+        "nothing of other images"
+    ]
 
 
 def panoptic(root, write):
