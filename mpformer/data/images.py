@@ -44,6 +44,8 @@ _REDUCED = {
     4: cv2.IMREAD_REDUCED_COLOR_4 - cv2.IMREAD_COLOR,
 }
 """cv2's flags for decoding at a fraction of the size."""
+_MOST_COLORS = 256
+"""Colours of a colour-coded label map; no palette has more."""
 _RGB_EXPECTED = "1, 3 or 4 channels of 8 or 16 bits are expected"
 _SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point"}
 """Of TIFF."""
@@ -180,8 +182,9 @@ def load_rgb_map(source: str | bytes, name: str) -> np.ndarray:
 def load_index_map(source: str | bytes, name: str) -> np.ndarray:
     """An annotation of one value per pixel, [h,w] uint8 or uint16: of a palette image the raw indices.
 
-    Grey PNGs of 1, 2 or 4 bits hold 0..1, 0..3 or 0..15. `InputError` for several channels, for values that
-    are not whole or not in 0..65535, and for a JPEG.
+    Grey PNGs of 1, 2 or 4 bits hold 0..1, 0..3 or 0..15. Colour channels that are equal throughout, without
+    transparency, are a grey map. `InputError` for channels that differ, for values that are not whole or not
+    in 0..65535, and for a JPEG.
     """
     data = read_bytes(source)
     _refuse_jpeg(data, name)
@@ -190,7 +193,7 @@ def load_index_map(source: str | bytes, name: str) -> np.ndarray:
     if header is not None and header[3] == headers.PNG_PALETTE:  # cv2 expands the palette
         return _palette_indices(data, name)
     if pixels.ndim != 2:
-        raise InputError(f"{name}: one value per pixel is expected, not {pixels.shape[2]} channels")
+        pixels = _grey_of_channels(pixels, data, name)
     if header is not None and header[2] < 8:  # cv2 spreads the values over 0..255
         pixels = pixels // (255 // ((1 << header[2]) - 1))
     if pixels.dtype in (np.uint8, np.uint16):
@@ -359,6 +362,59 @@ def _palette_indices(data: bytes, name: str) -> np.ndarray:
             return np.array(image)
     except Exception as error:  # as above
         raise InputError(f"{name}: a damaged PNG: {_reason(error)}") from error
+
+
+def _grey_of_channels(pixels: np.ndarray, data: bytes, name: str) -> np.ndarray:
+    """[h,w]: the value that all colour channels of a map [h,w,channels] (B, G, R, alpha) have."""
+    found = f"{name}: one value per pixel is expected, not {pixels.shape[2]} channels"
+    if pixels.shape[2] not in (3, 4) or pixels.dtype not in (np.uint8, np.uint16):
+        raise InputError(f"{found} of {pixels.dtype}: save the class ids alone, as a grey PNG")
+    colors = pixels[..., :3]
+    grey = bool((colors == colors[..., :1]).all())
+    opaque = pixels.shape[2] == 3 or bool((pixels[..., 3] == np.iinfo(pixels.dtype).max).all())
+    if grey and not opaque:
+        raise InputError(
+            f"{found}, grey with transparency: save the class ids, which are in the grey values or in the "
+            "alpha channel, alone as a grey PNG"
+        )
+    if grey and not _stores_channels(data, name):
+        raise InputError(f"{found}, in a kind of file that may change values: save it as a grey PNG")
+    if grey:
+        return np.ascontiguousarray(pixels[..., 0])
+    used = [color for place, color in enumerate(("blue", "green", "red")) if colors[..., place].any()]
+    if len(used) == 1:
+        raise InputError(f"{found}, of which only {used[0]} is not 0: save that channel alone, as a grey PNG")
+    raise InputError(f"{found}: {_colors_described(colors)}")
+
+
+def _colors_described(colors: np.ndarray) -> str:
+    """What a label map [h,w,3] (B, G, R) of different channels is, and what to do."""
+    bits = 8 * colors.itemsize
+    packed = np.zeros(colors.shape[:2], np.uint32 if bits == 8 else np.uint64)
+    for place in (2, 1, 0):
+        packed = packed << bits | colors[..., place]
+    found = np.unique(packed).tolist()
+    if len(found) > _MOST_COLORS:
+        return (
+            f"with {len(found)} different colours it is a picture, or a colour-coded map that was saved as "
+            "JPEG or resized smoothly; a map of class ids is expected"
+        )
+    mask = (1 << bits) - 1
+    shown = ", ".join(str((c >> 2 * bits, c >> bits & mask, c & mask)) for c in found[:3])
+    more = ", ..." if len(found) > 3 else ""
+    return (
+        f"it is a colour-coded map of {len(found)} colours, R, G, B {shown}{more}; "
+        "write the id of its class in place of each colour, as a grey or palette PNG"
+    )
+
+
+def _stores_channels(data: bytes, name: str) -> bool:
+    """Whether a file that decodes to colours has them as they were: no palette, no loss."""
+    if data.startswith(filekind.TIFF):
+        return _tiff_header(data, name).channels >= 3
+    if data.startswith(b"BM"):
+        return int.from_bytes(data[28:30], "little") > 8  # fewer bits are indices
+    return data.startswith(filekind.PNG)
 
 
 def _reason(error: Exception) -> str:

@@ -21,7 +21,8 @@ from mpformer.config.yamlfile import nearest, nearest_path
 from mpformer.data import masks
 from mpformer.data.findings import Finding, Notes, Weight
 from mpformer.data.images import image_size, load_index_map, load_rgb_map
-from mpformer.data.names import OTHER_NAMES, Files, is_litter, walk, without_litter
+from mpformer.data.mapvalues import listed, unknown_values
+from mpformer.data.names import OTHER_NAMES, Files, form, is_litter, walk, without_litter
 from mpformer.data.records import MapId, NamedRecords, Record, Records, Segment, share_of
 from mpformer.types import ClassInfo, ClassTable, InputError, distinct_color
 
@@ -53,6 +54,8 @@ def read_label_maps(
     missing: list[Finding] = []
     for folder in filter(None, (place.labels, place.instances)):
         missing += records.find_maps(folder, notes)
+        if place.names is None:
+            missing += records.without_image(folder, dataset.val if split == "train" else dataset.train)
     return _class_table(dataset.classes), records, (*notes.findings(), *missing)
 
 
@@ -142,17 +145,43 @@ class _LabelMapRecords(NamedRecords):
         suffix = self.dataset.label_suffix
         files = Files(Path(self.root), folder)
         missing = []
-        for name in self.names:
+        taken: set[str] = set()
+        # those that are found come first: what belongs to one image is not proposed for another
+        for name in sorted(self.names, key=lambda n: not files.has(n + suffix, elsewhere=False)):
             image = f"{self.root}/{self._image(name)}"
+            what = f"{image}: its label map"
             try:
-                path, other = files.find(name + suffix, f"{image}: its label map", elsewhere=False)
+                path, other = files.find(name + suffix, what, elsewhere=False, taken=taken)
             except InputError as error:
                 missing.append(Finding("images without a label map", str(error), Weight.FAULT))
                 continue
+            taken.add(path)
             if other:
                 self.odd_maps[folder, name] = path
                 notes.add(OTHER_NAMES, f"the label map of {image} is taken to be {path}")
         return missing
+
+    def without_image(self, folder: str, other: LabelSplit) -> list[Finding]:
+        """A finding where label maps in a folder belong to no image of this split, nor of the other one."""
+        suffix = self.dataset.label_suffix
+        used = {self._map(folder, name) for name in self.names}
+        used |= {f"{self.root}/{self._image(name)}" for name in self.names}
+        left = [
+            path
+            for path in sorted(walk(Path(self.root, folder)))
+            if path.casefold().endswith(suffix.casefold()) and f"{self.root}/{folder}/{path}" not in used
+        ]
+        shared = {os.path.normpath(place) for place in (other.labels, other.instances) if place is not None}
+        if left and os.path.normpath(folder) in shared:
+            ending = len(self.dataset.image_suffix)
+            theirs = {form(path[:-ending]) for path in walk(Path(self.root, other.images))}
+            left = [path for path in left if form(path[: -len(suffix)]) not in theirs]
+        if not left:
+            return []
+        text = (
+            f"{self.root}/{folder}/{left[0]}: no image in {self.root}/{self.place.images} has this label map"
+        )
+        return [Finding("label maps without an image", text, count=len(left))]
 
     def _image(self, name: str) -> str:
         return f"{self.place.images}/{self.odd_images.get(name, name + self.dataset.image_suffix)}"
@@ -165,8 +194,9 @@ class _LabelMapRecords(NamedRecords):
         path = self._map(self.place.labels, name)
         ids = self._ids(path, name)
         labels = {entry.id: label for label, entry in enumerate(self.dataset.classes)}
-        segments = []
-        for value, count in _values(ids):
+        segments, unknown = [], []
+        values = _values(ids)
+        for value, count in values:
             source_id = self._class_of(value)
             if source_id in labels:
                 label = labels[source_id]
@@ -176,9 +206,20 @@ class _LabelMapRecords(NamedRecords):
                 crowd = thing and self.dataset.encoding == "cityscapes_instances" and value < 1000
                 segments.append(Segment(label, crowd, MapId(value), float(count), value))
             elif self.dataset.ignore != "others" and source_id not in self.dataset.ignore:
-                raise InputError(f"{path}: the value {value} is neither a class nor among those to ignore")
+                unknown.append(value)
+        if unknown:
+            raise InputError(self._of_unknown(unknown, [value for value, _ in values], path, name))
         height, width = ids.shape
         return Record(name, f"{self.root}/{self._image(name)}", width, height, tuple(segments), ids)
+
+    def _of_unknown(self, unknown: list[int], values: list[int], path: str, name: str) -> str:
+        """What to say of the values of a map that are neither classes nor ignored."""
+        if self.place.instances is not None and unknown[-1] >= _INSTANCE:
+            numbers = sorted({value - _INSTANCE >> 8 for value in unknown if value >= _INSTANCE})
+            other = self._map(self.place.instances, name)
+            shown = listed(numbers, "number")
+            return f"{other}: no class has as its `instance_id` {shown} in the red channel"
+        return f"{path}: {unknown_values(unknown, values, self.dataset)}"
 
     def annotation_files(self, name: str) -> list[str]:
         folders = filter(None, (self.place.labels, self.place.instances))

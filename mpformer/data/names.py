@@ -7,7 +7,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import unquote
@@ -52,13 +52,16 @@ class Files:
         self._top = root / folder
         self._listed: dict[str, frozenset[str]] = {}
 
-    def find(self, name: object, what: str, *, elsewhere: bool = True) -> tuple[str, bool]:
+    def find(
+        self, name: object, what: str, *, elsewhere: bool = True, taken: Container[str] = ()
+    ) -> tuple[str, bool]:
         """(path relative to the root, whether it is written otherwise than the name).
 
         A name that no file has stands for the one file whose path differs in separators, percent signs,
         Unicode form or case; with `elsewhere` also for the one file like whose path it ends, if it begins
         with the folder's own name or is a path on another machine. Raises `InputError`, beginning with
-        `what`, where there is none, or more than one.
+        `what`, where there is none, or more than one; the message proposes no path that is `taken` (relative
+        to the root).
         """
         if not isinstance(name, str) or not name.strip("/\\ ") or "\0" in name:
             raise InputError(f"{what}: 'file_name' is {name!r}, a path relative to {self._top} is expected")
@@ -70,7 +73,7 @@ class Files:
         if found:
             shown = ", ".join(sorted(found)[:3])
             raise InputError(f"{what}: '{name}' may be any of {len(found)} files in {self._top}: {shown}")
-        raise InputError(f"{what}: '{name}': {self._missing(name)}")
+        raise InputError(f"{what}: '{name}': {self._missing(name, taken)}")
 
     def within(self, name: object, what: str) -> str:
         """As `find`, but the path relative to the folder."""
@@ -104,7 +107,7 @@ class Files:
             leaves or f"/{form(self._folder)}/{path}".endswith(f"/{name}")
         )
 
-    def _missing(self, name: str) -> str:
+    def _missing(self, name: str, taken: Container[str]) -> str:
         if not self._top.is_dir():
             return f"there is no folder {self._top}"
         if not self._by_last_part:
@@ -112,16 +115,21 @@ class Files:
         where = f"no such file in {self._top}"
         if _relative(name) is None:
             where = f"the file name leaves the data folder; a path relative to {self._top} is expected"
-        near = self._nearest(form(name).rpartition("/")[2])
+        near = self._nearest(form(name).rpartition("/")[2], taken)
         return f"{where}; nearest: {near}" if near else where
 
-    def _nearest(self, last: str) -> str:
-        """The file with the same stem, or else the most similar name."""
+    def _nearest(self, last: str, taken: Container[str]) -> str:
+        """The file, not taken, with the same stem, or else the most similar name."""
         stem = last.rpartition(".")[0] or last
-        names = list(self._by_last_part)
+        free = {
+            name: path
+            for name, paths in self._by_last_part.items()
+            if (path := next((p for p in paths if self._joined(p) not in taken), None)) is not None
+        }
+        names = list(free)
         same = [n for n in names if (n.rpartition(".")[0] or n) == stem]
         close = same or difflib.get_close_matches(last, names[:_COMPARED], n=1, cutoff=0.6)
-        return self._by_last_part[close[0]][0] if close else ""
+        return free[close[0]] if close else ""
 
     def _joined(self, name: str) -> str:
         return f"{self._folder}/{name}" if self._folder else name

@@ -17,7 +17,7 @@ from mpformer.draw import attempted, decode_png, write_png
 from mpformer.evaluate import instance as rle
 from mpformer.evaluate.inference import infer, to_result
 from mpformer.evaluate.prediction import FoundInstance, FoundSegments, Prediction
-from mpformer.types import ClassTable, InputError
+from mpformer.types import ClassTable, InputError, printable
 
 if TYPE_CHECKING:
     from mpformer.model.architecture import Architecture
@@ -39,7 +39,7 @@ def find_images(
     found: list[tuple[Path, Path]] = []
     for path in map(Path, paths):
         if path.is_dir():
-            images = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            images = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and _is_meant(p))
             inside, litter = without_litter(images, path)
             if litter and report:
                 report(f"{path}: {litter} files that a system left are passed over")
@@ -62,6 +62,11 @@ def find_images(
     return [(path, name) for name, path in names.items()]
 
 
+def _is_meant(path: Path) -> bool:
+    """Whether a path is a file, or a link to one that is not there, which is not to be lost unnoticed."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
+
+
 def predict_files(
     model: Architecture,
     paths: Sequence[str | Path],
@@ -78,17 +83,24 @@ def predict_files(
     run-length-encoded annotation per segment, its score and the source's category id; for panoptic results
     panoptic.json and panoptic/NAME.png (COCO's panoptic format); for semantic ones labels/NAME.png (source
     ids; 0 where general inference gives void). Up to `evaluate.batch` consecutive images of one size form a
-    batch. `report` is called with a line for each image.
-    Raises `InputError` for a path that does not exist, before anything is predicted, and for a file that is
-    not an image, after the results of the earlier ones are written.
+    batch. `report` is called with a line for each image, and for each file that cannot be read.
+    Raises `InputError` for a path that does not exist, before anything is predicted, and for files that
+    cannot be read, after the results of all others are written.
     """
     out = Path(out)
     images = find_images(paths, report)
     device = next(model.parameters()).device
     writer = _CocoWriter(model.classes)
     pictures: list[Path] = []
+    unread: list[InputError] = []
+
+    def leave_out(error: InputError) -> None:
+        unread.append(error)
+        if report:
+            report(f"left out: {printable(str(error))}")
+
     try:
-        for group in _of_one_size(images, config.evaluate.batch, config.data.bits or 16):
+        for group in _of_one_size(images, config.evaluate.batch, config.data.bits or 16, leave_out):
             pixels = [image for _, _, image in group]
             results = infer(model, pixels, config.data.task, config.data.test_resize, config.evaluate, device)
             for (path, name, image), found in zip(group, results):
@@ -103,6 +115,11 @@ def predict_files(
     finally:
         if writer.images:
             writer.write(out)
+    if unread:
+        rest = f"; the results of the others are in {out}" if writer.images else ""
+        raise InputError(
+            f"{len(unread)} of {len(images)} files could not be read: the first: {unread[0]}{rest}"
+        )
     return pictures
 
 
@@ -116,16 +133,17 @@ def _overlay(prediction: Prediction, image: np.ndarray, classes: ClassTable, min
 _Read = tuple[Path, str, np.ndarray]
 
 
-def _of_one_size(images: Sequence[tuple[Path, str]], batch: int, bits: int) -> Iterator[list[_Read]]:
-    """Groups of at most `batch` consecutive images of one size; a bad file raises after those before it."""
+def _of_one_size(
+    images: Sequence[tuple[Path, str]], batch: int, bits: int, leave_out: Callable[[InputError], None]
+) -> Iterator[list[_Read]]:
+    """Groups of at most `batch` consecutive images of one size; `leave_out` is told of others."""
     group: list[_Read] = []
     for path, name in images:
         try:
             image = read_image(str(path), bits)
-        except InputError:
-            if group:
-                yield group
-            raise
+        except InputError as error:
+            leave_out(error)
+            continue
         if group and (len(group) == batch or group[0][2].shape != image.shape):
             yield group
             group = []

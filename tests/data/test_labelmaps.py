@@ -13,6 +13,7 @@ from scipy.io import savemat
 from mpformer.config import Data, LargeScaleJitter, read_dataset
 from mpformer.data import masks
 from mpformer.data.catalog import open_split
+from mpformer.data.findings import Weight
 from mpformer.data.images import load_image
 from mpformer.data.samples import make_sample
 from mpformer.types import InputError
@@ -269,6 +270,9 @@ def test_ade20k_panoptic(tmp_path):
     things = open_split(settings(tmp_path, "ade20k-panoptic", "instance"), "val")
     assert len(things.classes) == 100
     assert [things.classes.names[s.label] for s in things.records[0].segments] == ["bed", "bed"]
+    instances[5:15, 15:28, 0] = 101
+    write(tmp_path / "annotations_instance" / "validation" / "a.png", instances)
+    assert "a.png: no class has as its `instance_id` the number 101 in the" in catalog.records[0].problem
     write(tmp_path / "annotations_instance" / "validation" / "a.png", instances[:39])
     assert "another size" in catalog.records[0].problem
 
@@ -334,6 +338,44 @@ def test_an_image_without_a_label_map(tmp_path):
     assert [bool(r.problem) for r in records] == [False, True, False]
 
 
+def test_the_label_map_of_another_image_is_not_proposed(tmp_path):
+    data = small(tmp_path).model_copy(update={"on_bad_sample": "skip"})
+    (tmp_path / "labels" / "b.png").unlink()
+    for name, proposed in (("b_.png", "b_.png"), ("zzzzzzzz.png", None)):
+        write(tmp_path / "labels" / name, np.zeros((40, 60), np.uint8))
+        found = {f.kind: f for f in open_split(data, "train").findings}
+        text = found["images without a label map"].text
+        assert text.partition("; nearest: ")[2] == (proposed or "")
+        assert text.startswith(f"{tmp_path}/images/b.png: its label map: 'b.png': no such file in")
+        (tmp_path / "labels" / name).unlink()
+
+
+def test_label_maps_without_an_image_are_counted(tmp_path):
+    """Not those of the other split in the same folder, nor those that a file of names leaves out."""
+    for name in ("train/a", "train/b", "val/c"):
+        write(tmp_path / "images" / f"{name}.png", photograph())
+    for name in ("a", "b", "c", "stray", "stray2"):
+        write(tmp_path / "labels" / f"{name}.png", np.zeros((40, 60), np.uint8))
+    (tmp_path / "labels" / "readme.txt").write_text("not a map")
+    places = {s: {"images": f"images/{s}", "labels": "labels"} for s in ("train", "val")}
+
+    def found():
+        data = small(tmp_path / "other", **places).model_copy(update={"root": str(tmp_path)})
+        return {s: open_split(data, s).findings for s in ("train", "val")}
+
+    for split, (finding,) in found().items():
+        assert (finding.kind, finding.count) == ("label maps without an image", 2)
+        assert finding.weight is Weight.NOTE
+        expected = f"{tmp_path}/labels/stray.png: no image in {tmp_path}/images/{split} has this label map"
+        assert finding.text == expected
+    (tmp_path / "list.txt").write_text("a\n")
+    places["train"]["names"] = "list.txt"
+    assert found()["train"] == ()
+    for name in ("stray", "stray2"):
+        (tmp_path / "labels" / f"{name}.png").unlink()
+    assert found()["val"] == ()
+
+
 def test_values_and_shapes_that_are_wrong_are_named(tmp_path):
     data = small(tmp_path)
     catalog = open_split(data, "train")
@@ -341,8 +383,10 @@ def test_values_and_shapes_that_are_wrong_are_named(tmp_path):
     assert "labels/a.png: the value 7 is neither a class nor" in catalog.records[0].problem
     others = open_split(small_ignoring_others(data), "train")
     assert others.records[0].segments == ()
-    write(tmp_path / "labels" / "a.png", np.zeros((40, 60, 3), np.uint8))
+    write(tmp_path / "labels" / "a.png", photograph())
     assert "labels/a.png: one value per pixel is expected, not 3 channels" in catalog.records[0].problem
+    write(tmp_path / "labels" / "a.png", np.full((40, 60, 3), 1, np.uint8))
+    assert [(s.id, s.area) for s in catalog.records[0].segments] == [(1, 2400)]
     write(tmp_path / "labels" / "b.png", np.zeros((20, 60), np.uint8))
     with pytest.raises(InputError, match="the image is 60x40, but its annotations say 60x20"):
         load_image(catalog.records[1])

@@ -109,12 +109,43 @@ def test_bad_paths_are_named_before_anything_is_written(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_is_no_image_is_named_and_the_earlier_ones_are_kept(folder, tmp_path):
-    bad = tmp_path / "zzz.jpg"
-    bad.write_text("hello")
-    with pytest.raises(InputError, match=r"zzz\.jpg"):
-        predict_files(ColourModel(), [folder, bad], tmp_path / "out", tiny_config())
-    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]) == 2
+@pytest.mark.parametrize("batch", [1, 2])
+def test_files_that_are_no_images_are_named_and_all_others_predicted(folder, tmp_path, batch):
+    """Bad ones first, in between and last; in a folder, named themselves, and a link that leads nowhere."""
+    image = scenes(1).records[0].image
+    (folder / "a empty.jpg").write_bytes(b"")
+    (folder / "f.png").write_bytes(image)
+    (folder / "g cut.png").write_bytes(image[: len(image) // 2])
+    (folder / "h\nlfs.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (folder / "i.png").symlink_to(tmp_path / "not there.png")
+    (tmp_path / "last.jpg").write_text("<html>not found</html>")
+    config = tiny_config("semantic")
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"batch": batch})})
+    lines, paths, out = [], [folder, tmp_path / "last.jpg"], tmp_path / "out"
+    with pytest.raises(InputError) as error:
+        predict_files(ColourModel(), paths, out, config, report=lines.append)
+    expected = f"5 of 8 files could not be read: the first: {folder}/a empty.jpg: the file is empty"
+    assert str(error.value).startswith(expected)
+    assert str(error.value).endswith(f"; the results of the others are in {out}")
+    bad = [line for line in lines if line.startswith("left out: ")]
+    names = ("a empty.jpg: ", "g cut.png: ", "h\\nlfs.png: ", "i.png: ", "last.jpg: ")
+    assert (len(bad), len(lines)) == (5, 8)
+    assert all(name in line and "\n" not in line for name, line in zip(names, bad))
+    written = json.loads((out / "predictions.json").read_text())["images"]
+    assert [i["file_name"] for i in written] == [
+        f"{folder}/{n}" for n in ("deep/two.PNG", "f.png", "one.png")
+    ]
+    for name in ("deep/two", "f", "one"):
+        assert (out / f"{name}.png").is_file()
+        assert (out / "labels" / f"{name}.png").is_file()
+
+
+def test_no_file_that_can_be_read_leaves_nothing(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"hello")
+    with pytest.raises(InputError, match=r"^1 of 1 files could not be read: .*a\.png: not an image") as error:
+        predict_files(ColourModel(), [tmp_path / "a.png"], tmp_path / "out", tiny_config())
+    assert "results" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_keep_images_apart(folder):
