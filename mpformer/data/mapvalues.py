@@ -45,10 +45,12 @@ def _guess(unknown: Sequence[int], values: Sequence[int], dataset: LabelMaps) ->
     if unknown[0] == unknown[-1] == _WHITE:
         absent = [name for number, name in names.items() if number not in values]
         if len(absent) == 1:
-            other = "" if len(names) <= 2 else ", or a value to ignore (`ignore: [255]`)"
+            other = "" if len(names) <= 2 else ", or a value to ignore (`data.dataset.ignore=[255]`)"
             return f"255 is probably '{absent[0]}'{other}: write its id, or give the class the id 255"
     if len(unknown) == 1 and unknown[0] in (0, _WHITE):
-        return f"{unknown[0]} often stands for pixels without a class: then `ignore: [{unknown[0]}]`"
+        return (
+            f"{unknown[0]} often stands for pixels without a class: then `data.dataset.ignore=[{unknown[0]}]`"
+        )
     if (factor := _factor(values, names, ignored)) is not None:
         rounded = ", rounded" if factor % 1 else ""
         return (
@@ -56,9 +58,9 @@ def _guess(unknown: Sequence[int], values: Sequence[int], dataset: LabelMaps) ->
             "give the classes those ids"
         )
     if (encoding := _encoding(values, {*names, *ignored})) is not None:
-        return f"they are probably classes and numbers of objects: `encoding: {encoding}`"
+        return f"they are probably classes and numbers of objects: `data.dataset.encoding={encoding}`"
     if list(unknown) == [max(names) + 1] and 0 in names and 0 not in values:
-        return "no pixel is 0: the values are probably class ids plus 1"
+        return "no pixel is 0: the values are probably class ids plus 1: add 1 to the ids of the classes"
     if len(values) > 2 * len(names):
         between = sum(min(names) < value < max(names) for value in unknown)
         resized = "a map that was saved as JPEG or resized smoothly"

@@ -61,7 +61,9 @@ def test_the_factor_where_0_is_no_class_and_of_many_classes():
 
 def test_one_value_255():
     assert "; 255 is probably 'obj': write its id" in told({0, 255}, ("ground", "obj"), ())
-    assert "255 is probably 'ring', or a value to ignore (`ignore: [255]`)" in told({0, 1, 255}, ignore=())
+    assert "255 is probably 'ring', or a value to ignore (`data.dataset.ignore=[255]`)" in told(
+        {0, 1, 255}, ignore=()
+    )
     assert "255 often stands for pixels without a class" in told({0, 255}, ignore=())
     assert "255 often stands for pixels without a class" in told({0, 1, 2, 255}, ignore=())
     assert "0 often stands for pixels without a class" in told({0, 1, 2}, first=1)
@@ -69,8 +71,8 @@ def test_one_value_255():
 
 def test_ids_that_begin_at_one_and_other_encodings():
     assert "probably class ids plus 1" in told({1, 2, 3})
-    assert "`encoding: cityscapes_instances`" in told({0, 1001, 2000, 2013})
-    assert "`encoding: mapillary_instances`" in told({0, 257, 258, 513})
+    assert "`data.dataset.encoding=cityscapes_instances`" in told({0, 1001, 2000, 2013})
+    assert "`data.dataset.encoding=mapillary_instances`" in told({0, 257, 258, 513})
     assert "encoding" not in told({0, 5000})
     assert told({7001}, encoding="cityscapes_instances").endswith("among those to ignore")
 
