@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpformer import shell
 from mpformer.cli.output import say
@@ -180,13 +180,25 @@ def _config_at(place: str, settings: Sequence[str]) -> Config:
     """The settings of a recipe, or for a folder those of the data found in it and defaults otherwise."""
     if not _is_data(place):
         return load_config(place, settings)
+    root = f"./{place}" if place.startswith("~") else place  # of a setting, ~ is the home folder
+    found = {"root": root, **_detected(place, settings)}
+    source = Source(Path(place), {"data": found}, {})
+    return build_config(inline_dataset(source.overridden(settings), Path()))
+
+
+def _detected(place: str, settings: Sequence[str]) -> dict[str, Any]:
+    """Task and data set as they are found in a folder, around those `settings` that choose parts of them.
+
+    Nothing is looked for where they name a whole data set, or one of another form than COCO's.
+    """
     from mpformer.data.detect import detect
 
-    found = detect(place)
+    data = Source(Path(place), {}, {}).overridden(settings).as_written().get("data")
+    given = data.get("dataset", {}) if isinstance(data, dict) else {}
+    if not isinstance(given, dict) or given.get("format") not in (None, "coco_instance", "coco_panoptic"):
+        return {"task": "instance"}
+    found = detect(place, given)
     for note in found.notes:
         say(note)
-    dataset = found.dataset
-    task = "panoptic" if dataset.format == "coco_panoptic" else "instance"
-    root = f"./{place}" if place.startswith("~") else place  # of a setting, ~ is the home folder
-    source = Source(Path(place), {"data": {"root": root, "task": task, "dataset": dataset.model_dump()}}, {})
-    return build_config(inline_dataset(source.overridden(settings), Path()))
+    task = "panoptic" if found.dataset.format == "coco_panoptic" else "instance"
+    return {"task": task, "dataset": found.dataset.model_dump()}
