@@ -78,7 +78,10 @@ def obstacles(
     for rule in (_nothing_usable, _channels_turned, _lost_to_ignore, _no_object):
         if (finding := rule(seen)) is not None:
             return (finding,)  # all others follow from it
-    rules = (_masks_elsewhere, _other_areas, _lost_pixels, _bits, _without_content, _too_small)
+    rules = (
+        *(_masks_elsewhere, _other_areas, _lost_pixels, _bits, _without_content, _too_small),
+        *(_boxes_as_masks, _absent_classes),
+    )
     return tuple(f for f in (rule(seen) for rule in rules) if f is not None)
 
 
@@ -330,6 +333,36 @@ def _without_content(split: _Split) -> Finding | None:
         return split.obstacle("images that are nearly black", text)
     text = f"{split.catalog.name}: hardly a value exceeds {brightest} of 255"
     return Finding("dark images", text, Weight.NOTE)
+
+
+def _boxes_as_masks(split: _Split) -> Finding | None:
+    drawn = [box for one in split.usable for _, box in one.boxes]
+    areas = [area for one in split.usable for area in one.areas]
+    if len(drawn) != len(areas) or len(areas) < _FEW:
+        return None
+    if any(abs(box[2] * box[3] - area) > 0.01 * area for box, area in zip(drawn, areas)):
+        return None
+    text = (
+        f"{split.catalog.name}: each of {len(areas)} masks fills its box: boxes, not the objects' outlines?"
+    )
+    return Finding("masks that are boxes", text, Weight.NOTE, len(areas))
+
+
+def _absent_classes(split: _Split) -> Finding | None:
+    """Classes of label maps without a pixel, where that may be due to the values."""
+    classes = split.catalog.classes.classes
+    seen = {label for one in split.usable for label in one.labels}
+    ignored = sorted({value for one in split.usable for value in one.unknown})
+    absent = [info for label, info in enumerate(classes) if label not in seen]
+    first = bool(absent) and absent[0].source_id == min(info.source_id for info in classes)
+    if not isinstance(split.data.dataset, LabelMaps) or not absent or not (ignored or first):
+        return None
+    names = ", ".join(f"{info.name} ({info.source_id})" for info in absent[:5])
+    why = (
+        f"the ignored values {', '.join(map(str, ignored[:5]))} occur" if ignored else "do maps count from 1?"
+    )
+    text = f"{split.catalog.name}: {names}; {why}"
+    return Finding("classes without a pixel", text, Weight.NOTE, len(absent))
 
 
 def _mostly(cases: Iterable[bool]) -> bool:

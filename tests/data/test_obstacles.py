@@ -281,3 +281,24 @@ def test_panoptic_data_need_to_say_what_is_countable(tmp_path):
     assert open_split(with_stuff(), "train").classes.thing_labels == {0, 1}
     with pytest.raises(InputError, match="no category 'skye'; nearest: sky"):
         open_split(with_stuff("skye"), "train")
+
+
+def test_what_may_be_meant_is_a_note(tmp_path):
+    boxes = [[5.0, 6.0, 25.0, 6.0, 25.0, 36.0, 5.0, 36.0]]
+    data = coco_folder(tmp_path / "a", [{**a, "area": 600.0} for a in annotated(boxes)])
+    assert outcomes(data) == (None, None)
+    assert "masks that are boxes" in {f.kind for f in check(data)["train"].findings}
+    for value, ignore, why in (
+        (2, (), "do maps count from 1"),
+        (255, (255,), "the ignored values 255 occur"),
+    ):
+        data = label_maps(tmp_path / str(value), value, ignore, ("ground", "car", "tree"))
+        for n in range(1, 4):
+            path = str(tmp_path / str(value) / "labels" / f"{n}.png")
+            pixels = cv2.imread(path, cv2.IMREAD_UNCHANGED)
+            pixels[pixels == 0] = 1
+            pixels[:5] = 0 if value == 255 else 1
+            cv2.imwrite(path, pixels)
+        assert outcomes(data) == (None, None)
+        [text] = [f.text for f in check(data)["train"].findings if f.kind == "classes without a pixel"]
+        assert why in text
