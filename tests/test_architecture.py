@@ -197,7 +197,10 @@ STUDY = ROOT / "experiments/quickstart.yaml"
     [
         "import mpformer",
         "from mpformer.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass",
-        f"from mpformer.cli.main import main\nassert main(['show', {str(RECIPE)!r}]) == 0",
+        pytest.param(
+            f"from mpformer.cli.main import main\nassert main(['show', {str(RECIPE)!r}]) == 0",
+            marks=pytest.mark.slow,
+        ),
         f"from mpformer.cli.main import main\nassert main(['show', {str(RECIPE)!r}, {str(RECIPE)!r}]) == 0",
         f"from mpformer.cli.main import main\nassert main(['ablate', {str(STUDY)!r}, '--plan']) == 0",
         f"from mpformer.cli.main import main\nassert main(['train', {str(RECIPE)!r}, 'train.lrr=1']) == 2",
@@ -221,6 +224,7 @@ assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     assert "torch" not in loaded_after(code, tmp_path)
 
 
+@pytest.mark.slow
 def test_what_starts_runs_does_not_load_what_builds_models(tmp_path):
     # Ray's controllers, and the trials of a study, import this, too: it decides how long a run takes to begin
     heavy = {"timm", "torchvision", "sympy", "mlflow", "matplotlib", "tensorboardX"}

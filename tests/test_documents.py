@@ -89,7 +89,9 @@ def test_a_documented_command_is_one(
 CHEAP = sorted({" ".join(command) for command in (p.values[0] for p in DOCUMENTED) if "--plan" in command})
 
 
-@pytest.mark.parametrize("command", [*CHEAP, "show experiments/recipes/coco-tiny.yaml"])
+@pytest.mark.parametrize(
+    "command", [*CHEAP, pytest.param("show experiments/recipes/coco-tiny.yaml", marks=pytest.mark.slow)]
+)
 def test_a_documented_plan_or_recipe_is_shown(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command.split()) == 0
     assert capsys.readouterr().out.count("\n") > 5

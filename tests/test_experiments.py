@@ -43,6 +43,7 @@ def test_every_data_set_file_loads(path):
     assert Data.model_validate({"dataset": read_dataset(path).tree}).dataset.name
 
 
+@pytest.mark.slow  # PyYAML reads 1 kB in a millisecond
 @pytest.mark.parametrize("path", STUDIES, ids=name)
 def test_every_study_and_profile_loads_and_its_rows_differ(path):
     profiles = [[], *([f"profile={p}"] for p in study_of(path).file.profiles)]
@@ -137,6 +138,7 @@ def test_every_figure_stands_in_the_paper_s_text(path):
             assert f"{value:g}" in text or f"{value:.1f}" in text, f"{value} is nowhere in the text: {where}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", ["paper", "mini", "smoke"])
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("ablations/*.yaml")), ids=name)
 def test_every_row_has_a_plan_at_every_size(path, profile):

@@ -82,6 +82,7 @@ _TEXT = "tag:yaml.org,2002:str"
 _UNQUOTED = re.compile("undefined alias|cannot start any token|mapping values are not allowed")
 
 
+# not PyYAML's parser in C, which is four times as fast: 100,000 brackets in a file end the process
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-4 is a number (YAML 1.1 requires a dot), a date is text, and a duplicate key is
     an error."""

@@ -90,7 +90,7 @@ def inspect(record: Record) -> Inspected:
         areas=tuple(int(m.pixels.sum()) for _, m in kept),
         undrawn=sum(m is None and not s.crowd for s, m in zip(record.segments, found)),
         area_ratios=tuple(int(m.pixels.sum()) / s.area for s, m in kept if _states_area(s)),
-        boxes=tuple((s.box, (m.x, m.y, m.pixels.shape[1], m.pixels.shape[0])) for s, m in kept if s.box),
+        boxes=tuple((s.box, _extent(m)) for s, m in kept if s.box),
         crowds=sum(s.crowd for s in record.segments),
         segments=len(record.segments),
         digest=digest,
@@ -101,6 +101,13 @@ def inspect(record: Record) -> Inspected:
         channels_turned=turned,
         findings=(*_mask_findings(record, found), *_id_findings(record, unknown)),
     )
+
+
+def _extent(mask: BoxMask) -> Box:
+    """The smallest box around the mask's pixels, of which it has some."""
+    rows, columns = np.flatnonzero(mask.pixels.any(1)), np.flatnonzero(mask.pixels.any(0))
+    left, top = mask.x + int(columns[0]), mask.y + int(rows[0])
+    return left, top, int(columns[-1] - columns[0]) + 1, int(rows[-1] - rows[0]) + 1
 
 
 def _states_area(segment: Segment) -> bool:

@@ -78,6 +78,7 @@ def same(study, uri: str) -> None:
     assert run.metrics["speed/clock_hours"] == 0.2
 
 
+@pytest.mark.slow
 def test_the_store_alone_gives_the_same_report(tmp_path):
     study = make(tmp_path)
     run_all(study)

@@ -19,6 +19,8 @@ from mpformer.train.launch import run_directory
 from mpformer.train.optim import build_optimizer
 from tests.cli.conftest import FinishedRun
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def without_ray(monkeypatch):

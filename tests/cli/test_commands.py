@@ -160,6 +160,7 @@ def test_an_interrupted_run_says_how_it_goes_on(capsys, monkeypatch):
     assert "the same command goes on" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_show_prints_settings_that_load_to_the_same_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["show", TINY, "train.lr=3e-4"]) == 0

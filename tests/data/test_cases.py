@@ -12,6 +12,8 @@ import pytest
 
 from mpformer.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 RECIPES = Path(__file__).parents[2] / "experiments" / "recipes"
 
 CASES = {

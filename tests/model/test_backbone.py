@@ -80,7 +80,13 @@ def test_frozen_statistics_do_not_follow_the_batch():
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "resnet50", pytest.param("resnet101c", marks=pytest.mark.slow), "regnetx_002"]
+    "name",
+    [
+        "resnet18",
+        pytest.param("resnet50", marks=pytest.mark.slow),
+        pytest.param("resnet101c", marks=pytest.mark.slow),
+        "regnetx_002",
+    ],
 )
 def test_frozen_norms_are_what_they_are_when_folded(name):
     """Random statistics: the maps and the gradients are those of a BatchNorm in evaluation mode."""
@@ -133,7 +139,7 @@ def test_drop_path_is_off_unless_asked_for():
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("name", ["resnet18", SWIN])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param(SWIN, marks=pytest.mark.slow)])
 def test_weights_from_a_file(name, suffix, tmp_path):
     torch.manual_seed(1)
     source = timm.create_model(name)
@@ -180,7 +186,7 @@ def test_wrong_weights_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.module.", "student.", "ema_model."])
-@pytest.mark.parametrize("name", ["resnet18", SWIN])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param(SWIN, marks=pytest.mark.slow)])
 def test_a_wrapped_backbone_is_the_backbone(name, prefix, tmp_path):
     torch.manual_seed(1)
     source = timm.create_model(name).state_dict()

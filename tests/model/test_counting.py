@@ -6,6 +6,8 @@ from torch import nn
 from mpformer.config.model import Backbone, Decoder, Model, Pilot, PixelDecoder
 from mpformer.model.counting import count_parameters, count_size
 
+pytestmark = pytest.mark.slow
+
 TINY, SMALL = "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224"
 BASE, LARGE = "swin_base_patch4_window12_384", "swin_large_patch4_window12_384"
 SIZES = [

@@ -15,6 +15,8 @@ from mpformer.model.weights.names_maskformer import official_maskformer_names
 from mpformer.types import InputError
 from tests.model.hugging_face import STAGES, normalized, transformers
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"width": 64, "decoder_layers": 2, "decoder_ffn_dim": 96, "num_queries": 12}
 FULL = {"width": 256, "decoder_layers": 6, "decoder_ffn_dim": 2048, "num_queries": 100}
 

@@ -22,6 +22,8 @@ from mpformer.model.weights.matching import part_of
 from mpformer.types import InputError
 from tests.model import weights_files as files
 
+pytestmark = pytest.mark.slow
+
 PREFIXES = [
     *("model.", "module.", "model.module.", "module.model.", "_orig_mod.", "module._orig_mod."),
     *("student.", "ema_model.", "ema_model.module.", "net."),

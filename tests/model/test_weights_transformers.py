@@ -15,6 +15,8 @@ from tests.model.hugging_face import SMALL, normalized, random_mask2former, tran
 from tests.model.test_maskformer import SMALL as SMALL_MASKFORMER
 from tests.model.test_maskformer import random_maskformer
 
+pytestmark = pytest.mark.slow
+
 
 class Lightning(nn.Module):
     """The shape of a LightningModule around a model: an attribute `model`, a loss with a buffer beside it."""

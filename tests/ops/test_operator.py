@@ -133,6 +133,7 @@ def test_same_bits_for_every_number_of_threads(library: Library, threads, monkey
             assert all(torch.equal(g, w) for g, w in zip(got, wanted)), (kernel, count)
 
 
+@pytest.mark.slow
 def test_vectors_as_long_as_those_of_avx512(tmp_path, monkeypatch, library: Library):
     """The source with 16 floats per vector, as for AVX-512, in AVX2 instructions."""
     if "avx2" not in library.usable:

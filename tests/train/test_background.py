@@ -16,6 +16,8 @@ from mpformer.train import background, checkpoint
 from mpformer.train.background import BackgroundEvaluator
 from mpformer.types import InputError
 
+pytestmark = pytest.mark.slow
+
 Opened = Callable[[int], tuple[BackgroundEvaluator, Tracker]]
 
 

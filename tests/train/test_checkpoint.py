@@ -36,11 +36,16 @@ def _step(model, optimizer, config, number):
     "optimizer",
     [
         "adamw",
-        "torch.optim:AdamW",  # its step number stays on the host
-        Plugin(kind="torch.optim:SGD", options={"momentum": 0.9, "nesterov": True}),
-        "torch.optim:NAdam",
-        "torch.optim:Adafactor",
-        "tests.plugins.optimizers:NumberedSGD",  # numbers in its state
+        *(
+            pytest.param(optimizer, marks=pytest.mark.slow)
+            for optimizer in (
+                "torch.optim:AdamW",  # its step number stays on the host
+                Plugin(kind="torch.optim:SGD", options={"momentum": 0.9, "nesterov": True}),
+                "torch.optim:NAdam",
+                "torch.optim:Adafactor",
+                "tests.plugins.optimizers:NumberedSGD",  # numbers in its state
+            )
+        ),
     ],
     ids=lambda o: o if isinstance(o, str) else o.kind,
 )

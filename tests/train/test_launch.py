@@ -16,6 +16,7 @@ from mpformer.train import launch, worker
 from mpformer.types import InputError, RunError
 
 
+@pytest.mark.slow
 def test_a_second_driver_waits_for_an_orphan_s_end_but_not_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "SECONDS_OF_AN_ORPHAN", 2.0)
     orphan = (tmp_path / ".lock").open("w")

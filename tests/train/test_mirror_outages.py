@@ -15,6 +15,8 @@ from mpformer.train.mirror import Mirror
 from tests.servers import S3Server
 from tests.train.test_mirror import content, write
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:

@@ -225,7 +225,16 @@ def test_pilots_leave_the_matching_losses_alone():
         assert float(piloted.losses[name]) == pytest.approx(float(value), rel=1e-5)
 
 
-@pytest.mark.parametrize("switch", ["mp-former", "matched pilots", "layer consistency", "fixed matching"])
+@pytest.mark.parametrize(
+    "switch",
+    [
+        "mp-former",
+        *(
+            pytest.param(switch, marks=pytest.mark.slow)
+            for switch in ("matched pilots", "layer consistency", "fixed matching")
+        ),
+    ],
+)
 def test_micro_batches_add_up_to_the_whole_batch(switch):
     config = settings(**SWITCHES[switch])
     batch = make_batch([3, 0, 20, 1])
