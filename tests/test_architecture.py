@@ -231,6 +231,7 @@ def test_what_starts_runs_does_not_load_what_builds_models(tmp_path):
     assert not heavy & loaded_after("import mpformer.ablation.tune", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_training_step_needs_neither_ray_nor_mlflow_nor_a_data_set(tmp_path):
     code = """
 import torch

@@ -18,6 +18,8 @@ from mpformer.evaluate import diagnostics, evaluation
 from mpformer.tracking.mlflow_store import client
 from tests.cli.conftest import FinishedRun
 
+pytestmark = pytest.mark.slow
+
 EVALUATED = "evaluate-step-00000020-synthetic-panoptic-val"
 DIAGNOSED = "diagnose-step-00000020-synthetic-panoptic-val"
 

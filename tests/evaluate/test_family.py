@@ -12,6 +12,8 @@ from mpformer.evaluate.metrics import evaluate_predictions
 from mpformer.types import InputError
 from tests.evaluate.scenes import scenes, tiny_config, tiny_model
 
+pytestmark = pytest.mark.slow
+
 MASKFORMER = {
     "pixel_decoder": {"kind": "fpn"},
     "decoder": {

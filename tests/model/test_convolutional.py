@@ -9,6 +9,8 @@ from torch import nn
 from mpformer.config.model import PixelDecoder
 from mpformer.model.convolutional import CONVOLUTIONAL, DeformableConv
 
+pytestmark = pytest.mark.slow
+
 C, CHANNELS = 4, (3, 4, 5, 6)
 SIZES = ((16, 24), (8, 12), (4, 6), (2, 3))
 

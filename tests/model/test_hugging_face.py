@@ -27,6 +27,8 @@ from tests.model.hugging_face import (
 )
 from tests.model.samples import batch_of, tiny_model
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("resnet18", "swin_tiny", pytest.param("resnet50", marks=pytest.mark.slow))
 
 

@@ -25,6 +25,8 @@ from mpformer.model.weights.names import official_names
 from mpformer.types import ClassInfo, ClassTable, InputError
 from tests.model.hugging_face import SMALL, random_mask2former, to_ours
 
+pytestmark = pytest.mark.slow
+
 SWIN_LARGE = Backbone(name="swin_large_patch4_window12_384", pretrained=None)
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from mpformer.ops import build, kernel_status, kernels
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = Path(build.__file__).parents[1]
 
 RUN = """
@@ -17,7 +19,6 @@ import torch
 from mpformer.ops import kernel_status, ms_deform_attn
 from mpformer.ops.reference import ms_deform_attn_reference
 
-pytestmark = pytest.mark.slow
 torch.manual_seed(0)
 value, points, weights = torch.rand(1, 6, 2, 3), torch.rand(1, 4, 2, 1, 2, 2), torch.rand(1, 4, 2, 1, 2)
 got = ms_deform_attn(value, ((2, 3),), points, weights)

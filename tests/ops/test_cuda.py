@@ -12,6 +12,8 @@ from mpformer.ops.cuda import CudaKernel, Variant, lanes_of
 from mpformer.ops.reference import sampling_from_logits
 from tests.ops.test_deform_attn import ODD, assert_near, exact, exact_fused, problem, same
 
+pytestmark = pytest.mark.slow
+
 SOURCE = build.SOURCES / "deform_attn.cu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

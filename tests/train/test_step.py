@@ -168,7 +168,7 @@ ALWAYS = ("mp-former", "mask2former", "released", "matched pilots")
 @pytest.mark.parametrize(
     ("switch", "counts"),
     [
-        pytest.param(s, c, id=f"{s} {c}", marks=() if s in ALWAYS or c == [3, 0] else pytest.mark.slow)
+        pytest.param(s, c, id=f"{s} {c}", marks=() if s in ALWAYS else pytest.mark.slow)
         for s in SWITCHES
         for c in COUNTS
     ],

@@ -89,7 +89,7 @@ def on_meta(monkeypatch):
     return asked
 
 
-FAST = ("mp-former", "matched pilots", "per-pixel baseline")
+FAST = ("mp-former",)
 
 
 @pytest.mark.parametrize(
