@@ -178,6 +178,10 @@ def _is_data(place: str) -> bool:
 
 def _config_at(place: str, settings: Sequence[str]) -> Config:
     """The settings of a recipe, or for a folder those of the data found in it and defaults otherwise."""
+    if place.endswith(".json"):
+        raise InputError(
+            f"{place}: the folder that holds the data is expected, or a recipe, not a JSON of it"
+        )
     if not _is_data(place):
         return load_config(place, settings)
     root = f"./{place}" if place.startswith("~") else place  # of a setting, ~ is the home folder

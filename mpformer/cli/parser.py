@@ -38,6 +38,7 @@ class _Parser(argparse.ArgumentParser):
             message = f"no command '{wrong[1]}'; nearest: {nearest(wrong[1], re.findall('[a-z]+', wrong[2]))}"
         if message.endswith("required: COMMAND"):
             message = "a command is expected; mpformer --help lists them"
+        message = message.replace(", key=value", "")  # which may be left out
         raise InputError(f"{message} (usage: {' '.join(self.format_usage().split()[1:])})")
 
 

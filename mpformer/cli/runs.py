@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpformer import shell
 from mpformer.ablation.plan import show_value
 from mpformer.cli.output import say
 from mpformer.cli.rundata import ways_on
@@ -16,6 +17,9 @@ from mpformer.types import InputError
 
 def train(recipe: str, settings: Sequence[str]) -> None:
     """One run to its end; the same command again resumes it, or prints its final metrics."""
+    if Path(recipe).is_dir():
+        check = shell.command("data", "check", Path(recipe))
+        raise InputError(f"{recipe}: a recipe is expected, not a folder; {check} prints what trains on it")
     config = stored_absolutely(load_config(recipe, settings))
     run_dir = Path(config.storage) / run_name(config)
     say(f"run {run_dir}")

@@ -19,7 +19,8 @@ _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?|images?)\s*$")
 
 
 def _check_duration(value: Any) -> Any:
-    if not isinstance(value, str) or not _DURATION.match(value):
+    found = _DURATION.match(value) if isinstance(value, str) else None
+    if found is None or not float(found[1]):
         raise ValueError("expected a length such as '50 epochs', '368750 steps' or '9600 images'")
     return " ".join(value.split())
 

@@ -111,7 +111,8 @@ def predict_files(
                     pictures.append(out / f"{name}.png")
                     write_png(pictures[-1], overlay)
                 if report:
-                    report(f"{writer.images}/{len(images)} {path}: {segments} segments")
+                    drawn = _drawn(prediction, min_score)
+                    report(f"{writer.images}/{len(images)} {path}: {segments} segments{drawn}")
     finally:
         if writer.images:
             writer.write(out)
@@ -121,6 +122,14 @@ def predict_files(
             f"{len(unread)} of {len(images)} files could not be read: the first: {unread[0]}{rest}"
         )
     return pictures
+
+
+def _drawn(prediction: Prediction, min_score: float) -> str:
+    """How many of an image's instances its overlay shows; "" for other tasks, of which it shows all."""
+    if prediction.instances is None or prediction.panoptic is not None:
+        return ""
+    count = sum(instance.score >= min_score for instance in prediction.instances)
+    return f", {count} of them drawn (score {min_score:g} or more)"
 
 
 def _overlay(prediction: Prediction, image: np.ndarray, classes: ClassTable, min_score: float) -> np.ndarray:

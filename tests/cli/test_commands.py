@@ -119,7 +119,10 @@ def test_a_command_has_an_argument_for_each_parameter_of_its_function(command):
         (["show", TINY, "other.yaml"], "no file other.yaml"),
         (["trian", TINY], "no command 'trian'; nearest: train"),
         (["data", "chekc", "."], "no command 'chekc'; nearest: check"),
-        (["train"], "the following arguments are required: RECIPE"),
+        (["train"], "the following arguments are required: RECIPE (usage"),
+        (["train", "."], ".: a recipe is expected, not a folder; mpformer data check . prints what trains"),
+        (["train", TINY, "train.length=0 steps"], "train.length: expected a length such as '50 epochs'"),
+        (["data", "check", "a/instances.json"], "the folder that holds the data is expected, or a recipe"),
         ([], "a command is expected; mpformer --help lists them"),
     ],
 )

@@ -41,6 +41,7 @@ def test_a_folder_gives_pictures_and_a_coco_file(folder, tmp_path, task):
     assert [str(p.relative_to(tmp_path / "out")) for p in pictures] == ["deep/two.png", "one.png"]
     assert all(decode_png(p.read_bytes()).ndim == 3 for p in pictures)
     assert len(lines) == 2
+    assert all(("of them drawn (score 0.5 or more)" in line) == (task == "instance") for line in lines)
 
     file = coco(tmp_path / "out" / "predictions.json")
     assert [(i["width"], i["height"]) for i in file.dataset["images"]] == [(95, 75), (100, 72)]
