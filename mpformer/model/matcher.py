@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mpformer.config.model import Loss as LossConfig
 from mpformer.model.boxes import generalized_iou, relative_boxes
-from mpformer.model.points import at_least_float32, cell_centers, inside, matching_points, sample
+from mpformer.model.points import at_least_float32, cell_centers, inside, matching_points, sample_shared
 from mpformer.model.streams import SampleRandom
 from mpformer.model.transfer import to_device, to_host
 from mpformer.types import Head, RunError, Target
@@ -105,36 +105,46 @@ def matching_costs(
 ) -> list[Tensor]:
     """[Q,N] float32 of each image; points as `matching_points` draws them."""
     config = config.for_matching()
-    return [_cost(head, b, t, config, points[b], valid_sizes[b]) for b, t in enumerate(targets)]
+    probability = at_least_float32(head.query_classes).softmax(-1)
+    class_costs = [-of_image[:, t.labels] for of_image, t in zip(probability, targets)]
+    if config.match_by == "boxes":
+        boxes = at_least_float32(head.query_boxes)
+        return [_box_cost(c, b, t, config) for c, b, t in zip(class_costs, boxes, targets)]
+    logits = at_least_float32(head.mask_logits)
+    drawn = [p for p in points if p is not None]
+    if drawn:
+        predicted = sample_shared(logits, torch.stack(drawn))
+    else:
+        drawn = [cell_centers(logits.shape[2:], logits.device)] * len(targets)
+        predicted = logits.flatten(2)  # at their own centres
+    each = zip(class_costs, predicted, targets, drawn, valid_sizes)
+    return [_mask_cost(c, p, t, config, at, valid) for c, p, t, at, valid in each]
 
 
-def _cost(
-    head: Head,
-    b: int,
+def _box_cost(class_cost: Tensor, predicted: Tensor, target: Target, config: LossConfig) -> Tensor:
+    """[Q,N]; predicted boxes [Q,4]."""
+    predicted = predicted[:, None]
+    wanted = relative_boxes(target.masks).to(predicted.dtype)[None]
+    return (
+        config.class_weight * class_cost
+        + config.box_weight * (predicted - wanted).abs().sum(2)
+        - config.giou_weight * generalized_iou(predicted, wanted)
+    )
+
+
+def _mask_cost(
+    class_cost: Tensor,
+    predicted: Tensor,
     target: Target,
     config: LossConfig,
-    points: Tensor | None,
+    points: Tensor,
     valid_size: tuple[int, int],
 ) -> Tensor:
-    """[Q,N] float32."""
-    class_cost = -at_least_float32(head.query_classes[b]).softmax(-1)[:, target.labels]
-    if config.match_by == "boxes":
-        predicted = at_least_float32(head.query_boxes[b])[:, None]
-        wanted = relative_boxes(target.masks).to(predicted.dtype)[None]
-        return (
-            config.class_weight * class_cost
-            + config.box_weight * (predicted - wanted).abs().sum(2)
-            - config.giou_weight * generalized_iou(predicted, wanted)
-        )
-    size = target.masks.shape[1:]
-    logits = at_least_float32(head.mask_logits[b])
-    if points is None:
-        points = cell_centers(logits.shape[1:], logits.device)
-        predicted = logits.flatten(1)  # at their own centres
-    else:
-        predicted = sample(logits, points.expand(len(logits), -1, -1))
-    wanted = sample(target.masks.to(logits.dtype), points.expand(len(target.masks), -1, -1))
-    counted = inside(points, valid_size, size).to(logits.dtype) if config.padding == "ignored" else None
+    """[Q,N] of one image; predicted [Q,P] logits at points [P,2]."""
+    wanted = sample_shared(target.masks.to(predicted.dtype)[None], points[None])[0]
+    counted = None
+    if config.padding == "ignored":
+        counted = inside(points, valid_size, target.masks.shape[1:]).to(predicted.dtype)
     mask_cost = _focal_cost if config.mask_loss == "focal" else _cross_entropy_cost
     return (
         config.class_weight * class_cost

@@ -82,6 +82,17 @@ def sample(maps: Tensor, points: Tensor) -> Tensor:
     return values[:, 0, :, 0]
 
 
+def sample_shared(maps: Tensor, points: Tensor) -> Tensor:
+    """As `sample`, for maps that share their points: maps [B,N,H,W], points [B,P,2] -> [B,N,P].
+
+    One look-up serves all N maps of an image.
+    """
+    if maps.shape[1] == 0:
+        return maps.new_zeros(maps.shape[0], 0, points.shape[1])
+    grid = 2 * points[:, None] - 1
+    return F.grid_sample(maps, grid.to(maps.dtype), mode="bilinear", align_corners=False)[:, :, 0]
+
+
 def cell_centers(size: Sequence[int], device: torch.device) -> Tensor:
     """Centres of all cells of a map of size (h, w), [h*w,2] as (x, y) in 0..1, row by row."""
     height, width = size
