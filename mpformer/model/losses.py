@@ -235,8 +235,9 @@ def _mask_losses(
             return both[0].sum(), both[1].sum()
     cross_entropy = mask_logits.new_zeros(())
     dice = mask_logits.new_zeros(())
-    for b, (target, (queries, objects)) in enumerate(zip(batch.targets, pairs)):
-        logits = at_least_float32(mask_logits[b, queries])
+    selected = _selected(mask_logits, [queries for queries, _ in pairs])
+    for b, (target, (_, objects)) in enumerate(zip(batch.targets, pairs)):
+        logits = at_least_float32(selected[b])
         masks = target.masks
         if counts is None:
             # full masks: predictions raised to the ground truth's size
@@ -256,6 +257,16 @@ def _mask_losses(
         cross_entropy = cross_entropy + _mask_loss(predicted, wanted, counted, config).sum()
         dice = dice + _dice(predicted, wanted, counted).sum()
     return cross_entropy, dice
+
+
+def _selected(mask_logits: Tensor, queries: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Of each image the maps of its queries [n]: [B,Q,h,w] -> B tensors [n,h,w].
+
+    One selection for the batch: its gradient fills the maps of all images once, not once for each image.
+    """
+    images = torch.cat([torch.full_like(chosen, b) for b, chosen in enumerate(queries)])
+    # not rows of a flattened view: the pilots' maps are a part of a larger tensor, which would be copied
+    return mask_logits[images, torch.cat(list(queries))].split([len(chosen) for chosen in queries])
 
 
 def _kernel_inputs(
