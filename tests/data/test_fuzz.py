@@ -188,7 +188,8 @@ def test_bytes(tmp_path):
 
 def test_matlab_files(tmp_path):
     stream = io.BytesIO()
-    savemat(stream, {"S": np.arange(60, dtype=np.uint8).reshape(6, 10), "names": ["a", "b"]})
+    content = {"S": np.arange(60, dtype=np.uint8).reshape(6, 10), "names": ["a", "b"]}
+    savemat(stream, content, do_compression=True)
     original, path = stream.getvalue(), tmp_path / "a.mat"
     path.write_bytes(original)
     assert load_stuff_map(str(path)).sum() == 59 * 30

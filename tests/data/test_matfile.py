@@ -12,7 +12,7 @@ from mpformer.types import InputError
 
 def written(path, content):
     stream = io.BytesIO()
-    savemat(stream, content)
+    savemat(stream, content, do_compression=True)
     path.write_bytes(stream.getvalue())
     return str(path)
 
@@ -57,4 +57,11 @@ def test_other_content_is_named(tmp_path, value):
 def test_other_files_are_named(tmp_path, content, expected):
     (tmp_path / "a.mat").write_bytes(content)
     with pytest.raises(InputError, match=rf"a\.mat: not a MATLAB file that can be read \(.*{expected}"):
+        load_stuff_map(str(tmp_path / "a.mat"))
+
+
+def test_a_file_that_nothing_protects_against_damage_is_refused(tmp_path):
+    """Without checksums: on some damaged ones scipy's parser ends the process."""
+    savemat(tmp_path / "a.mat", {"S": np.ones((5, 7), np.uint8)})
+    with pytest.raises(InputError, match=r"not compressed.*save it compressed \(-v7\)"):
         load_stuff_map(str(tmp_path / "a.mat"))

@@ -405,7 +405,7 @@ def test_damaged_bytes_end_in_one_line(tmp_path_factory, form, data):
 
 @pytest.mark.parametrize("form", [labelme, via, supervisely], ids=lambda form: form.__name__)
 @pytest.mark.slow
-@fuzz(300)
+@fuzz(100)
 @given(data=st.data())
 def test_changed_values_end_in_one_line(tmp_path_factory, form, data):
     root = tmp_path_factory.mktemp("fuzz")
@@ -418,7 +418,7 @@ def test_changed_values_end_in_one_line(tmp_path_factory, form, data):
 
 
 @pytest.mark.slow
-@fuzz(300)
+@fuzz(100)
 @given(
     line=st.text(st.sampled_from("0123456789.-+e \tnaif,\n\u0661\x1c"), max_size=60), key=st.text(max_size=20)
 )
