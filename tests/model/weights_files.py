@@ -1,10 +1,12 @@
 """Small models in the files of several programs, whole, wrapped and spoilt."""
 
 import functools
+import io
 import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -15,9 +17,11 @@ from mpformer.model.architecture import Architecture, build_model
 from mpformer.model.weights.huggingface_export import write_huggingface
 from mpformer.model.weights.loading import checkpoint_metadata
 from mpformer.model.weights.names import official_names
-from mpformer.types import ClassInfo, ClassTable
+from mpformer.types import ClassInfo, ClassTable, InputError
 
 NAMES = ("cat", "dog", "bird")
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 176035123\n"
+TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2, dtype=torch.float16)}
 
 
 def table(*names: str) -> ClassTable:
@@ -92,3 +96,40 @@ def copy_of(folder: Path, target: Path) -> Path:
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether two state dicts have the same names and the same bits."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def refused(call, *expected: str) -> str:
+    """The one line by which an input is refused; it has to hold each of `expected`."""
+    with pytest.raises(InputError) as caught:
+        call()
+    line = str(caught.value)
+    assert "\n" not in line
+    assert len(line) < 1000
+    for text in expected:
+        assert text in line
+    return line
+
+
+def torch_bytes(content, **options) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream, **options)
+    return stream.getvalue()
+
+
+@functools.cache
+def cached_model() -> Architecture:
+    """`small_model`, made once; not to be changed."""
+    return small_model()
+
+
+def shard(folder) -> dict:
+    """Lay the tensors of a folder into two shards with an index; the index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = list(tensors)
+    halves = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, inside in halves.items():
+        save_file({n: tensors[n] for n in inside}, folder / file)
+    index = {"weight_map": {n: file for file, inside in halves.items() for n in inside}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return index

@@ -1,0 +1,154 @@
+"""Hugging Face folders whose labels, settings or tensors do not fit: one line that names what."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mpformer.model.weights.loading import (
+    import_weights,
+    load_checkpoint,
+)
+from tests.model import weights_files as files
+from tests.model.weights_files import refused
+
+pytestmark = pytest.mark.slow
+
+
+# labels and settings
+
+
+def reverse(labels):
+    return {name: int(id) for id, name in labels.items()}
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (
+            reverse,
+            "id2label: 'cat' is no id: whole numbers are expected as keys, such as \"0\": these are names",
+        ),
+        (lambda _: {"cat": "cat", "dog": "dog", "bird": "bird"}, "'cat' is no id"),
+        (lambda _: {"0": "cat", "1": "dog"}, "names 2 classes, its class head has 3"),
+        (lambda _: {str(i): f"c{i}" for i in range(9)}, "names 9 classes, its class head has 3"),
+        (lambda _: {"1": "cat", "2": "dog", "3": "bird"}, "have the ids 0 to 2; 0 is missing"),
+        (lambda _: {"0": "cat", "1": "dog", "7": "bird"}, "2 is missing"),
+        (lambda _: {"0": "cat", "1": "dog", "2.0": "bird"}, "'2.0' is no id"),
+        (lambda _: {"0": "cat", "1": "dog", "-1": "bird"}, "'-1' is no id"),
+        (lambda _: {"0": "cat", "1": 5, "2": "bird"}, "1: a name is expected, not 5"),
+        (lambda _: {"0": "cat", "1": None, "2": "bird"}, "1: a name is expected, not None"),
+        (lambda _: ["cat", "dog", "bird"], "id2label: an object such as"),
+        (lambda _: "cat", "id2label: an object such as"),
+    ],
+)
+def test_labels_that_are_no_table_of_ids_are_one_line(labels, expected, copy, tmp_path):
+    files.change_settings(copy, lambda s: s.update(id2label=labels(s["id2label"])))
+    refused(lambda: import_weights(copy, tmp_path / "out.safetensors"), "config.json", expected)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("labels", [None, {}, "absent"])
+def test_without_labels_classes_are_numbered_and_it_is_said(labels, copy, tmp_path):
+    def change(settings):
+        settings.update(id2label=labels)
+        if labels == "absent":
+            del settings["id2label"]
+
+    report = import_weights(files.change_settings(copy, change), tmp_path / "out.safetensors")
+    assert "the file names no classes: they are numbered 0 to 2" in str(report)
+    assert load_checkpoint(tmp_path / "out.safetensors")[0].classes.names == ("class 0", "class 1", "class 2")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("encoder_layers", 6, "encoder_layers is 6, the weights have 1 such layers"),
+        ("decoder_layers", 2, "decoder_layers is 2, the weights have 2 layers, for which 3 is expected"),
+        ("decoder_layers", 10**9, "decoder_layers: a whole number in 0..65536"),
+        ("decoder_layers", 0, "decoder_layers is 0, the weights have 2"),
+        ("num_queries", 100, "is [5, 32] there, [100, 32] is expected"),
+        ("num_queries", 0, "queries"),
+        ("feature_size", 64, "[3, 64] is expected"),
+        ("feature_size", "wide", "feature_size: a whole number in 0..65536 is expected (given: 'wide')"),
+        ("feature_size", -1, "feature_size: a whole number"),
+        ("feature_size", 1.5, "feature_size: a whole number"),
+        ("feature_size", True, "feature_size: a whole number"),
+        ("encoder_feedforward_dim", 2048, "is [32, 32] there, [2048, 32] is expected"),
+        ("num_attention_heads", 7, "32 channels do not divide by 7"),
+        ("dropout", 2.0, "dropout"),
+        ("dropout", None, "dropout: a number is expected"),
+        ("class_weight", "2", "class_weight: a number is expected (given: '2')"),
+        ("pre_norm", True, "pre_norm: False, the only kind that is supported, is expected (given: True)"),
+        ("activation_function", "gelu", "activation_function: 'relu'"),
+        ("feature_strides", [4, 8], "feature_strides: [4, 8, 16, 32]"),
+        ("backbone_config", None, "backbone_config: an object with settings is expected"),
+        (
+            "backbone_config",
+            {"model_type": "swin", "depths": [2, 2, 6, 2]},
+            "backbone_config.embed_dim' is missing",
+        ),
+        ("backbone_config", {"model_type": "resnet", "depths": [[3], 4]}, "depths: a list of whole numbers"),
+        ("backbone_config", {"model_type": "convnext"}, "backbone convnext [] is none of resnet18"),
+        ("backbone_config.downsample_in_bottleneck", True, "downsample_in_bottleneck: False"),
+        ("backbone_config.depths", [3, 4, 6, 3], "backbone 100 of 180"),
+        ("model_type", "detr", "'mask2former' or 'maskformer' is expected, not 'detr'"),
+        ("model_type", ["mask2former"], "is expected, not ['mask2former']"),
+        ("model_type", "maskformer", "decoder_config' is missing"),
+    ],
+)
+def test_settings_that_do_not_fit_the_weights_are_one_line(key, value, expected, copy, tmp_path):
+    def change(settings):
+        *sections, last = key.split(".")
+        for section in sections:
+            settings = settings[section]
+        settings[last] = value
+
+    files.change_settings(copy, change)
+    refused(lambda: import_weights(copy, tmp_path / "out.safetensors"), str(copy), expected)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_setting_that_is_missing_is_named_with_the_nearest(copy, tmp_path):
+    files.change_settings(copy, lambda s: s.update(num_querries=s.pop("num_queries")))
+    refused(
+        lambda: import_weights(copy, tmp_path / "out.safetensors"),
+        "the setting 'num_queries' is missing; nearest: num_querries",
+    )
+
+
+QUERY_BIAS = "model.transformer_module.decoder.layers.0.self_attn.q_proj.bias"
+
+
+def with_head(change):
+    """Changes the class head's weight alone."""
+    name = "class_predictor.weight"
+    return lambda tensors: tensors | {name: change(tensors[name])}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (with_head(lambda t: t.half()), None),
+        (lambda t: {k: v.bfloat16() if v.is_floating_point() else v for k, v in t.items()}, None),
+        (with_head(lambda t: t.to(torch.int8)), "is int8 there"),
+        (with_head(lambda t: t * torch.inf), "NaN or infinite"),
+        (lambda t: t | {"class_predictor.bias": torch.zeros(1)}, "its class head has 1 rows"),
+        (lambda t: t | {"class_predictor.bias": torch.zeros(())}, "'class_predictor.bias' is [] there"),
+        (lambda t: t | {QUERY_BIAS: torch.zeros(())}, "[[], [32], [32]] there"),
+        (
+            lambda t: {k: v for k, v in t.items() if ".decoder.layers.0." not in k},
+            "decoder.layers.0.* are missing, though there are later ones",
+        ),
+        (
+            lambda t: t | {k.replace("stages.0.layers.1", "stages.0.layers.2"): v for k, v in t.items()},
+            "has more than the model that it describes",
+        ),
+    ],
+)
+def test_tensors_of_odd_kinds(change, expected, copy, tmp_path):
+    files.change_tensors(copy, change)
+    if expected is None:
+        assert import_weights(copy, tmp_path / "out.safetensors").reinitialized == ()
+        assert {t.dtype for t in load_file(tmp_path / "out.safetensors").values()} == {torch.float32}
+    else:
+        refused(lambda: import_weights(copy, tmp_path / "out.safetensors"), expected)
