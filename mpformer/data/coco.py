@@ -10,6 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ class _File:
         self.classes = _class_table(self.path, content["categories"], dataset.stuff, panoptic, self.integers)
         self.labels = self.classes.labels_by_source_id()
         self.orphans: list[Finding] = []
-        self._other_forms = unique_forms(self.images)
+
+    @cached_property
+    def _other_forms(self) -> dict[str, object]:
+        return unique_forms(self.images)
 
     def image_of(self, annotation: Mapping[str, Any], index: int) -> object:
         """The key of the annotation's image; None, noted, where the file lists no such image."""
@@ -139,7 +143,9 @@ def read_instance(root: Path, dataset: DataSet, place: Split) -> Opened:
             if segment.id in seen:
                 raise Wrong("duplicate annotation id; `mpformer data check DATA --fix OUT` numbers them anew")
             seen.add(segment.id)
-            segments[key].append(replace(segment, crowd=segment.crowd and not dataset.ignore_iscrowd))
+            if dataset.ignore_iscrowd and segment.crowd:
+                segment = replace(segment, crowd=False)
+            segments[key].append(segment)
         except Wrong as wrong:
             named = annotation.get("id", f"number {index}")
             problems[key].append(f"{file.path}: annotation {named} (image {key}): {wrong}")
@@ -240,7 +246,7 @@ def _class_table(
     names: dict[str, int] = {}
     for index, category in enumerate(categories):
         what = f"categories[{index}]"
-        source_id, name = integers.read(category, "id", what), category.get("name")
+        source_id, name = integers.read(category, "id", "category"), category.get("name")
         if not is_integer(source_id) or not isinstance(name, str) or not name.strip():
             raise InputError(f"{path}: {what}: an integer 'id' and a 'name' are expected")
         if source_id in by_id:
@@ -285,7 +291,7 @@ def _things(
         return {source_id: category["name"] not in stuff for source_id, category in by_id.items()}
     found: dict[int, bool] = {}
     for source_id, category in by_id.items():
-        value = integers.read(category, "isthing", f"category {source_id}")
+        value = integers.read(category, "isthing", "category")
         if value is None and panoptic:
             raise InputError(
                 f"{path}: category {source_id} ({category['name']}) has no 'isthing' (1: countable, 0: "
@@ -312,14 +318,14 @@ def _images(path: Path, listed: list[dict[str, Any]], integers: Integers) -> dic
     for index, image in enumerate(listed):
         key = image.get("id")
         if isinstance(key, float):
-            key = integers.read(image, "id", f"images[{index}]")
+            key = integers.read(image, "id", "image")
         if not (is_integer(key) or isinstance(key, str)):
             raise InputError(f"{path}: images[{index}]: an 'id' is expected")
         if key in images:
             raise InputError(f"{path}: images[{index}]: duplicate id {key}")
         sizes = {}
         for side in ("width", "height"):
-            value = integers.read(image, side, f"image {key}")
+            value = integers.read(image, side, "image")
             if not is_integer(value) or not 0 < value < 2**31:
                 raise InputError(
                     f"{path}: image {key}: '{side}' is {image.get(side)!r}, a count of pixels is expected; "

@@ -51,20 +51,20 @@ class Integers:
     def __init__(self, notes: Notes) -> None:
         self._notes = notes
 
-    def read(self, item: Mapping[str, Any], key: str, what: str, otherwise: object = None) -> object:
-        """The item's value as an int where it is one in any form; as it is otherwise."""
+    def read(self, item: Mapping[str, Any], key: str, kind: str, otherwise: object = None) -> object:
+        """The value of an item of that kind ("image"): an int where it is one in any form, else as it is."""
         given = item.get(key, otherwise)
         if is_integer(given):
             return given
         value = as_integer(given)
         if value is not given:
-            self._notes.add(OTHER_FORM, f"{what}: '{key}' {given!r} is taken as {value}")
+            self._notes.add(OTHER_FORM, f"{kind} {item.get('id')}: '{key}' {given!r} is taken as {value}")
         return value
 
 
 def identity(item: Mapping[str, Any], integers: Integers) -> int:
     """The 'id' of an annotation or segment."""
-    value = integers.read(item, "id", f"annotation {item.get('id')}")
+    value = integers.read(item, "id", "annotation")
     if not is_integer(value) or not -LARGEST_ID <= value <= LARGEST_ID:
         hint = "" if is_integer(value) else "; `mpformer data check DATA --fix OUT` numbers them"
         raise Wrong(f"'id' is {value!r}, an integer below 2^63 is expected{hint}")
@@ -73,7 +73,7 @@ def identity(item: Mapping[str, Any], integers: Integers) -> int:
 
 def label(item: Mapping[str, Any], classes: ClassTable, labels: Mapping[int, int], integers: Integers) -> int:
     """The label of an annotation's 'category_id'."""
-    source_id = integers.read(item, "category_id", f"annotation {item.get('id')}")
+    source_id = integers.read(item, "category_id", "annotation")
     if is_integer(source_id) and source_id in labels:
         return labels[source_id]
     if not is_integer(source_id):
@@ -86,7 +86,7 @@ def label(item: Mapping[str, Any], classes: ClassTable, labels: Mapping[int, int
 
 def crowd(item: Mapping[str, Any], integers: Integers) -> bool:
     """Whether the annotation's 'iscrowd' is 1."""
-    value = integers.read(item, "iscrowd", f"annotation {item.get('id')}", otherwise=0)
+    value = integers.read(item, "iscrowd", "annotation", otherwise=0)
     if value not in (0, 1):
         raise Wrong(f"'iscrowd' is {value!r}, 0 or 1 is expected")
     return bool(value)
