@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mpformer.model.points import cell_centers, inside, sample, uncertain_points, unpack
+from mpformer.model.points import cell_centers, inside, sample, sample_shared, uncertain_points, unpack
 
 
 def bilinear(values, x, y):
@@ -64,3 +64,14 @@ def test_a_packed_point_is_the_centre_of_its_unit():
     ends = torch.tensor([0, 0xFFFF, -65536, -1, 3 + (2 << 16)], dtype=torch.int32)
     expected = [[0.5, 0.5], [65535.5, 0.5], [0.5, 65535.5], [65535.5, 65535.5], [3.5, 2.5]]
     assert (unpack(ends) * 65536).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("count", "size"), [(7, (9, 33)), (1, (1, 1)), (100, (16, 16))])
+def test_maps_that_share_their_points_have_the_values_of_each_alone(dtype, count, size):
+    random = torch.Generator().manual_seed(0)
+    maps = torch.randn(3, count, *size, generator=random, dtype=dtype)
+    points = 1.2 * torch.rand(3, 50, 2, generator=random) - 0.1  # some lie outside
+    each = [sample(of_image, at.expand(count, -1, -1)) for of_image, at in zip(maps, points)]
+    torch.testing.assert_close(sample_shared(maps, points), torch.stack(each))
+    assert sample_shared(maps[:, :0], points).shape == (3, 0, 50)
