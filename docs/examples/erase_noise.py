@@ -5,7 +5,7 @@ model.pilot.noise: {kind: erase_noise:EraseNoise, options: {ratio: 0.3}}
 
 from torch import Tensor
 
-from mpformer.model.streams import SampleRandom
+from mpformer.model.streams import Draws
 
 
 class EraseNoise:
@@ -14,5 +14,5 @@ class EraseNoise:
             raise ValueError(f"ratio: 0 to 1 is expected, not {ratio}")
         self.ratio = ratio
 
-    def __call__(self, masks: Tensor, draws: SampleRandom, image: int) -> Tensor:
-        return masks & (draws.uniform(image, *masks.shape) >= self.ratio)
+    def __call__(self, masks: Tensor, draws: Draws) -> Tensor:
+        return masks & (draws.uniform(*masks.shape[1:]) >= self.ratio)

@@ -129,16 +129,18 @@ def _pilot_sheet(batch: Batch, config: Config, classes: ClassTable) -> np.ndarra
 
     from mpformer.data.pictures import pilot_sheet
     from mpformer.model.architecture import build_model
-    from mpformer.model.piloting import make_pilots
+    from mpformer.model.objects import objects_of
+    from mpformer.model.piloting import make_pilots, plan_pilots
     from mpformer.model.streams import SampleRandom
 
-    targets = batch.targets
-    draws = SampleRandom(0, "pilots", batch.positions, batch.images.device)
+    targets, objects = batch.targets, objects_of(batch)
+    draws = SampleRandom(0, batch.positions, batch.images.device)
     with torch.device("meta"):  # only its structure is needed
         model = build_model(config.model.without_pretrained(), classes)
-    pilots = make_pilots(targets, config.model.pilot, model.structure, draws)
-    if pilots is None:
+    plan = plan_pilots(objects, config.model.pilot, draws)
+    if plan is None:
         return None
+    pilots = make_pilots(plan, objects, config.model.pilot, model.structure, draws)
     layers = {i: m.numpy() for i, m in enumerate(pilots.attention_masks, 1) if m is not None}
     slots = {
         b: int(_preference(target.masks)[pilots.objects[b, :count]].argmax())

@@ -32,7 +32,8 @@ from mpformer.evaluate.prediction import LayerMetrics, Prediction
 from mpformer.evaluate.truth import target_of, true_instances
 from mpformer.evaluate.views import forward, prepare, view_of
 from mpformer.model.matcher import Match
-from mpformer.model.piloting import make_pilots
+from mpformer.model.objects import in_a_row
+from mpformer.model.piloting import make_pilots, plan_pilots
 from mpformer.model.streams import SampleRandom
 from mpformer.types import ClassInfo, ClassTable, Head, InputError, Target
 
@@ -178,10 +179,11 @@ def _pilot_metrics(model: Architecture, images: Tensor, target: Target, sizes: S
     """Layer metrics of one group of pilots without noise; "hard" Util ties each pilot to its own object."""
     count = len(target.labels)
     pilot = model.config.pilot.model_copy(update={"queries": count, "noise": (), "label_noise": 0.0})
-    draws = SampleRandom(0, "diagnostics", [0], images.device)
-    pilots = make_pilots([target], pilot, model.structure, draws)
-    if pilots is None:
+    objects, draws = in_a_row([target]), SampleRandom(0, [0], images.device)
+    plan = plan_pilots(objects, pilot, draws)
+    if plan is None:
         return {}
+    pilots = make_pilots(plan, objects, pilot, model.structure, draws)
     heads = model(images, pilots).pilots
     metrics, _ = layer_metrics(heads, target, sizes, model, "pilot_")
     own = Match(torch.arange(count), pilots.objects[0].cpu())

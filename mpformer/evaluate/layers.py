@@ -20,6 +20,7 @@ from mpformer.evaluate.postprocess import Sizes
 from mpformer.evaluate.prediction import LayerMetrics, Prediction
 from mpformer.model.architecture import Architecture
 from mpformer.model.matcher import Match, match
+from mpformer.model.objects import in_a_row
 from mpformer.model.streams import SampleRandom
 from mpformer.types import Head, Target
 
@@ -88,9 +89,8 @@ def _match(head: Head, target: Target, config: Loss) -> Match:
     """Match on full masks instead of sampled points."""
     full_masks = {"points": None, "match_points": "as_loss", "match_by": "masks", "padding": "counted"}
     loss = config.model_copy(update=full_masks)
-    draws = SampleRandom(0, "diagnostics", [0], head.mask_logits.device)  # unused
-    height, width = target.masks.shape[1:]
-    return match(head, [target], loss, draws, [(height, width)], [""])[0]
+    draws = SampleRandom(0, [0], head.mask_logits.device)  # unused
+    return match(head, in_a_row([target]), loss, draws, [""])[0]
 
 
 def mean_over_images(metrics: Iterable[LayerMetrics]) -> LayerMetrics:

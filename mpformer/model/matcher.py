@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpformer.config.model import Loss as LossConfig
-from mpformer.model.boxes import generalized_iou, relative_boxes
-from mpformer.model.points import at_least_float32, cell_centers, inside, matching_points, sample_shared
-from mpformer.model.streams import SampleRandom
+from mpformer.model.boxes import generalized_iou
+from mpformer.model.objects import Objects
+from mpformer.model.points import at_least_float32, cell_centers, inside, sample, sample_shared
+from mpformer.model.streams import Purpose, SampleRandom
 from mpformer.model.transfer import to_device, to_host
-from mpformer.types import Head, RunError, Target
+from mpformer.types import Head, RunError
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 """Parameters of the focal loss (Lin et al. 2017) in DETR and MaskFormer."""
@@ -36,12 +37,7 @@ class Match:
 
 @torch.no_grad()
 def match(
-    head: Head,
-    targets: Sequence[Target],
-    config: LossConfig,
-    draws: SampleRandom,
-    valid_sizes: Sequence[tuple[int, int]],
-    image_ids: Sequence[str],
+    head: Head, objects: Objects, config: LossConfig, draws: SampleRandom, image_ids: Sequence[str]
 ) -> list[Match]:
     """The assignment of each image's objects to distinct queries at least cost; min(Q, N) pairs.
 
@@ -51,43 +47,45 @@ def match(
     `NonFiniteError` naming the image where a cost is not finite.
     """
     if config.assignment == "fixed":
-        return fixed_matches(targets)
-    points = [matching_points(config, draws, b) for b in range(len(targets))]
-    matches, failed = assign(matching_costs(head, targets, config, points, valid_sizes))
-    if failed:
-        raise NonFiniteError(f"matching: a cost of image {image_ids[failed[0]]} is not finite")
+        each = objects.labels.split(objects.counts)
+        return [Match(labels, torch.arange(len(labels), device=labels.device)) for labels in each]
+    points = matching_points(config, draws, len(objects.counts), 1, "matching")
+    (costs,) = to_host_together(matching_costs([head], objects, config, points))
+    matches = []
+    for cost, count, image in zip(costs, objects.counts, image_ids):
+        solved = assignment(cost[:, :count])
+        if solved is None:
+            raise NonFiniteError(f"matching: a cost of image {image} is not finite")
+        both = to_device(torch.from_numpy(np.stack(solved)), head.mask_logits.device)
+        matches.append(Match(*both.unbind()))
     return matches
 
 
-def fixed_matches(targets: Sequence[Target]) -> list[Match]:
-    """Class k to query k."""
-    return [Match(t.labels, torch.arange(len(t.labels), device=t.labels.device)) for t in targets]
-
-
-def assign(costs: Sequence[Tensor]) -> tuple[list[Match], list[int]]:
-    """The assignment at least cost of each [...,Q,N] float32 of `costs`, and the indices of those that are
-    not finite, whose pairs are meaningless.
-
-    Leading dimensions are solved one by one, each with indices of its own. All costs go to the host in one
-    copy, and the pairs back in one. A thread for each would be slower: for 160 of 100 queries and 20 objects
-    12 ms instead of 3, on two cores.
-    """
+def to_host_together(costs: Sequence[Tensor]) -> list[np.ndarray]:
+    """Tensors of one dtype in one copy, for which the host waits."""
     if not costs:
-        return [], []
-    table = to_host(torch.cat([cost.flatten() for cost in costs])).numpy()
-    failed, counts, pairs = [], [], [np.empty((2, 0), np.int64)]
-    end = 0
-    for number, cost in enumerate(costs):
-        start, end = end, end + cost.numel()
-        values = table[start:end].reshape(-1, *cost.shape[-2:]) if cost.numel() else np.empty((0, 0, 0))
-        if not np.isfinite(values).all():
-            failed.append(number)
-            values = np.zeros_like(values)
-        solved = [linear_sum_assignment(matrix) for matrix in values]
-        counts.append(sum(len(queries) for queries, _ in solved))
-        pairs += [np.stack(both) for both in solved]
-    found = to_device(torch.from_numpy(np.concatenate(pairs, axis=1)), costs[0].device)
-    return [Match(*both.unbind()) for both in found.split(counts, dim=1)], failed
+        return []
+    flat = to_host(torch.cat([cost.flatten() for cost in costs])).numpy()
+    parts = np.split(flat, np.cumsum([cost.numel() for cost in costs])[:-1])
+    return [part.reshape(cost.shape) for part, cost in zip(parts, costs)]
+
+
+def assignment(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Rows and columns of the assignment at least cost of [Q,N]; None if a cost is not finite."""
+    if not np.isfinite(cost).all():
+        return None
+    return linear_sum_assignment(cost)
+
+
+def matching_points(
+    config: LossConfig, draws: SampleRandom, images: int, heads: int, purpose: Purpose
+) -> Tensor | None:
+    """[L,B,P,2] float32: the points of each head and image; None where the cost needs no random ones."""
+    count = config.for_matching().points
+    if config.assignment == "fixed" or config.match_by == "boxes" or count is None:
+        return None
+    head, image = np.divmod(np.arange(heads * images), images)
+    return draws.rows(purpose, image, 0, head).points(count).unflatten(0, (heads, images))
 
 
 def most_alike(similarity: Tensor) -> Tensor:
@@ -97,55 +95,69 @@ def most_alike(similarity: Tensor) -> Tensor:
 
 
 def matching_costs(
-    head: Head,
-    targets: Sequence[Target],
-    config: LossConfig,
-    points: Sequence[Tensor | None],
-    valid_sizes: Sequence[tuple[int, int]],
+    heads: Sequence[Head], objects: Objects, config: LossConfig, points: Tensor | None
 ) -> list[Tensor]:
-    """[Q,N] float32 of each image; points as `matching_points` draws them."""
+    """[B,Q,N] float32 of each head, N being the most objects of an image: other images have fewer columns.
+
+    points [L,B,P,2] as `matching_points` draws them; None: all cells of the predicted masks.
+    """
     config = config.for_matching()
-    probability = at_least_float32(head.query_classes).softmax(-1)
-    class_costs = [-of_image[:, t.labels] for of_image, t in zip(probability, targets)]
+    padded = to_device(torch.from_numpy(objects.padded), objects.labels.device)
+    labels = objects.labels[padded]
+    class_costs = [-_probability_of(head.query_classes, labels) for head in heads]
     if config.match_by == "boxes":
-        boxes = at_least_float32(head.query_boxes)
-        return [_box_cost(c, b, t, config) for c, b, t in zip(class_costs, boxes, targets)]
-    logits = at_least_float32(head.mask_logits)
-    drawn = [p for p in points if p is not None]
-    if drawn:
-        predicted = sample_shared(logits, torch.stack(drawn))
+        boxes = objects.boxes[padded][:, None]
+        return [
+            _box_cost(c, at_least_float32(h.query_boxes), boxes, config) for c, h in zip(class_costs, heads)
+        ]
+    maps = heads[0].mask_logits
+    if points is None:  # at the predicted masks' own centres
+        points = cell_centers(maps.shape[2:], maps.device).expand(1, maps.shape[0], -1, -1)
+        predictions = [at_least_float32(head.mask_logits).flatten(2) for head in heads]
     else:
-        drawn = [cell_centers(logits.shape[2:], logits.device)] * len(targets)
-        predicted = logits.flatten(2)  # at their own centres
-    each = zip(class_costs, predicted, targets, drawn, valid_sizes)
-    return [_mask_cost(c, p, t, config, at, valid) for c, p, t, at, valid in each]
+        predictions = [sample_shared(at_least_float32(h.mask_logits), p) for h, p in zip(heads, points)]
+    wanted = _truth_at(points, objects, predictions[0].dtype)
+    counted = None
+    if config.padding == "ignored":
+        limits = to_device(torch.from_numpy(objects.limits), maps.device)
+        counted = inside(points, limits[:, None]).to(predictions[0].dtype)
+    costs = []
+    for number, (class_cost, predicted) in enumerate(zip(class_costs, predictions)):
+        own = number % len(points)
+        here = None if counted is None else counted[own]
+        costs.append(_mask_cost(class_cost, predicted, wanted[:, own][padded], here, config))
+    return costs
 
 
-def _box_cost(class_cost: Tensor, predicted: Tensor, target: Target, config: LossConfig) -> Tensor:
-    """[Q,N]; predicted boxes [Q,4]."""
-    predicted = predicted[:, None]
-    wanted = relative_boxes(target.masks).to(predicted.dtype)[None]
+def _probability_of(class_logits: Tensor, labels: Tensor) -> Tensor:
+    """Of [B,Q,K+1] the probabilities of labels [B,N]: [B,Q,N]."""
+    probability = at_least_float32(class_logits).softmax(-1)
+    return probability.gather(2, labels[:, None].expand(-1, probability.shape[1], -1))
+
+
+def _truth_at(points: Tensor, objects: Objects, dtype: torch.dtype) -> Tensor:
+    """The objects' masks at the points [L,B,P,2] of their images: [M,L,P]."""
+    images = to_device(torch.from_numpy(objects.images), points.device)
+    at = points.transpose(0, 1)[images].flatten(1, 2)
+    return sample(objects.masks.to(dtype), at).unflatten(1, (len(points), -1))
+
+
+def _box_cost(class_cost: Tensor, predicted: Tensor, wanted: Tensor, config: LossConfig) -> Tensor:
+    """[B,Q,N]; predicted boxes [B,Q,4], wanted ones [B,1,N,4]."""
+    predicted, wanted = predicted[:, :, None], wanted.to(predicted.dtype)
     return (
         config.class_weight * class_cost
-        + config.box_weight * (predicted - wanted).abs().sum(2)
+        + config.box_weight * (predicted - wanted).abs().sum(3)
         - config.giou_weight * generalized_iou(predicted, wanted)
     )
 
 
 def _mask_cost(
-    class_cost: Tensor,
-    predicted: Tensor,
-    target: Target,
-    config: LossConfig,
-    points: Tensor,
-    valid_size: tuple[int, int],
+    class_cost: Tensor, predicted: Tensor, wanted: Tensor, counted: Tensor | None, config: LossConfig
 ) -> Tensor:
-    """[Q,N] of one image; predicted [Q,P] logits at points [P,2]."""
-    wanted = sample_shared(target.masks.to(predicted.dtype)[None], points[None])[0]
-    counted = None
-    if config.padding == "ignored":
-        counted = inside(points, valid_size, target.masks.shape[1:]).to(predicted.dtype)
+    """[B,Q,N]; logits [B,Q,P] and true masks [B,N,P] at the same points, which of them count [B,P]."""
     mask_cost = _focal_cost if config.mask_loss == "focal" else _cross_entropy_cost
+    counted = None if counted is None else counted[:, None]
     return (
         config.class_weight * class_cost
         + config.mask_weight * mask_cost(predicted, wanted, counted)
@@ -157,23 +169,24 @@ def _cross_entropy_cost(logits: Tensor, wanted: Tensor, counted: Tensor | None) 
     # -t log s(x) - (1 - t) log(1 - s(x)) = softplus(x) - t x, so all pairs cost one matrix product
     positive = F.softplus(logits)
     if counted is None:
-        return (positive.sum(1, keepdim=True) - logits @ wanted.T) / logits.shape[1]
-    total = counted.sum().clamp(min=1)
-    return ((positive * counted).sum(1, keepdim=True) - (logits * counted) @ wanted.T) / total
+        return (positive.sum(2, keepdim=True) - logits @ wanted.mT) / logits.shape[2]
+    total = counted.sum(2, keepdim=True).clamp(min=1)
+    return ((positive * counted).sum(2, keepdim=True) - (logits * counted) @ wanted.mT) / total
 
 
 def _focal_cost(logits: Tensor, wanted: Tensor, counted: Tensor | None) -> Tensor:
     probability = logits.sigmoid()
     where_on = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * F.softplus(-logits)
     where_off = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * F.softplus(logits)
-    weight = torch.ones_like(logits[0]) if counted is None else counted
-    total = (where_on * weight) @ wanted.T + (where_off * weight) @ (1 - wanted).T
-    return total / weight.sum().clamp(min=1)
+    if counted is None:
+        return (where_on @ wanted.mT + where_off @ (1 - wanted).mT) / logits.shape[2]
+    total = (where_on * counted) @ wanted.mT + (where_off * counted) @ (1 - wanted).mT
+    return total / counted.sum(2, keepdim=True).clamp(min=1)
 
 
 def _dice_cost(logits: Tensor, wanted: Tensor, counted: Tensor | None) -> Tensor:
     probability = logits.sigmoid()
     if counted is not None:
         probability, wanted = probability * counted, wanted * counted
-    overlap = 2 * probability @ wanted.T
-    return 1 - (overlap + 1) / (probability.sum(1, keepdim=True) + wanted.sum(1) + 1)
+    overlap = 2 * probability @ wanted.mT
+    return 1 - (overlap + 1) / (probability.sum(2, keepdim=True) + wanted.sum(2)[:, None] + 1)

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mpformer.config.model import Loss as LossConfig
 from mpformer.config.model import Model as ModelConfig
-from mpformer.model.matcher import Match, assign, fixed_matches, matching_costs
-from mpformer.model.points import HeadPoints, draw_points
+from mpformer.model.matcher import assignment, matching_costs, matching_points, to_host_together
+from mpformer.model.objects import Objects
+from mpformer.model.pairs import Pairs, at_every_head, tabulate
+from mpformer.model.piloting import PilotPlan
 from mpformer.model.streams import SampleRandom
-from mpformer.types import Batch, Head, Output, Pilots
-
-
-@dataclass(frozen=True)
-class PilotMatching:
-    """What the pilots of a micro-batch have to reconstruct, and the random points of their losses."""
-
-    pilots: Pilots
-    objects: Sequence[Tensor]
-    """By head: the object of each pilot slot, [B,P] int64."""
-    points: Iterable[HeadPoints]
-    """By head. Single-use iterator: the points are many, so most are drawn when they are needed."""
+from mpformer.types import Head, Output
 
 
 @dataclass(frozen=True)
 class Matching:
-    """How the heads of a micro-batch are matched, and the random points of their losses."""
+    """What the heads of a micro-batch have to predict, and the random points of their losses."""
 
-    heads: Sequence[Sequence[Match]]
-    """By head and image."""
-    points: Sequence[HeadPoints]
-    """By head."""
-    piloted: PilotMatching | None
+    pairs: Pairs
+    piloted: Pairs | None
+    """Of the mask-piloted part."""
     failure: str | None
     """Names an image with a cost that is not finite, whose pairs are meaningless."""
 
@@ -43,11 +32,11 @@ class Matching:
 @torch.no_grad()
 def match_heads(
     output: Output,
-    pilots: Pilots | None,
-    batch: Batch,
+    plan: PilotPlan | None,
+    objects: Objects,
+    image_ids: Sequence[str],
     config: ModelConfig,
     draws: SampleRandom,
-    pilot_draws: SampleRandom,
 ) -> Matching | None:
     """`matcher.match` for all heads; pilots within their groups, too, if they are matched (Table 9).
 
@@ -56,69 +45,116 @@ def match_heads(
     """
     if output.heads[-1].class_logits is None:
         return None
-    points, costs = _matching_part(output.heads, batch, config.loss, draws)
+    loss = config.loss
+    matched = _matched_heads(output.heads, loss.matching == "each_head", loss.assignment == "fixed")
+    points = matching_points(loss, draws, len(objects.counts), len(matched), "matching")
+    costs = matching_costs(matched, objects, loss, points) if matched else []
     pilot_heads = output.pilots or ()
-    pilot_points, pilot_costs = _pilot_part(pilot_heads, pilots, batch, config, pilot_draws)
-    solved, failed = assign([cost for of_head in (*costs, *pilot_costs) for cost in of_head])
-    images = len(batch)
-    by_head = [solved[i : i + images] for i in range(0, len(solved), images)]
-    matches, of_pilots = by_head[: len(costs)] or [fixed_matches(batch.targets)], by_head[len(costs) :]
-    if len(matches) < len(output.heads):
-        matches = matches * len(output.heads)  # the last head's, or a fixed one, for all
-    failure = None
-    if failed:
-        what = "matching" if failed[0] < len(costs) * images else "matching of pilots"
-        failure = f"{what}: a cost of image {batch.image_ids[failed[0] % images]} is not finite"
+    pilot_costs: list[Tensor] = []
+    if plan is not None and config.pilot.assignment == "match":
+        points = matching_points(loss, draws, len(objects.counts), len(pilot_heads), "pilot matching")
+        pilot_costs = matching_costs(pilot_heads, objects, loss, points)
+    solved = to_host_together([*costs, *pilot_costs])
+    failures: list[str] = []
+    pairs = _pairs(solved[: len(costs)], output.heads, objects, image_ids, draws, failures)
     piloted = None
-    if pilots is not None:
-        objects = [_chosen_objects(pilots, batch, matched) for matched in of_pilots]
-        piloted = PilotMatching(pilots, objects or [pilots.objects] * len(pilot_heads), pilot_points)
-    return Matching(matches, points, piloted, failure)
+    if plan is not None:
+        chosen = _chosen(solved[len(costs) :], plan, objects, image_ids, failures)
+        piloted = _pilot_pairs(chosen, plan, len(pilot_heads), objects, loss.shared_pilot_points, draws)
+    return Matching(pairs, piloted, failures[0] if failures else None)
 
 
-def _matching_part(
-    heads: Sequence[Head], batch: Batch, loss: LossConfig, draws: SampleRandom
-) -> tuple[list[HeadPoints], list[list[Tensor]]]:
-    """The points of every head; the costs [Q,N] of every head that is matched, image by image."""
-    each_head = loss.matching == "each_head"
-    pairs = [min(len(t.labels), heads[0].query_classes.shape[1]) for t in batch.targets]
-    points = [draw_points(pairs, loss, draws, matching=each_head or i == 0) for i in range(len(heads))]
-    if loss.assignment == "fixed":
-        return points, []
-    matched = zip(heads if each_head else heads[-1:], points)
-    sizes = batch.valid_sizes
-    return points, [matching_costs(h, batch.targets, loss, drawn.matching, sizes) for h, drawn in matched]
+def _matched_heads(heads: Sequence[Head], each: bool, fixed: bool) -> Sequence[Head]:
+    """The heads whose costs are needed: all, the last one for all, or none."""
+    if fixed:
+        return ()
+    return heads if each else heads[-1:]
 
 
-def _pilot_part(
-    heads: Sequence[Head], pilots: Pilots | None, batch: Batch, config: ModelConfig, draws: SampleRandom
-) -> tuple[Iterable[HeadPoints], list[list[Tensor]]]:
-    """The same for the pilots; their costs [groups,n,n] if they are matched among a group's n objects."""
-    if pilots is None:
-        return (), []
-    loss, matched = config.loss, config.pilot.assignment == "match"
-    own = _own_objects(pilots, batch)
-    pairs = [len(objects) for objects in own] if loss.shared_pilot_points else pilots.counts
-    drawn_later = (draw_points(pairs, loss, draws, matching=matched) for _ in heads)
-    if not matched:
-        return drawn_later, []
-    points, costs = list(drawn_later), []
-    for head, drawn in zip(heads, points):
-        of_all = matching_costs(head, batch.targets, loss, drawn.matching, batch.valid_sizes)
-        of_own = [cost[:count, objects] for cost, count, objects in zip(of_all, pilots.counts, own)]
-        costs.append([cost.unflatten(0, (-1, max(1, cost.shape[1]))) for cost in of_own])
-    return points, costs
+def _pairs(
+    costs: Sequence[np.ndarray],
+    heads: Sequence[Head],
+    objects: Objects,
+    image_ids: Sequence[str],
+    draws: SampleRandom,
+    failures: list[str],
+) -> Pairs:
+    """The pairs of all heads, given the costs [B,Q,N] of each matched one; notes images in `failures`."""
+    found = []
+    for number, of_head in enumerate(costs):
+        for b, (start, count) in enumerate(zip(objects.starts, objects.counts)):
+            solved = assignment(of_head[b, :, :count])
+            if solved is None:
+                failures.append(f"matching: a cost of image {image_ids[b]} is not finite")
+                count = min(count, of_head.shape[1])
+                solved = np.arange(count), np.arange(count)
+            queries, columns = solved
+            place = np.full((2, len(queries)), ((number,), (b,)))
+            found.append(np.concatenate((place, [queries, start + columns])))
+    if costs:
+        table = np.concatenate(found, axis=1)
+        if len(costs) < len(heads):  # the last head's pairs for all
+            table = at_every_head(list(table[1:]), len(heads))
+    else:  # class k to query k, of which only the device knows
+        rows = np.arange(len(objects.images))
+        table = at_every_head((objects.images, rows, rows), len(heads))
+    head, image, _, object_ = table
+    drawn = draws.rows("losses", image, objects.numbers[object_], head)
+    columns = np.concatenate((table, [np.arange(table.shape[1])]))
+    pairs = tabulate(columns, len(heads), drawn, draws.device)
+    return pairs if costs else replace(pairs, queries=objects.labels[pairs.objects])
 
 
-def _own_objects(pilots: Pilots, batch: Batch) -> list[Tensor]:
-    """The objects of one group of each image, [n] int64."""
-    counts = zip(pilots.counts, batch.targets)
-    return [row[: min(n, len(t.labels))] for row, (n, t) in zip(pilots.objects, counts)]
+def _chosen(
+    costs: Sequence[np.ndarray],
+    plan: PilotPlan,
+    objects: Objects,
+    image_ids: Sequence[str],
+    failures: list[str],
+) -> np.ndarray:
+    """[L,n] int64: the object that each used slot has to reconstruct at each head, a row of `Objects`.
+
+    costs [B,P,N] of each head if pilots are matched among the objects of their group; else none, and every
+    pilot has its own object ([1,n], for all heads).
+    """
+    if not costs:
+        return plan.objects[None]
+    chosen = np.tile(plan.objects, (len(costs), 1))
+    for of_head, row in zip(costs, chosen):
+        end = 0
+        for b, (groups, each) in enumerate(zip(plan.layout.groups, plan.layout.per_group)):
+            start, end = end, end + groups * each
+            if start == end:
+                continue
+            own = plan.objects[start : start + each]
+            of_image = of_head[b, : groups * each][:, own - objects.starts[b]]
+            for group in range(groups):
+                solved = assignment(of_image[group * each : (group + 1) * each])
+                if solved is None:
+                    failures.append(f"matching of pilots: a cost of image {image_ids[b]} is not finite")
+                    continue
+                row[start + group * each : start + (group + 1) * each] = own[solved[1]]
+    return chosen
 
 
-def _chosen_objects(pilots: Pilots, batch: Batch, matches: Sequence[Match]) -> Tensor:
-    """[B,P] int64: the object of each pilot slot, given the pairs of each image, group after group."""
-    objects = pilots.objects.clone()
-    for row, own, chosen in zip(objects, _own_objects(pilots, batch), matches):
-        row[: len(chosen.objects)] = own[chosen.objects]
-    return objects
+def _pilot_pairs(
+    chosen: np.ndarray,
+    plan: PilotPlan,
+    heads: int,
+    objects: Objects,
+    shared: bool,
+    draws: SampleRandom,
+) -> Pairs:
+    """The pairs of all pilots; shared: those of an object at a head share their points."""
+    head, image, slot, _ = at_every_head((plan.images, plan.slots, plan.slots), heads)
+    object_ = np.broadcast_to(chosen, (heads, chosen.shape[1])).reshape(-1)
+    if shared:
+        # in the order of heads, images and objects
+        everything, rows = np.unique(head * len(objects.images) + object_, return_inverse=True)
+        place, own = np.divmod(everything, max(1, len(objects.images)))
+        drawn = draws.rows("pilot losses", objects.images[own], objects.numbers[own], place)
+    else:
+        rows = np.arange(len(head))
+        drawn = draws.rows("pilot losses", image, slot, head)
+    columns = np.stack((head, image, slot, object_, rows))
+    return tabulate(columns, heads, drawn, draws.device)

@@ -19,24 +19,26 @@ from mpformer import plugin
 from mpformer.config import model as settings
 from mpformer.config.model import Pilot, PilotRules
 from mpformer.config.plugins import Plugin
-from mpformer.model.streams import SampleRandom
+from mpformer.model.streams import Draws
 
 
 class Noise(Protocol):
     """The contract of a kind of noise, which `model.pilot.noise` names."""
 
-    def __call__(self, masks: Tensor, draws: SampleRandom, image: int) -> Tensor:
-        """The masks [n,h,w] bool of one image with noise, another tensor of the same shape and dtype.
+    def __call__(self, masks: Tensor, draws: Draws) -> Tensor:
+        """The masks [n,h,w] bool of all pilots of a micro-batch with noise, another tensor of that shape and
+        dtype.
 
-        draws, image: random numbers come from `draws.uniform(image, *shape)`, float32 in [0, 1), the image's
-        own stream. Called once for each map that a piloted layer reads.
+        Random numbers come from `draws.uniform(*shape)`: [n,*shape] float32 in [0, 1), new ones at each call.
+        Those of a pilot do not depend on the others; neither may its noise. Called once for each map that a
+        piloted layer reads.
         """
 
 
 class NoiseAtOnce(Protocol):
     """Noise of the released code that is drawn once, at stride 8, and resized for all layers."""
 
-    def __call__(self, masks: Tensor, boxes: Tensor, draws: SampleRandom, image: int) -> Tensor:
+    def __call__(self, masks: Tensor, boxes: Tensor, draws: Draws) -> Tensor:
         """As `Noise`; boxes [n,4] of the masks at full size, (centre x, centre y, width, height) in 0..1."""
 
 
@@ -72,7 +74,7 @@ class NoNoise:
     def __init__(self, noise: settings.NoNoise, rules: PilotRules) -> None:
         pass
 
-    def __call__(self, masks: Tensor, draws: SampleRandom, image: int) -> Tensor:
+    def __call__(self, masks: Tensor, draws: Draws) -> Tensor:
         return masks
 
 
@@ -80,28 +82,27 @@ class PointNoise:
     def __init__(self, noise: settings.PointNoise, rules: PilotRules) -> None:
         self.ratio, self.independent = noise.ratio, rules.point_flips == "independent"
 
-    def __call__(self, masks: Tensor, draws: SampleRandom, image: int) -> Tensor:
-        count, height, width = masks.shape
-        scores = draws.uniform(image, count, height * width)
+    def __call__(self, masks: Tensor, draws: Draws) -> Tensor:
+        scores = draws.uniform(masks.shape[1] * masks.shape[2])
         if self.independent:
             return released_point_noise(masks, self.ratio, scores)
-        return point_noise(masks, self.ratio, scores, draws.uniform(image, count))
+        return point_noise(masks, self.ratio, scores, draws.uniform())
 
 
 class ShiftNoise:
     def __init__(self, noise: settings.ShiftNoise, rules: PilotRules) -> None:
         self.ratio = noise.ratio
 
-    def __call__(self, masks: Tensor, draws: SampleRandom, image: int) -> Tensor:
-        return shift_noise(masks, self.ratio, draws.uniform(image, len(masks), 2))
+    def __call__(self, masks: Tensor, draws: Draws) -> Tensor:
+        return shift_noise(masks, self.ratio, draws.uniform(2))
 
 
 class ScaleNoise:
     def __init__(self, noise: settings.ScaleNoise, rules: PilotRules) -> None:
         self.ratio = noise.ratio
 
-    def __call__(self, masks: Tensor, draws: SampleRandom, image: int) -> Tensor:
-        return scale_noise(masks, self.ratio, draws.uniform(image, len(masks)))
+    def __call__(self, masks: Tensor, draws: Draws) -> Tensor:
+        return scale_noise(masks, self.ratio, draws.uniform())
 
 
 NOISES: dict[str, Callable[[Any, PilotRules], Noise]] = {
@@ -117,16 +118,16 @@ class ReleasedShift:
     def __init__(self, noise: settings.ShiftNoise) -> None:
         self.ratio = noise.ratio
 
-    def __call__(self, masks: Tensor, boxes: Tensor, draws: SampleRandom, image: int) -> Tensor:
-        return released_shift_noise(masks, self.ratio, boxes, draws.uniform(image, len(masks), 2))
+    def __call__(self, masks: Tensor, boxes: Tensor, draws: Draws) -> Tensor:
+        return released_shift_noise(masks, self.ratio, boxes, draws.uniform(2))
 
 
 class ReleasedScale:
     def __init__(self, noise: settings.ScaleNoise) -> None:
         self.ratio = noise.ratio
 
-    def __call__(self, masks: Tensor, boxes: Tensor, draws: SampleRandom, image: int) -> Tensor:
-        return released_scale_noise(masks, self.ratio, boxes, draws.uniform(image, len(masks)))
+    def __call__(self, masks: Tensor, boxes: Tensor, draws: Draws) -> Tensor:
+        return released_scale_noise(masks, self.ratio, boxes, draws.uniform())
 
 
 def point_noise(masks: Tensor, ratio: float, scores: Tensor, amounts: Tensor) -> Tensor:

@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mpformer.config.model import Pilot as PilotConfig
 from mpformer.config.model import PilotRules
 from mpformer.model.architecture import Structure
-from mpformer.model.boxes import relative_boxes
 from mpformer.model.noise import PilotNoise, build_noise, label_noise, released_label_noise
-from mpformer.model.streams import SampleRandom
-from mpformer.types import MEMORY_STRIDES, InputError, Pilots, Target
+from mpformer.model.objects import Objects
+from mpformer.model.streams import Draws, SampleRandom
+from mpformer.model.transfer import to_device
+from mpformer.types import MEMORY_STRIDES, InputError, Pilots
 
 _RELEASED_STRIDE = MEMORY_STRIDES[-1]
 """At which the released code moves masks, whatever maps the layers read."""
@@ -62,93 +64,137 @@ def pilot_layout(objects: Sequence[int], config: PilotConfig) -> PilotLayout:
     return PilotLayout(groups_of, per_group, max((g * n for g, n in zip(groups_of, per_group)), default=0))
 
 
-@torch.no_grad()
-def make_pilots(
-    targets: Sequence[Target], pilot: PilotConfig, structure: Structure, draws: SampleRandom
-) -> Pilots | None:
-    """Pilots of a micro-batch for a model of that structure, or None where mask piloting is off.
+@dataclass(frozen=True)
+class PilotPlan:
+    """Which slot of which image gets which object: of all n used slots, image after image."""
 
-    targets: one per image, masks [N,H,W] bool, H and W multiples of the strides. Random numbers come from
-    each image's own stream. A batch without any object gets pilots of zero slots, so that every parameter
-    takes part in the step.
-    """
+    layout: PilotLayout
+    images: np.ndarray
+    """[n] int64"""
+    slots: np.ndarray
+    """[n] int64: number within the image."""
+    objects: np.ndarray
+    """[n] int64: row of `Objects`. Each group of an image holds the same objects in the same order."""
+
+
+def plan_pilots(objects: Objects, pilot: PilotConfig, draws: SampleRandom) -> PilotPlan | None:
+    """The use of the pilot slots, or None where mask piloting is off. Nothing here touches the device."""
     if pilot.queries == 0:
         return None
-    rules = pilot.rules()
-    layout = pilot_layout([len(t.labels) for t in targets], pilot)
-    device = targets[0].labels.device
-    labels = torch.full((len(targets), layout.slots), -1, dtype=torch.long, device=device)
-    objects = torch.zeros_like(labels)
-    groups = torch.full_like(labels, -1)
-    for b, (target, count) in enumerate(zip(targets, layout.counts)):
-        slot = torch.arange(layout.slots, device=device)
-        if count:
-            chosen = _choose(len(target.labels), layout.per_group[b], draws, b)
-            objects[b, :count] = chosen.repeat(layout.groups[b])
-            groups[b, :count] = torch.div(slot[:count], layout.per_group[b], rounding_mode="floor")
-            fed = target.labels[objects[b, :count]]
-            labels[b, :count] = _with_label_noise(fed, structure.classes, pilot, draws, b)
+    layout = pilot_layout(objects.counts, pilot)
+    images = np.repeat(np.arange(len(layout.counts)), layout.counts)
+    slots = np.concatenate([np.empty(0, np.int64), *map(np.arange, layout.counts)])
+    groups = zip(layout.groups, _chosen(objects, layout.per_group, draws))
+    chosen = np.concatenate([np.empty(0, np.int64), *(np.tile(own, count) for count, own in groups)])
+    return PilotPlan(layout, images, slots, chosen)
+
+
+def _chosen(objects: Objects, per_group: Sequence[int], draws: SampleRandom) -> list[np.ndarray]:
+    """The objects of a group of each image: all of them in order, or so many of them at random."""
+    each = np.split(np.arange(len(objects.images)), objects.starts[1:])
+    if any(count > kept for count, kept in zip(objects.counts, per_group)):
+        scores = draws.on_host().rows("pilot objects", objects.images, objects.numbers, 0).uniform().numpy()
+        # where there are no more objects than places their order stays
+        each = [
+            own if len(own) <= kept else own[np.argsort(scores[own])][:kept]
+            for own, kept in zip(each, per_group)
+        ]
+    return each
+
+
+@torch.no_grad()
+def make_pilots(
+    plan: PilotPlan, objects: Objects, pilot: PilotConfig, structure: Structure, draws: SampleRandom
+) -> Pilots:
+    """Pilots of a micro-batch for a model of that structure.
+
+    Height and width of the masks are multiples of the strides. A batch without any object gets pilots of zero
+    slots, so that every parameter takes part in the step.
+    """
+    images, slots, rows = to_device(
+        torch.from_numpy(np.stack((plan.images, plan.slots, plan.objects))), draws.device
+    )
+    labels = rows.new_full((len(objects.counts), plan.layout.slots), -1)
+    fed = draws.rows("pilot labels", plan.images, plan.slots, 0)
+    labels[images, slots] = _with_label_noise(objects.labels[rows], structure.classes, pilot, fed)
+    own, groups = _slots_of(plan, objects, pilot.rules())
+    cells = _attention_masks(plan, objects, rows, pilot, structure, draws)
+    allowed = [
+        None if of_layer is None else _in_slots(of_layer, images, slots, labels.shape) for of_layer in cells
+    ]
+    both = to_device(torch.from_numpy(np.stack((own, groups))), draws.device)
+    return Pilots(labels, both[0], both[1], plan.layout.counts, tuple(allowed))
+
+
+def _slots_of(plan: PilotPlan, objects: Objects, rules: PilotRules) -> tuple[np.ndarray, np.ndarray]:
+    """[B,P] int64 both: each slot's object, a number within its image, and its group; see `Pilots`."""
+    layout = plan.layout
+    shape = len(objects.counts), layout.slots
+    own, groups = np.zeros(shape, np.int64), np.full(shape, -1)
+    own[plan.images, plan.slots] = objects.numbers[plan.objects]
+    for of_image, count, number, each in zip(groups, layout.counts, layout.groups, layout.per_group):
+        of_image[:count] = np.arange(count) // max(1, each)
         if rules.padded_slots == "trained":
-            groups[b, count:] = slot[count:] % max(layout.groups[b], 1)
-    chosen_objects = [objects[b, :count] for b, count in enumerate(layout.counts)]
-    masks = _attention_masks(targets, chosen_objects, layout.slots, pilot, structure, draws)
-    return Pilots(labels, objects, groups, layout.counts, masks)
+            of_image[count:] = np.arange(count, layout.slots) % max(1, number)
+    return own, groups
 
 
-def _choose(objects: int, per_group: int, draws: SampleRandom, image: int) -> Tensor:
-    """The objects of a group, int64: all of them in order, or `per_group` of them at random."""
-    if objects > per_group:
-        return draws.permutation(image, objects)[:per_group]
-    return torch.arange(objects, device=draws.device)
-
-
-def _with_label_noise(
-    labels: Tensor, classes: int, config: PilotConfig, draws: SampleRandom, image: int
-) -> Tensor:
+def _with_label_noise(labels: Tensor, classes: int, config: PilotConfig, draws: Draws) -> Tensor:
     flip = label_noise if config.rules().label_flip == "other_class" else released_label_noise
-    decisions, choices = draws.uniform(image, len(labels)), draws.uniform(image, len(labels))
-    return flip(labels, classes, config.label_noise, decisions, choices)
+    return flip(labels, classes, config.label_noise, draws.uniform(), draws.uniform())
+
+
+def _in_slots(masks: Tensor, images: Tensor, slots: Tensor, shape: Sequence[int]) -> Tensor:
+    """Masks of the used slots [n,S] bool as [B,P,S], padding being off."""
+    allowed = masks.new_zeros(*shape, masks.shape[1])
+    allowed[images, slots] = masks
+    return allowed
 
 
 def _attention_masks(
-    targets: Sequence[Target],
-    objects: Sequence[Tensor],
-    slots: int,
+    plan: PilotPlan,
+    objects: Objects,
+    rows: Tensor,
     pilot: PilotConfig,
     structure: Structure,
     draws: SampleRandom,
-) -> tuple[Tensor | None, ...]:
-    """For each attention layer [B,P,S] bool over the cells that it reads, None where it is not piloted.
+) -> list[Tensor | None]:
+    """For each attention layer [n,S] bool over the cells that it reads, None where it is not piloted.
 
-    objects: for each image the objects of its used slots, int64; `slots`: P.
+    rows [n]: the object of each used slot, a row of `objects`.
     """
     noise, rules = build_noise(pilot), pilot.rules()
     numbers = pilot.layer_numbers(len(structure.attention_strides))
     piloted = {number: structure.attention_strides[number - 1] for number in numbers}
     needed = sorted({stride for strides in piloted.values() for stride in strides})
-    sources = [
-        _Source(target, own, needed, noise, pilot, draws, b)
-        for b, (target, own) in enumerate(zip(targets, objects))
-    ]
+    any_pixel = rules.level_masks == "any_pixel" or not pilot.moves_objects
+    finest = min(needed, default=_RELEASED_STRIDE)
+    if noise.at_once:
+        finest = min(finest, _RELEASED_STRIDE)
+    masks = _coarser(objects.masks, finest, any_pixel)
+    if noise.at_once:
+        masks, boxes = masks[rows], objects.boxes[rows]
+        for apply in noise.at_once:
+            masks = apply(masks, boxes, draws.rows("pilot noise", plan.images, plan.slots, 0))
+    sources = {stride: _coarser(masks, stride // finest, any_pixel) for stride in needed}
     result: list[Tensor | None] = [None] * len(structure.attention_strides)
     for number, strides in piloted.items():
         # the released code takes the complement of moved masks from the second layer on
         inverted = rules.complement and pilot.moves_objects and number > 1
-        cells = sum(sources[0].masks[stride].shape[1:].numel() for stride in strides)
-        allowed = torch.zeros(len(targets), slots, cells, dtype=torch.bool, device=targets[0].masks.device)
-        for b, source in enumerate(sources):
-            parts = [_noised(source, stride, noise, draws, b) for stride in strides]
-            masks = torch.cat([part.flatten(1) for part in parts], dim=1)
-            allowed[b, : len(masks)] = ~masks if inverted else masks
-        result[number - 1] = allowed
-    return tuple(result)
+        parts = []
+        for map_number, stride in enumerate(strides):
+            source = sources[stride] if noise.at_once else sources[stride][rows]
+            place = number * len(MEMORY_STRIDES) + map_number
+            parts.append(_noised(source, noise, draws.rows("pilot noise", plan.images, plan.slots, place)))
+        cells = torch.cat([part.flatten(1) for part in parts], dim=1)
+        result[number - 1] = ~cells if inverted else cells
+    return result
 
 
-def _noised(source: _Source, stride: int, noise: PilotNoise, draws: SampleRandom, image: int) -> Tensor:
-    """The masks of an image's used slots at a stride, [count,h,w] bool, with fresh noise."""
-    masks = source.masks[stride][source.rows]
+def _noised(masks: Tensor, noise: PilotNoise, draws: Draws) -> Tensor:
+    """The masks of all used slots at a stride, [n,h,w] bool, with fresh noise."""
     for apply in noise.at_each_layer:
-        noised = apply(masks, draws, image)
+        noised = apply(masks, draws)
         if noised.shape != masks.shape or noised.dtype != torch.bool:
             raise InputError(
                 f"model.pilot.noise: {apply}: masks torch.bool {list(masks.shape)} expected, not "
@@ -156,35 +202,6 @@ def _noised(source: _Source, stride: int, noise: PilotNoise, draws: SampleRandom
             )
         masks = noised
     return masks
-
-
-class _Source:
-    """The masks that the pilots of one image start from in every layer.
-
-    `masks`: by stride [n,h,w] bool; `rows` [count]: the row of each used slot.
-    """
-
-    def __init__(
-        self,
-        target: Target,
-        objects: Tensor,
-        strides: Sequence[int],
-        noise: PilotNoise,
-        pilot: PilotConfig,
-        draws: SampleRandom,
-        image: int,
-    ) -> None:
-        any_pixel = pilot.rules().level_masks == "any_pixel" or not pilot.moves_objects
-        finest = min(strides, default=_RELEASED_STRIDE)
-        if noise.at_once:
-            finest = min(finest, _RELEASED_STRIDE)
-        masks, self.rows = _coarser(target.masks, finest, any_pixel), objects
-        if noise.at_once:
-            masks, boxes = masks[objects], relative_boxes(target.masks)[objects]
-            for apply in noise.at_once:
-                masks = apply(masks, boxes, draws, image)
-            self.rows = torch.arange(len(objects), device=objects.device)
-        self.masks = {stride: _coarser(masks, stride // finest, any_pixel) for stride in strides}
 
 
 def _coarser(masks: Tensor, step: int, any_pixel: bool) -> Tensor:

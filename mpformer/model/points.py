@@ -3,54 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from mpformer.config.model import Loss as LossConfig
-from mpformer.config.model import PointCounts
-from mpformer.model.streams import SampleRandom
-
-
-@dataclass(frozen=True)
-class HeadPoints:
-    """The random points of one head, image by image."""
-
-    matching: tuple[Tensor | None, ...]
-    """[P,2] float32, (x, y) in 0..1: shared by all pairs of an image; None where matching needs none."""
-    losses: tuple[tuple[Tensor, Tensor], ...]
-    """Candidates and uniform points of each pair, [n,...] int32, packed (`unpack`); empty for full masks."""
-
-
-def draw_points(
-    pairs: Sequence[int], config: LossConfig, draws: SampleRandom, *, matching: bool
-) -> HeadPoints:
-    """Draw the points of a head for images with that many pairs; matching: whether it is matched at all.
-
-    An image's stream yields the points of matching first, then those of the losses, head after head.
-    """
-    images = range(len(pairs))
-    shared = tuple(matching_points(config, draws, b) if matching else None for b in images)
-    counts = config.point_counts()
-    if counts is None:
-        return HeadPoints(shared, ())
-    return HeadPoints(shared, tuple(loss_points(pairs[b], counts, draws, b) for b in images))
-
-
-def matching_points(config: LossConfig, draws: SampleRandom, b: int) -> Tensor | None:
-    """[P,2] float32; None where the cost needs no random points."""
-    count = config.for_matching().points
-    if config.assignment == "fixed" or config.match_by == "boxes" or count is None:
-        return None
-    return draws.uniform(b, count, 2)
-
-
-def loss_points(masks: int, counts: PointCounts, draws: SampleRandom, b: int) -> tuple[Tensor, Tensor]:
-    """Candidates and uniform points of an image's masks, packed: [masks,...] int32 both."""
-    return draws.points(b, masks, counts.candidates), draws.points(b, masks, counts.uniform)
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -62,11 +19,10 @@ def unpack(points: Tensor) -> Tensor:
     """Packed points [...] int32 as (x, y) in 0..1, float32 [...,2].
 
     A packed point has x in its lower and y in its upper 16 bits, in units of 1/65536 of the map's width and
-    height, and is the centre of its unit. A point takes 4 bytes instead of 8, and a random number of 64 bits
-    gives two of them.
+    height, and is the centre of its unit.
     """
     both = torch.stack((points & 0xFFFF, (points >> 16) & 0xFFFF), dim=-1)
-    return (both.float() + 0.5) / 65536
+    return both.float().add_(0.5).mul_(1 / 65536)
 
 
 def sample(maps: Tensor, points: Tensor) -> Tensor:
@@ -103,26 +59,32 @@ def cell_centers(size: Sequence[int], device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def uncertain_points(logits: Tensor, candidates: Tensor, uniform: Tensor, important: int) -> Tensor:
-    """Points for the mask losses (PointRend's importance sampling): [N,P,2].
+def least_certain(logits: Tensor, candidates: Tensor, important: int) -> Tensor:
+    """The `important` candidates nearest to the decision boundary (PointRend's importance sampling).
 
-    logits [N,H,W]; candidates [N,oversample*P,2] and uniform [N,P-important,2], random in 0..1. Of the
-    candidates the `important` ones nearest to the decision boundary are kept; `uniform` completes them.
+    logits [N,h,w]; candidates [N,C,2], (x, y) in 0..1 -> [N,important,2] in any order.
     """
-    distance = sample(logits.detach(), candidates).abs()
-    nearest = _smallest(distance, important)
-    kept = candidates.gather(1, nearest[:, :, None].expand(-1, -1, 2))
-    return torch.cat((kept, uniform), dim=1)
+    nearest = _smallest(sample(logits, candidates).abs(), important)
+    return candidates.gather(1, nearest[:, :, None].expand(-1, -1, 2))
 
 
 @torch.no_grad()
-def least_certain(logits: Tensor, candidates: Tensor, important: int) -> Tensor:
-    """The `important` candidates nearest to the decision boundary, [N,important], packed as they were.
+def sample_masks(masks: Tensor, rows: Tensor, points: Tensor) -> Tensor:
+    """As `sample` of masks[rows], whose copies would be large: [M,H,W] bool, [n] int64, [n,P,2] -> [n,P].
 
-    logits [N,H,W]; candidates [N,...] int32, packed points.
+    In the dtype of the points.
     """
-    distance = sample(logits.detach(), unpack(candidates)).abs()
-    return candidates.gather(1, _smallest(distance, important))
+    height, width = masks.shape[1:]
+    column, row = (points[..., 0] * width - 0.5), (points[..., 1] * height - 0.5)
+    left, upper = column.floor(), row.floor()
+    values = torch.zeros_like(column)
+    flat, first = masks.flatten(), (rows * (height * width))[:, None]
+    for y, in_y in ((upper, 1 - (row - upper)), (upper + 1, row - upper)):
+        for x, in_x in ((left, 1 - (column - left)), (left + 1, column - left)):
+            cell = first + y.clamp(0, height - 1).long() * width + x.clamp(0, width - 1).long()
+            there = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+            values += in_x * in_y * (flat[cell] & there)
+    return values
 
 
 def _smallest(values: Tensor, count: int) -> Tensor:
@@ -133,7 +95,9 @@ def _smallest(values: Tensor, count: int) -> Tensor:
     return values.topk(count, dim=1, largest=False, sorted=False).indices
 
 
-def inside(points: Tensor, valid_size: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Which points [...,P,2] lie in the valid upper left part of an image padded to `size`: [...,P] bool."""
-    x, y = points.unbind(-1)
-    return (x < valid_size[1] / size[1]) & (y < valid_size[0] / size[0])
+def inside(points: Tensor, limits: Tensor) -> Tensor:
+    """Which points [...,P,2] lie in the valid upper left part of a padded image: [...,P] bool.
+
+    limits [...,2], broadcast: (x, y) in 0..1 at which that part ends.
+    """
+    return (points < limits).all(-1)

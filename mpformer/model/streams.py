@@ -1,92 +1,92 @@
-"""Random numbers of a training step: one stream per image, keyed by seed, purpose and position in the run.
+"""Random numbers of a training step: a function of seed, purpose, position, head or layer, and row.
 
-Sampled points and pilot noise of an image are therefore the same on any worker, in any micro-batch and after
-any restart, so a run does not depend on how its global batch is divided. Pilots have streams of their own:
-switching them or their noise on or off leaves the points of the matching part as they were.
+Sampled points and pilot noise of an image are therefore the same on any device and worker, in any micro-batch
+and after any restart, so a run does not depend on how its global batch is divided. Each purpose has numbers
+of its own: switching pilots or their noise on or off leaves the points of the matching part as they were.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mpformer.model.points import unpack
+from mpformer.model.transfer import to_device
+from mpformer.ops.random_bits import random_bits
 
-class _Stream(Protocol):
-    """The random numbers of one image; the methods are those of `SampleRandom`, without the image."""
-
-    def uniform(self, shape: tuple[int, ...]) -> Tensor: ...
-    def points(self, masks: int, count: int) -> Tensor: ...
-    def permutation(self, count: int) -> Tensor: ...
-
-
-class _HostStream:
-    """numpy's SFC64, which takes a third of the time of torch's generator on a CPU."""
-
-    def __init__(self, key: int) -> None:
-        self._random = np.random.Generator(np.random.SFC64(key))
-
-    def uniform(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.from_numpy(self._random.random(shape, dtype=np.float32))
-
-    def points(self, masks: int, count: int) -> Tensor:
-        total = masks * count
-        bits = self._random.integers(2**64 - 1, size=(total + 1) // 2, dtype=np.uint64, endpoint=True)
-        return torch.from_numpy(bits.view(np.int32)[:total].reshape(masks, count))
-
-    def permutation(self, count: int) -> Tensor:
-        return torch.from_numpy(self._random.permutation(count))
+Purpose = Literal[
+    "matching", "losses", "consistency",
+    "pilot objects", "pilot labels", "pilot noise", "pilot matching", "pilot losses",
+]  # fmt: skip
 
 
-class _DeviceStream:
-    """torch's generator of a device."""
+class Draws:
+    """Random numbers for n rows of something, such as pilots: each call gives new ones.
 
-    def __init__(self, key: int, device: torch.device) -> None:
-        self._device = device
-        self._random = torch.Generator(device).manual_seed(key)
+    A row's numbers depend on nothing but what the row is for, never on the rows beside it.
+    """
 
-    def uniform(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.rand(shape, generator=self._random, device=self._device)
+    def __init__(self, streams: Tensor) -> None:
+        """streams: [n,4] int32, see `mpformer.ops.random_bits`."""
+        self.streams = streams
+        self._calls = 0
 
-    def points(self, masks: int, count: int) -> Tensor:
-        shape, bounds = (masks, count), (-(2**31), 2**31)
-        return torch.randint(*bounds, shape, generator=self._random, device=self._device, dtype=torch.int32)
+    def __len__(self) -> int:
+        return len(self.streams)
 
-    def permutation(self, count: int) -> Tensor:
-        return torch.randperm(count, generator=self._random, device=self._device)
+    def some(self, rows: Tensor | slice) -> Draws:
+        """The numbers of some of the rows, from the first call on."""
+        return Draws(self.streams[rows])
+
+    def uniform(self, *shape: int) -> Tensor:
+        """[n,*shape] float32 in [0, 1), on the device of the rows."""
+        # a float32 holds 24 bits of a number in 0..1
+        upper = self._bits(math.prod(shape)).bitwise_right_shift_(8)
+        return upper.float().mul_(2.0**-24).add_(0.5).view(-1, *shape)
+
+    def points(self, count: int) -> Tensor:
+        """[n,count,2] float32, (x, y) in 0..1."""
+        return unpack(self._bits(count))
+
+    def _bits(self, count: int) -> Tensor:
+        bits = random_bits(self.streams, self._calls, count)
+        self._calls += 1
+        return bits
 
 
 class SampleRandom:
-    """The random streams of the images of one micro-batch, for one purpose ('matching', 'pilots').
+    """The random numbers of the images of one micro-batch."""
 
-    The numbers are made on the device, so a stream also depends on the kind of device.
-    """
-
-    def __init__(self, seed: int, purpose: str, positions: Sequence[int], device: torch.device) -> None:
+    def __init__(self, seed: int, positions: Sequence[int], device: torch.device) -> None:
+        """positions: of the images in the run's sample stream."""
         self.device = device
-        keys = [_key(seed, purpose, position) for position in positions]
-        self._streams: list[_Stream] = [
-            _HostStream(key) if device.type == "cpu" else _DeviceStream(key, device) for key in keys
-        ]
+        self._seed, self._positions = seed, tuple(positions)
 
-    def uniform(self, image: int, *shape: int) -> Tensor:
-        """float32 in [0, 1) from the stream of the image-th image."""
-        return self._streams[image].uniform(shape)
+    def rows(
+        self, purpose: Purpose, images: np.ndarray, rows: np.ndarray | int, places: np.ndarray | int
+    ) -> Draws:
+        """Numbers for n rows, on the device.
 
-    def points(self, image: int, masks: int, count: int) -> Tensor:
-        """Random points of the image-th image, packed (see `mpformer.model.points.unpack`): [masks,count]
-        int32."""
-        return self._streams[image].points(masks, count)
+        images [n]: of the micro-batch, which each row belongs to; rows [n]: a row's number within its image,
+        such as that of an object; places [n]: of the head or layer.
+        """
+        keys = np.array([_key(self._seed, purpose, position) for position in self._positions], np.uint64)
+        streams = np.empty((len(images), 4), np.int32)
+        streams[:, :2] = keys.view(np.int32).reshape(-1, 2)[images]
+        streams[:, 2], streams[:, 3] = rows, places
+        return Draws(to_device(torch.from_numpy(streams), self.device))
 
-    def permutation(self, image: int, count: int) -> Tensor:
-        """A random order of 0..count-1, int64 [count]."""
-        return self._streams[image].permutation(count)
+    def on_host(self) -> SampleRandom:
+        """The same numbers on the CPU."""
+        return SampleRandom(self._seed, self._positions, torch.device("cpu"))
 
 
-def _key(seed: int, purpose: str, position: int) -> int:
+def _key(seed: int, purpose: Purpose, position: int) -> int:
     digest = hashlib.blake2b(f"{seed}/{purpose}/{position}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1  # manual_seed takes a signed 64-bit number
+    return int.from_bytes(digest, "little")

@@ -19,7 +19,7 @@ from pathlib import Path
 SOURCES = Path(__file__).parent / "csrc"
 _FILES = (
     *("deform_attn_cpu.h", "deform_attn_types.h", "deform_attn_cpu.cpp", "deform_attn_kernel.cpp"),
-    *("mask_points.h", "mask_points_cpu.cpp", "mask_points_kernel.cpp", "threads.h"),
+    *("mask_points.h", "mask_points_cpu.cpp", "mask_points_kernel.cpp", "philox.h", "threads.h"),
 )
 
 # Nothing reads errno or floating-point traps, and both keep the compiler from vectorising.

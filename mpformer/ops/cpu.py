@@ -1,16 +1,15 @@
 """The compiled CPU kernel: tensors in, a call through the plain C interface of csrc/, tensors out."""
 
 import ctypes
-import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mpformer.ops.mask_points_cpu import CpuPoints
 from mpformer.ops.reference import Shapes
+from mpformer.ops.threads import torch_threads
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -61,8 +60,7 @@ class Library:
             raise OtherSourcesError
         self._forward = self._function("deform_attn_forward", ctypes.c_int, ctypes.POINTER(_Problem))
         self._backward = self._function("deform_attn_backward", ctypes.c_int, ctypes.POINTER(_Problem))
-        self.mask_points_forward = self._function("mask_points_forward", ctypes.c_int, ctypes.c_void_p)
-        self.mask_points_backward = self._function("mask_points_backward", ctypes.c_int, ctypes.c_void_p)
+        self.points = CpuPoints(self._function)
         name = self._function("deform_attn_kernel", ctypes.c_char_p, ctypes.c_int)
         runs_here = self._function("deform_attn_runs_here", ctypes.c_int, ctypes.c_int)
         self.kernels: list[str] = []
@@ -70,6 +68,10 @@ class Library:
             self.kernels.append(found.decode())
         self.usable = [k for i, k in enumerate(self.kernels) if runs_here(i)]
         self.name = self.usable[-1]
+
+    def points_of(self, kernel: str) -> CpuPoints:
+        """The mask losses and random numbers of an instruction set, for tests."""
+        return CpuPoints(self._function, self.kernels.index(kernel))
 
     def _function(self, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
         function = getattr(self._library, f"mpformer_{name}")
@@ -168,26 +170,3 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _array(tensor: Tensor) -> _Array:
     return _Array(tensor.data_ptr(), *tensor.stride()[:3], _TYPES[tensor.dtype])
-
-
-@lru_cache
-def torch_threads() -> int | None:
-    """Address of `GOMP_parallel` in the OpenMP runtime that torch runs on, None where it is not found.
-
-    All three runtimes that torch is built with (GNU, LLVM, Intel) offer this entry point. Where the process
-    has loaded several, the one that lies in torch's own folders is torch's.
-    """
-    maps = Path("/proc/self/maps")  # Linux only
-    if not maps.exists():
-        return None
-    loaded = set(re.findall(r"(/\S*/lib(?:gomp|omp|iomp)[^/\s]*\.so\S*)$", maps.read_text(), re.MULTILINE))
-    site_packages = str(Path(torch.__file__).parents[1])
-    own = {
-        path
-        for path in loaded
-        if path.startswith((f"{site_packages}/torch/", f"{site_packages}/torch.libs/"))
-    }
-    if len(own or loaded) != 1:
-        return None
-    runtime = ctypes.CDLL(next(iter(own or loaded)))
-    return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value

@@ -1,18 +1,23 @@
 """Which code runs `ms_deform_attn` on which device: chosen once per process, with a warning if it is slow."""
 
+from __future__ import annotations
+
 import os
 import warnings
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from mpformer.ops import build
 from mpformer.ops.cpu import Library, OtherSourcesError
-from mpformer.ops.cuda import find_cuda_kernel
+from mpformer.ops.cuda import CudaKernel, find_cuda_kernel
 from mpformer.ops.reference import Shapes
+
+if TYPE_CHECKING:
+    from mpformer.ops.mask_points import PointKernel
 
 SETTING = "MPFORMER_DEFORM_ATTN"
 
@@ -50,6 +55,16 @@ def cpu_library(values: Tensor) -> Library | None:
         return None
     kernel = _chosen("cpu", 0)
     return kernel if isinstance(kernel, Library) else None
+
+
+def point_kernel(values: Tensor) -> PointKernel | None:
+    """The compiled mask losses and random numbers for this tensor's device and type, None where the plain
+    path is to run."""
+    if values.device.type == "cuda" and values.dtype != torch.float64:
+        kernel = _chosen("cuda", values.device.index or 0)
+        return kernel.points if isinstance(kernel, CudaKernel) else None
+    library = cpu_library(values)
+    return None if library is None else library.points
 
 
 @lru_cache

@@ -1,204 +1,200 @@
-"""Mask losses on sampled points, in one pass over each predicted mask: the compiled form for CPUs.
+"""Mask losses on sampled points, of all heads and images in one pass over each predicted mask.
 
-The definition is the plain PyTorch path of `mpformer.model.losses`: candidates are looked up in the predicted
-mask, the least certain of them are kept, cross-entropy and dice are taken at the kept and at uniform points.
-Composed of torch's operators that moves some hundred bytes per point through memory, again for the gradient.
-Here a mask and its points stay in the cache of one core, and only the kept points are stored in between.
+The definition is the plain PyTorch path of `mpformer.model.mask_losses`: candidates are looked up in the
+predicted mask, the least certain of them are kept, cross-entropy and dice are taken at the kept and at
+uniform points. Composed of torch's operators that moves some hundred bytes per point through memory, again
+for the gradient. Here a mask stays in the cache of one core or multiprocessor, the random points are made
+where they are used, and only the kept ones are stored in between. Forward and backward are operators of
+`torch.library`.
 """
 
-from __future__ import annotations
-
-import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mpformer.ops.cpu import Library, torch_threads
-from mpformer.ops.kernels import cpu_library
+from mpformer.ops.kernels import point_kernel
 
-_PAIR = np.dtype(
-    [(name, np.uint64) for name in ("logits", "mask", "candidates", "uniform", "kept", "sums", "grad")]
-    + [(name, np.float32) for name in ("grad_cross_entropy", "grad_dice", "limit_x", "limit_y")]
-)
-"""csrc/mask_points.h, struct MaskPair."""
-_SUMS = 5
-
-
-class _Problem(ctypes.Structure):
-    """csrc/mask_points.h, struct MaskProblem."""
-
-    _fields_ = [
-        ("pairs", ctypes.c_void_p),
-        ("launcher", ctypes.c_void_p),
-        *[(name, ctypes.c_int64) for name in ("count", "candidates", "uniform", "important")],
-        *[(name, ctypes.c_int32) for name in ("height", "width", "mask_height", "mask_width")],
-        *[(name, ctypes.c_int32) for name in ("threads", "instruction_set")],
-    ]
+SUMS = 5
+"""Of a pair: counted points; sums over them of cross-entropy, probability, truth, probability * truth."""
 
 
 @dataclass(frozen=True)
 class MaskPairs:
-    """The pairs of a predicted and a true mask of one image, with the random points of each pair."""
+    """Pairs of a predicted and a true mask, with the random points of each pair."""
 
-    queries: Tensor
-    """[n] int64: the predicted masks, each at most once."""
-    objects: Tensor
-    """[n] int64: the true masks."""
+    table: Tensor
+    """[n,5] int32: (map, image, query, object, row). The predicted mask is `maps[map][image, query]`, each at
+    most once; the true one is `masks[object]`; `row` is that of `streams` and of `kept`."""
     masks: Tensor
-    """[N,H,W] bool: the image's true masks; of one size in all images of a call."""
-    candidates: Tensor
-    """[n,candidates] int32: packed points, see `mpformer.model.points.unpack`."""
-    uniform: Tensor
-    """[n,uniform] int32: packed points; with `rows` [m,uniform]."""
-    limit: tuple[float, float] = (float("inf"), float("inf"))
-    """(x, y) in 0..1: points at or beyond it do not count."""
-    rows: Tensor | None = None
-    """[n] int64: the row of `uniform` with each pair's points; None: its own. Neighbours of the same object
-    and row are quick: their true mask is looked up once."""
+    """[M,H,W] bool: the true masks."""
+    streams: Tensor
+    """[r,4] int32, see `random_bits`: call 0 gives a pair's candidates, call 1 its uniform points, packed
+    (see `mpformer.model.points.unpack`)."""
+    limits: Tensor | None = None
+    """[n,2] float32, (x, y) in 0..1: points at or beyond it do not count. None: all points count."""
+    kept: Tensor | None = None
+    """[r,important] int32, packed: the points to keep; None: each pair's least certain candidates."""
 
 
-def kernel_for_mask_points(mask_logits: Tensor) -> Library | None:
-    """The compiled kernel for predicted masks like these, None where the plain path is to run."""
-    return cpu_library(mask_logits)
+@dataclass(frozen=True)
+class Points:
+    """How many points there are of each pair."""
+
+    candidates: int
+    important: int
+    """Candidates that are kept: those with the smallest absolute logits; of equal ones the first."""
+    uniform: int
 
 
-def mask_point_losses(
-    library: Library,
-    mask_logits: Tensor,
-    images: Sequence[MaskPairs],
-    important: int,
-    kernel: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy and dice loss of each pair, image after image: two times [n] float32.
+class PointKernel(Protocol):
+    """Compiled forms for one kind of device; nothing they are given is empty."""
 
-    mask_logits [B,Q,h,w], differentiable (once); of the candidates the `important` least certain are kept.
-    `kernel` names an instruction set of the library, for tests.
+    def random_bits(self, streams: Tensor, call: int, count: int) -> Tensor: ...
+
+    def forward(
+        self, maps: Sequence[Tensor], pairs: MaskPairs, points: Points
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses [2,n] float32 (mean cross-entropy, dice), sums [n,SUMS] float32 and the points that were
+        kept, [n,important] int32, packed; with `pairs.kept` these are an empty tensor."""
+
+    def backward(
+        self,
+        grad: Tensor,
+        maps: Sequence[Tensor],
+        pairs: MaskPairs,
+        points: Points,
+        sums: Tensor,
+        kept: Tensor,
+    ) -> list[Tensor]:
+        """Gradients of the maps, of their shapes and types, contiguous; grad [2,n] float32, `kept` as
+        `forward` returned it. Zero where no pair is."""
+
+
+def has_kernel(maps: Tensor) -> bool:
+    """Whether `mask_point_losses` runs on maps like these; otherwise the plain path is to run."""
+    return maps.device.type == "meta" or point_kernel(maps) is not None
+
+
+def mask_point_losses(maps: Sequence[Tensor], pairs: MaskPairs, points: Points) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy and dice loss of each pair: two times [n] float32.
+
+    maps: predicted masks [B,Q,h,w] of each head, of one shape and dtype (float32, bfloat16 or float16; sums
+    are in float32); differentiable once.
     """
-    return _Losses.apply(mask_logits, library, tuple(images), important, kernel)
+    return _Losses.apply(pairs, points, *maps)
+
+
+def least_certain(maps: Tensor, streams: Tensor, points: Points) -> Tensor:
+    """The candidates that are kept of each map: [m,h,w] float -> [m,important] int32, packed."""
+    number = torch.arange(len(maps), dtype=torch.int32, device=maps.device)
+    zero = torch.zeros_like(number)
+    table = torch.stack((zero, zero, number, zero, number), dim=1)
+    no_mask = torch.zeros(1, 1, 1, dtype=torch.bool, device=maps.device)
+    return _forward(
+        [maps[None]], table, no_mask, streams, None, None, points.candidates, points.important, 0
+    )[2]
+
+
+@torch.library.custom_op("mpformer::mask_point_losses", mutates_args=())
+def _forward(
+    maps: Sequence[Tensor],
+    table: Tensor,
+    masks: Tensor,
+    streams: Tensor,
+    limits: Tensor | None,
+    kept: Tensor | None,
+    candidates: int,
+    important: int,
+    uniform: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if len(table) == 0:
+        return _forward_fake(maps, table, masks, streams, limits, kept, candidates, important, uniform)
+    pairs, points = MaskPairs(table, masks, streams, limits, kept), Points(candidates, important, uniform)
+    return _kernel(maps[0]).forward(maps, pairs, points)
+
+
+@_forward.register_fake
+def _forward_fake(
+    maps: Sequence[Tensor],
+    table: Tensor,
+    masks: Tensor,
+    streams: Tensor,
+    limits: Tensor | None,
+    kept: Tensor | None,
+    candidates: int,
+    important: int,
+    uniform: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = len(table)
+    losses = table.new_empty(2, pairs, dtype=torch.float32)
+    sums = table.new_empty(pairs, SUMS, dtype=torch.float32)
+    return losses, sums, table.new_empty(pairs if kept is None else 0, important)
+
+
+@torch.library.custom_op("mpformer::mask_point_losses_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    maps: Sequence[Tensor],
+    table: Tensor,
+    masks: Tensor,
+    streams: Tensor,
+    limits: Tensor | None,
+    kept: Tensor | None,
+    sums: Tensor,
+    chosen: Tensor,
+    candidates: int,
+    important: int,
+    uniform: int,
+) -> list[Tensor]:
+    if len(table) == 0:
+        return [torch.zeros_like(one, memory_format=torch.contiguous_format) for one in maps]
+    pairs, points = MaskPairs(table, masks, streams, limits, kept), Points(candidates, important, uniform)
+    return _kernel(maps[0]).backward(grad.contiguous(), maps, pairs, points, sums, chosen)
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    maps: Sequence[Tensor],
+    table: Tensor,
+    masks: Tensor,
+    streams: Tensor,
+    limits: Tensor | None,
+    kept: Tensor | None,
+    sums: Tensor,
+    chosen: Tensor,
+    candidates: int,
+    important: int,
+    uniform: int,
+) -> list[Tensor]:
+    return [one.new_empty(one.shape) for one in maps]
 
 
 class _Losses(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        mask_logits: Tensor,
-        library: Library,
-        images: tuple[MaskPairs, ...],
-        important: int,
-        kernel: str | None,
-    ) -> tuple[Tensor, Tensor]:
-        call = _Call(mask_logits, library, images, important, kernel)
-        pairs = call.pairs(mask_logits)
-        if important:
-            pairs["candidates"] = np.concatenate([_rows(image.candidates) for image in images])
-        call.run(library.mask_points_forward, pairs, mask_logits, images[0].candidates.shape[1])
-        ctx.call = call
-        ctx.save_for_backward(mask_logits)
-        counted, cross_entropy, probability, truth, overlap = call.sums.unbind(1)
-        dice = 1 - (2 * overlap + 1) / (probability + truth + 1)
-        return cross_entropy / counted.clamp(min=1), dice
+    def forward(ctx: Any, pairs: MaskPairs, points: Points, *maps: Tensor) -> tuple[Tensor, Tensor]:
+        rest = (pairs.table, pairs.masks, pairs.streams, pairs.limits, pairs.kept)
+        counts = (points.candidates, points.important, points.uniform)
+        losses, sums, chosen = _forward(list(maps), *rest, *counts)
+        ctx.rest, ctx.counts, ctx.found = rest, counts, (sums, chosen)
+        ctx.save_for_backward(*maps)
+        cross_entropy, dice = losses.unbind(0)
+        return cross_entropy, dice
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_cross_entropy: Tensor, grad_dice: Tensor) -> tuple[Tensor | None, ...]:
-        (mask_logits,) = ctx.saved_tensors
-        call: _Call = ctx.call
-        pairs = call.pairs(mask_logits)
-        grad = torch.zeros(mask_logits.shape, dtype=torch.float32)
-        pairs["grad"] = call.addresses(grad)
-        pairs["grad_cross_entropy"] = grad_cross_entropy.numpy()
-        pairs["grad_dice"] = grad_dice.numpy()
-        call.run(call.library.mask_points_backward, pairs, mask_logits, 0)
-        return grad.to(mask_logits.dtype), None, None, None, None
+        grad = torch.stack((grad_cross_entropy, grad_dice))
+        grads = _backward(grad, list(ctx.saved_tensors), *ctx.rest, *ctx.found, *ctx.counts)
+        return None, None, *grads
 
 
-class _Call:
-    """What forward and backward share: the pairs' places in memory, and what the forward leaves behind."""
-
-    def __init__(
-        self,
-        mask_logits: Tensor,
-        library: Library,
-        images: tuple[MaskPairs, ...],
-        important: int,
-        kernel: str | None,
-    ) -> None:
-        self.library, self.important = library, important
-        nothing = torch.empty(0, 0, dtype=torch.int32)
-        # the backward pass knows the kept candidates, the others would only fill memory until then
-        self.images = tuple(replace(image, candidates=nothing) for image in images)
-        self.kernel = -1 if kernel is None else library.kernels.index(kernel)
-        count = sum(len(image.queries) for image in images)
-        self.kept = torch.empty(count, important, dtype=torch.int32)
-        self.sums = torch.zeros(count, _SUMS)
-        self.masks = [image.masks.contiguous() for image in images]
-        self.uniform = [image.uniform.contiguous() for image in images]
-        self._mask_logits: Tensor | None = None
-
-    def addresses(self, maps: Tensor) -> np.ndarray:
-        """Where the predicted mask of each pair lies in maps [B,Q,h,w]."""
-        image, query = maps.stride()[:2]
-        parts = [
-            maps.data_ptr() + maps.element_size() * (b * image + query * pairs.queries.numpy())
-            for b, pairs in enumerate(self.images)
-        ]
-        return np.concatenate(parts).astype(np.uint64)
-
-    def pairs(self, mask_logits: Tensor) -> np.ndarray:
-        """The table of pairs, logits to be read from mask_logits [B,Q,h,w]."""
-        width = mask_logits.shape[3]
-        if mask_logits.dtype != torch.float32 or mask_logits.stride()[2:] != (width, 1):
-            mask_logits = mask_logits.float().contiguous()
-        self._mask_logits = mask_logits  # lives as long as its address is used
-        pairs = np.zeros(len(self.sums), _PAIR)
-        pairs["logits"] = self.addresses(mask_logits)
-        pairs["kept"] = _rows(self.kept)
-        pairs["sums"] = _rows(self.sums)
-        pairs["mask"] = np.concatenate(
-            [_rows(masks)[image.objects.numpy()] for masks, image in zip(self.masks, self.images)]
-        )
-        pairs["uniform"] = np.concatenate(
-            [
-                _rows(uniform) if image.rows is None else _rows(uniform)[image.rows.numpy()]
-                for uniform, image in zip(self.uniform, self.images)
-            ]
-        )
-        counts = [len(image.queries) for image in self.images]
-        for axis, name in enumerate(("limit_x", "limit_y")):
-            pairs[name] = np.repeat([image.limit[axis] for image in self.images], counts)
-        return pairs
-
-    def run(self, function: Any, pairs: np.ndarray, mask_logits: Tensor, candidates: int) -> None:
-        height, width = mask_logits.shape[2:]
-        mask_height, mask_width = self.masks[0].shape[1:]
-        problem = _Problem(
-            pairs=pairs.ctypes.data,
-            launcher=torch_threads(),
-            count=len(pairs),
-            candidates=candidates,
-            uniform=self.uniform[0].shape[1],
-            important=self.important,
-            height=height,
-            width=width,
-            mask_height=mask_height,
-            mask_width=mask_width,
-            threads=torch.get_num_threads(),
-            instruction_set=self.kernel,
-        )
-        status = function(ctypes.addressof(problem)) if len(pairs) else 0
-        self._mask_logits = None
-        if status == 1:
-            raise MemoryError("mask losses: no memory for the CPU kernel's scratch")
-        if status != 0:
-            raise RuntimeError("mask losses: this processor cannot run the kernel that was asked for")
-
-
-def _rows(tensor: Tensor) -> np.ndarray:
-    """The address of each row of a contiguous tensor."""
-    step = tensor.stride(0) * tensor.element_size()
-    return (tensor.data_ptr() + step * np.arange(len(tensor))).astype(np.uint64)
+def _kernel(maps: Tensor) -> PointKernel:
+    kernel = point_kernel(maps)
+    if kernel is None:
+        raise RuntimeError(f"mask_point_losses: no kernel for {maps.dtype} on {maps.device}")
+    return kernel

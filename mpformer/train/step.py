@@ -18,16 +18,17 @@ from mpformer.model.losses import (
     consistency_losses,
     count_for_normalizers,
     matching_losses,
-    per_pixel_losses,
     pilot_losses,
 )
 from mpformer.model.matcher import NonFiniteError
 from mpformer.model.matching import Matching, match_heads
-from mpformer.model.piloting import make_pilots
+from mpformer.model.objects import Objects, objects_of
+from mpformer.model.per_pixel import per_pixel_losses
+from mpformer.model.piloting import make_pilots, plan_pilots
 from mpformer.model.streams import SampleRandom
 from mpformer.model.transfer import to_host
 from mpformer.train.timing import Timers
-from mpformer.types import Batch, Output
+from mpformer.types import Batch, Output, Pilots
 
 
 @dataclass(frozen=True)
@@ -69,87 +70,91 @@ def train_step(
     micro_batches = batch.split(config.train.micro_batch or len(batch))
     normalizers = _global_normalizers(micro_batches, config, structure)
     checks: list[_Check] = []
-    terms: dict[str, Tensor] = {}
+    totals: dict[str, Tensor] = {}
     for micro in micro_batches:
-        draws = SampleRandom(seed, "matching", micro.positions, device)
-        pilot_draws = SampleRandom(seed, "pilots", micro.positions, device)
+        objects, draws = objects_of(micro), SampleRandom(seed, micro.positions, device)
         with _gradients_stay_local(model, unless=micro is micro_batches[-1]):
             with timers("pilots"):
-                pilots = make_pilots(micro.targets, config.model.pilot, structure, pilot_draws)
+                plan = plan_pilots(objects, config.model.pilot, draws)
+                pilots = None
+                if plan is not None:
+                    pilots = make_pilots(plan, objects, config.model.pilot, structure, draws)
             with (
                 timers("forward"),
                 torch.autocast(device.type, torch.bfloat16, enabled=autocast),
             ):
                 output = model(micro.images, pilots)
             with timers("match"):
-                matching = match_heads(output, pilots, micro, config.model, draws, pilot_draws)
+                matching = match_heads(output, plan, objects, micro.image_ids, config.model, draws)
             with timers("losses"):
-                losses = _losses(output, matching, micro, normalizers, config.model.loss, structure, draws)
-                loss = torch.stack(list(losses.values())).sum()
+                losses = _losses(output, matching, pilots, objects, normalizers, config.model.loss, draws)
+                loss = torch.cat(list(losses.values())).sum()
             with timers("backward"):
                 # DistributedDataParallel averages over workers; the losses are shares of one sum
                 (loss * _world_size()).backward()
-        detached = {name: value.detach() for name, value in losses.items()}
+        detached = {name: values.detach() for name, values in losses.items()}
         failure = matching.failure if matching else None
         checks.append(_Check(micro.image_ids, loss.detach(), detached, failure))
-        terms = {name: terms[name] + value for name, value in detached.items()} if terms else detached
+        totals = {name: totals[name] + values for name, values in detached.items()} if totals else detached
     with timers("optimizer"):
         limit = config.train.clip_norm or float("inf")
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-        _stop_unless_finite(checks, grad_norm)
+        _stop_unless_finite(checks, grad_norm, structure)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     total = torch.stack([check.loss for check in checks]).sum()
-    return StepResult({**_sums(terms), **terms}, total, grad_norm)
+    return StepResult({**_sums(totals), **_named(totals, structure.head_prefixes)}, total, grad_norm)
 
 
-def _sums(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+def _sums(losses: dict[str, Tensor]) -> dict[str, Tensor]:
     """The loss of the matching part and, with pilots, of the mask-piloted part."""
-    pilots = [value for name, value in terms.items() if "pilot_loss_" in name]
-    matching = [value for name, value in terms.items() if "pilot_loss_" not in name]
-    sums = {"loss": torch.stack(matching).sum()}
-    return sums | {"pilot_loss": torch.stack(pilots).sum()} if pilots else sums
+    pilots = [values for name, values in losses.items() if name.startswith("pilot_loss_")]
+    matching = [values for name, values in losses.items() if not name.startswith("pilot_loss_")]
+    sums = {"loss": torch.cat(matching).sum()}
+    return sums | {"pilot_loss": torch.cat(pilots).sum()} if pilots else sums
 
 
 def _losses(
     output: Output,
     matching: Matching | None,
-    batch: Batch,
+    pilots: Pilots | None,
+    objects: Objects,
     normalizers: Normalizers,
     config: LossConfig,
-    structure: Structure,
     draws: SampleRandom,
 ) -> dict[str, Tensor]:
-    """Weighted losses of all heads; those of the last head have no 'head_3/' before their name."""
-    prefixes = structure.head_prefixes
-    losses: dict[str, Tensor] = {}
+    """Weighted losses of the heads by name, such as 'loss_mask' and 'pilot_loss_mask', each [L].
 
-    def add(name: str, terms: dict[str, Tensor]) -> None:
-        losses.update({f"{name}_{term}": value for term, value in terms.items()})
-
+    'loss_consistency' has no value for the first head: [L-1].
+    """
     if matching is None:
-        for prefix, head in zip(prefixes, output.heads):
-            add(f"{prefix}loss", per_pixel_losses(head, batch.targets, normalizers, config))
-        return losses
-    matched = zip(prefixes, output.heads, matching.heads, matching.points)
-    for prefix, head, matches, points in matched:
-        add(f"{prefix}loss", matching_losses(head, batch, matches, normalizers, config, points.losses))
-    if matching.piloted and output.pilots:
-        pilots = matching.piloted.pilots
-        piloted = zip(prefixes, output.pilots, matching.piloted.objects, matching.piloted.points)
-        for prefix, head, objects, points in piloted:
-            terms = pilot_losses(head, pilots, objects, batch, normalizers, config, points.losses)
-            add(f"{prefix}pilot_loss", terms)
-    if config.consistency_weight:
-        values = consistency_losses(output.heads, batch, normalizers, config, draws)
-        for prefix, value in zip(prefixes[1:], values):
-            add(f"{prefix}loss", {"consistency": value})
+        pixels, queries = normalizers.pixels, normalizers.queries
+        return _prefixed("loss_", per_pixel_losses(output.heads, objects, pixels, queries, config))
+    losses = _prefixed("loss_", matching_losses(output.heads, objects, matching.pairs, normalizers, config))
+    if pilots is not None and matching.piloted is not None and output.pilots:
+        terms = pilot_losses(output.pilots, pilots, objects, matching.piloted, normalizers, config)
+        losses |= _prefixed("pilot_loss_", terms)
+    if config.consistency_weight and len(output.heads) > 1:
+        losses["loss_consistency"] = consistency_losses(output.heads, objects, normalizers, config, draws)
     return losses
+
+
+def _prefixed(prefix: str, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": values for name, values in terms.items()}
+
+
+def _named(losses: dict[str, Tensor], head_prefixes: Sequence[str]) -> dict[str, Tensor]:
+    """Scalars by name and head; those of the last head have no 'head_3/' before their name."""
+    return {
+        f"{prefix}{name}": value
+        for name, values in losses.items()
+        for prefix, value in zip(head_prefixes[-len(values) :], values.unbind())
+    }
 
 
 def _global_normalizers(micro_batches: Sequence[Batch], config: Config, structure: Structure) -> Normalizers:
     """Sums over all workers and micro-batches, known from the targets before the forward."""
-    counts = [count_for_normalizers(micro.targets, config.model, structure) for micro in micro_batches]
+    counts = [count_for_normalizers(micro, config.model, structure) for micro in micro_batches]
     total = torch.stack(counts).sum(0)
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -162,18 +167,19 @@ class _Check:
 
     image_ids: tuple[str, ...]
     loss: Tensor
-    terms: dict[str, Tensor]
+    losses: dict[str, Tensor]
     matching_failure: str | None
 
-    def failure(self) -> str | None:
+    def failure(self, structure: Structure) -> str | None:
         """What is not finite, if anything."""
         if self.matching_failure or torch.isfinite(self.loss):
             return self.matching_failure
-        worst = [name for name, value in self.terms.items() if not torch.isfinite(value)]
+        terms = _named(self.losses, structure.head_prefixes)
+        worst = [name for name, value in terms.items() if not torch.isfinite(value)]
         return f"losses of images {', '.join(self.image_ids)} not finite: {', '.join(worst)}"
 
 
-def _stop_unless_finite(checks: Sequence[_Check], grad_norm: Tensor) -> None:
+def _stop_unless_finite(checks: Sequence[_Check], grad_norm: Tensor, structure: Structure) -> None:
     """Stop all workers together if a cost, a loss or the gradient is not finite on any of them.
 
     The host waits for the device here and once per micro-batch in `match_heads`, nowhere else. A worker that
@@ -187,7 +193,7 @@ def _stop_unless_finite(checks: Sequence[_Check], grad_norm: Tensor) -> None:
     fine, gradient_fine = to_host(torch.stack((everywhere.bool(), grad_norm.isfinite()))).tolist()
     if fine and gradient_fine:
         return
-    failures = [failure for check in checks if (failure := check.failure())]
+    failures = [failure for check in checks if (failure := check.failure(structure))]
     if not fine:
         raise NonFiniteError(failures[0] if failures else "a value of another worker is not finite")
     images = ", ".join(image for check in checks for image in check.image_ids)

@@ -1,9 +1,14 @@
 """Models small enough for quick tests, and ground truth for them."""
 
+import numpy as np
 import torch
 
 from mpformer.config.model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder
-from mpformer.model.piloting import make_pilots
+from mpformer.model.architecture import Structure
+from mpformer.model.matcher import Match
+from mpformer.model.objects import Objects, in_a_row
+from mpformer.model.pairs import Pairs, tabulate
+from mpformer.model.piloting import make_pilots, plan_pilots
 from mpformer.model.segmenter import structure_of
 from mpformer.model.streams import SampleRandom
 from mpformer.types import Batch, Pilots, Target
@@ -34,17 +39,33 @@ def blobs(count: int, size: tuple[int, int] = (64, 96), seed: int = 0, classes: 
     return Target(torch.randint(0, classes, (count,), generator=random), masks)
 
 
-def pilot_draws(images: int, seed: int = 0) -> SampleRandom:
-    return SampleRandom(seed, "pilots", range(images), CPU)
+def draws_of(images: int, seed: int = 0) -> SampleRandom:
+    """Random numbers for images at the first positions."""
+    return SampleRandom(seed, range(images), CPU)
 
 
 def pilots_for(
-    targets: list[Target], config: Model, draws: SampleRandom | None = None, classes: int = 3
+    targets: list[Target],
+    config: Model,
+    draws: SampleRandom | None = None,
+    classes: int = 3,
+    structure: Structure | None = None,
 ) -> Pilots | None:
-    """The pilots of these images for a model of these settings."""
-    return make_pilots(
-        targets, config.pilot, structure_of(config, classes), draws or pilot_draws(len(targets))
-    )
+    """The pilots of these images for a model of these settings (or of that structure)."""
+    objects, draws = in_a_row(targets), draws or draws_of(len(targets))
+    plan = plan_pilots(objects, config.pilot, draws)
+    structure = structure or structure_of(config, classes)
+    return plan and make_pilots(plan, objects, config.pilot, structure, draws)
+
+
+def pairs_of(matches: list[Match], objects: Objects, draws: SampleRandom | None = None) -> Pairs:
+    """The pairs of one head, given those of each image, with the points of their objects."""
+    images = np.repeat(np.arange(len(matches)), [len(m.queries) for m in matches])
+    queries = np.concatenate([m.queries.numpy() for m in matches])
+    own = np.concatenate([m.objects.numpy() + start for m, start in zip(matches, objects.starts)]).astype(int)
+    drawn = (draws or draws_of(len(matches))).rows("losses", images, objects.numbers[own], 0)
+    table = np.stack((np.zeros_like(images), images, queries, own, np.arange(len(own))))
+    return tabulate(table, 1, drawn, CPU)
 
 
 def batch_of(

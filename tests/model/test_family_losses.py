@@ -8,21 +8,17 @@ from torch.nn import functional as F
 
 from mpformer.config.model import Loss, Model
 from mpformer.model.boxes import generalized_iou, relative_boxes
-from mpformer.model.losses import Normalizers, count_for_normalizers, matching_losses, per_pixel_losses
-from mpformer.model.matcher import Match, match
-from mpformer.model.points import draw_points
+from mpformer.model.losses import Normalizers, count_for_normalizers, matching_losses
+from mpformer.model.matcher import Match, match, matching_points
+from mpformer.model.objects import in_a_row
+from mpformer.model.per_pixel import per_pixel_losses
 from mpformer.model.segmenter import structure_of
-from mpformer.model.streams import SampleRandom
 from mpformer.types import Head, Target
 from tests.model.hugging_face import transformers
-from tests.model.samples import CPU, batch_of, blobs
+from tests.model.samples import batch_of, blobs, draws_of, pairs_of
 
 NORMALIZERS = Normalizers(5.0, 7.0, 11.0, 13.0, 17.0, 19.0)
 SIZE = (64, 96)
-
-
-def draws() -> SampleRandom:
-    return SampleRandom(0, "matching", [0], CPU)
 
 
 def random_head(queries=6, classes=3, boxes=False) -> Head:
@@ -34,15 +30,22 @@ def random_head(queries=6, classes=3, boxes=False) -> Head:
     )
 
 
-def pairs(*queries: int) -> list[Match]:
-    return [Match(torch.tensor(queries), torch.arange(len(queries)))]
+def losses_of(head: Head, target: Target, config: Loss, *queries: int) -> dict[str, torch.Tensor]:
+    """Of one image, whose objects these queries predict in order."""
+    objects = in_a_row([target])
+    pairs = pairs_of([Match(torch.tensor(queries), torch.arange(len(queries)))], objects)
+    return matching_losses([head], objects, pairs, NORMALIZERS, config)
+
+
+def matched(head: Head, target: Target, config: Loss) -> Match:
+    return match(head, in_a_row([target]), config, draws_of(1), ["a"])[0]
 
 
 def test_focal_and_dice_are_maskformers():
     reference = transformers.models.maskformer.modeling_maskformer
     head, target = random_head(), blobs(3, SIZE)
     config = Loss(mask_loss="focal", points=None, mask_weight=20.0, dice_weight=1.0)
-    got = matching_losses(head, batch_of([target]), pairs(4, 0, 2), NORMALIZERS, config, ())
+    got = losses_of(head, target, config, 4, 0, 2)
     raised = F.interpolate(head.mask_logits, SIZE, mode="bilinear", align_corners=False)[0, [4, 0, 2]]
     flat, wanted = raised.flatten(1), target.masks.flatten(1).double()
     focal, dice = reference.sigmoid_focal_loss(flat, wanted, 5), reference.dice_loss(flat, wanted, 5)
@@ -65,7 +68,7 @@ def test_the_focal_cost_is_maskformers():
         + 20 * reference.pair_wise_sigmoid_focal_loss(logits, coarse)
         + reference.pair_wise_dice_loss(logits, coarse)
     )
-    (found,) = match(head, [target], config, draws(), [SIZE], ["a"])
+    found = matched(head, target, config)
     best = min(
         (sum(float(cost[q, o]) for o, q in enumerate(order)), order)
         for order in torch.cartesian_prod(*[torch.arange(4)] * 4).tolist()
@@ -108,8 +111,7 @@ def test_box_losses_and_costs_by_hand():
     config = Loss(match_by="boxes", points=16)
     truth = relative_boxes(target.masks).tolist()
     boxes = head.boxes[0].tolist()
-    points = draw_points([2], config, draws(), matching=False).losses
-    got = matching_losses(head, batch_of([target]), pairs(3, 1), NORMALIZERS, config, points)
+    got = losses_of(head, target, config, 3, 1)
     distance = sum(abs(a - b) for q, t in zip((3, 1), truth) for a, b in zip(boxes[q], t))
     giou = sum(1 - looped_giou(boxes[q], t) for q, t in zip((3, 1), truth))
     assert float(got["box"]) == pytest.approx(5 * distance / 5)
@@ -124,42 +126,39 @@ def test_box_losses_and_costs_by_hand():
                     - 2 * looped_giou(boxes[q], truth[o])
                     for o, q in enumerate((first, second))
                 )
-    (found,) = match(head, [target], config, draws(), [SIZE], ["a"])
+    found = matched(head, target, config)
     chosen = dict(zip(found.objects.tolist(), found.queries.tolist()))
     assert (chosen[0], chosen[1]) == min(costs, key=costs.get)
 
 
 def test_a_fixed_assignment_gives_class_k_to_query_k():
     target = Target(torch.tensor([2, 0]), blobs(2, SIZE).masks)
-    (found,) = match(random_head(queries=3), [target], Loss(assignment="fixed"), draws(), [SIZE], ["a"])
+    found = matched(random_head(queries=3), target, Loss(assignment="fixed"))
     assert found.queries.tolist() == [2, 0]
     assert found.objects.tolist() == [0, 1]
     config = Model(loss=Loss(assignment="fixed"))
     assert config.queries(3) == 3
-    assert float(count_for_normalizers([target], config, structure_of(config, 3))[1]) == pytest.approx(
-        2 + 0.1
-    )
+    assert float(
+        count_for_normalizers(batch_of([target]), config, structure_of(config, 3))[1]
+    ) == pytest.approx(2 + 0.1)
 
 
-def test_points_of_matching_and_of_the_loss_are_apart():
-    drawn = []
-
-    class Noting(SampleRandom):
-        def uniform(self, image, *shape):
-            drawn.append(shape)
-            return super().uniform(image, *shape)
-
-    head, target = random_head(), blobs(3, SIZE)
-    for settings, expected in (
-        ({"points": 20}, [(20, 2)]),
-        ({"points": 20, "match_points": 12}, [(12, 2)]),
-        ({"points": 20, "match_points": None}, []),
-        ({"points": None, "match_points": 12}, [(12, 2)]),
-        ({"points": None}, []),
-    ):
-        drawn.clear()
-        match(head, [target], Loss(**settings), Noting(0, "matching", [0], CPU), [SIZE], ["a"])
-        assert drawn == expected
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"points": 20}, 20),
+        ({"points": 20, "match_points": 12}, 12),
+        ({"points": 20, "match_points": None}, None),
+        ({"points": None, "match_points": 12}, 12),
+        ({"points": None}, None),
+        ({"points": 20, "match_by": "boxes"}, None),
+        ({"points": 20, "assignment": "fixed"}, None),
+    ],
+)
+def test_points_of_matching_and_of_the_loss_are_apart(settings, count):
+    points = matching_points(Loss(**settings), draws_of(2), 2, 3, "matching")
+    assert (points is None) == (count is None)
+    assert points is None or points.shape == (3, 2, count, 2)
 
 
 def regions() -> Target:
@@ -181,11 +180,13 @@ def test_per_pixel_cross_entropy_by_hand():
                 if mask[y, x]:
                     scores = [math.exp(float(raised[k, y, x])) for k in range(3)]
                     total -= math.log(scores[label] / sum(scores))
-    got = per_pixel_losses(Head(None, logits), [target], NORMALIZERS, Loss())
+    got = per_pixel_losses([Head(None, logits)], in_a_row([target]), 19.0, 17.0, Loss())
     assert set(got) == {"pixel"}
     assert float(got["pixel"]) == pytest.approx(total / 19)
     config = Model.model_validate({"output": "per_pixel", "pilot": {"queries": 0}, "decoder": {"layers": 0}})
-    assert float(count_for_normalizers([target], config, structure_of(config, 3))[5]) == 4 * 6 + 4 * 9
+    assert (
+        float(count_for_normalizers(batch_of([target]), config, structure_of(config, 3))[5]) == 4 * 6 + 4 * 9
+    )
 
 
 def test_per_pixel_focal_and_dice_by_hand():
@@ -209,6 +210,36 @@ def test_per_pixel_focal_and_dice_by_hand():
         focal += sum(values) / len(values)
         dice += 1 - (2 * products + 1) / (sums + 1)
     config = Loss(per_pixel="focal_dice", mask_loss="focal", mask_weight=20.0, dice_weight=1.0)
-    got = per_pixel_losses(Head(None, logits), [target], NORMALIZERS, config)
+    got = per_pixel_losses([Head(None, logits)], in_a_row([target]), 19.0, 17.0, config)
     assert float(got["mask"]) == pytest.approx(20 * focal / 17)
     assert float(got["dice"]) == pytest.approx(dice / 17)
+
+
+def test_per_pixel_losses_of_several_images_and_heads():
+    """Images with other classes and without any: the sums of each, head by head."""
+    random = torch.Generator().manual_seed(4)
+    targets = [regions(), blobs(0, (8, 12)), Target(torch.tensor([1]), regions().masks[:1])]
+    heads = [Head(None, torch.randn(3, 3, 2, 3, generator=random).double()) for _ in range(2)]
+    for config in (Loss(), Loss(per_pixel="focal_dice", mask_loss="focal")):
+        together = per_pixel_losses(heads, in_a_row(targets), 19.0, 17.0, config)
+        for number, head in enumerate(heads):
+            each = [
+                per_pixel_losses([Head(None, maps[None])], in_a_row([target]), 19.0, 17.0, config)
+                for maps, target in zip(head.mask_logits, targets)
+            ]
+            for name, values in together.items():
+                expected = sum(float(one[name][0]) for one in each)
+                assert float(values[number]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_where_objects_overlap_the_last_one_labels_the_pixel():
+    masks = torch.ones(2, 8, 12, dtype=torch.bool)
+    logits = torch.zeros(1, 3, 2, 3).double()
+    logits[:, 1] = 5.0
+    (first,), (second,) = (
+        per_pixel_losses(
+            [Head(None, logits)], in_a_row([Target(torch.tensor(labels), masks)]), 96.0, 1.0, Loss()
+        )["pixel"]
+        for labels in ([0, 1], [1, 0])
+    )
+    assert float(second - first) == pytest.approx(5.0)

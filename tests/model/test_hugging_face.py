@@ -13,9 +13,10 @@ from mpformer.config import data as config_data
 from mpformer.model.architecture import build_model
 from mpformer.model.losses import Normalizers, matching_losses
 from mpformer.model.matcher import match
-from mpformer.model.points import draw_points
+from mpformer.model.objects import in_a_row
 from mpformer.model.weights.huggingface_export import write_huggingface
 from mpformer.model.weights.loading import checkpoint_metadata, export_huggingface, import_weights
+from mpformer.ops import mask_points
 from mpformer.types import ClassTable, InputError, Target
 from tests.model.hugging_face import (
     SMALL,
@@ -25,7 +26,7 @@ from tests.model.hugging_face import (
     to_ours,
     transformers,
 )
-from tests.model.samples import batch_of, tiny_model
+from tests.model.samples import pairs_of, tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -93,21 +94,29 @@ def test_last_head_only_in_inference(pair):
     assert torch.equal(last.class_logits, every[-1].class_logits)
 
 
+class Given:
+    """Points that are given, call by call, in the place of `Draws`."""
+
+    def __init__(self, *calls):
+        self.calls = list(calls)
+
+    def some(self, rows):
+        return Given(*(values[rows] for values in self.calls))
+
+    def points(self, count):
+        value = self.calls.pop(0)
+        assert value.shape[1:] == (count, 2)
+        return value
+
+
 class Replay:
-    """Random streams that hand out what the reference has drawn."""
+    """Random numbers that are those which the reference has drawn, in the place of `SampleRandom`."""
 
     def __init__(self, shared, candidates, uniform):
-        self.shared, self.loss = shared, [list(pair) for pair in zip(candidates, uniform)]
+        self.calls = {"matching": (torch.stack(shared),), "losses": (candidates, uniform)}
 
-    def uniform(self, image, *shape):
-        assert self.shared[image].shape == shape
-        return self.shared[image]
-
-    def points(self, image, masks, count):
-        value = self.loss[image].pop(0)
-        assert value.shape == (masks, count, 2)
-        x, y = (value * 65536).int().unbind(2)
-        return x | (y << 16)
+    def rows(self, purpose, images, rows, places):
+        return Given(*self.calls[purpose])
 
 
 def reference_loss(reference, images, targets, monkeypatch):
@@ -128,13 +137,10 @@ def reference_loss(reference, images, targets, monkeypatch):
         class_labels=[t.labels for t in targets],
     )
     monkeypatch.undo()
-    counts = [len(t.labels) for t in targets]
     per_head = len(targets) + 2
     assert len(drawn) == 10 * per_head
     heads = [drawn[i : i + per_head] for i in range(0, len(drawn), per_head)]
-    replays = [
-        Replay([d[0] for d in h[: len(targets)]], h[-2].split(counts), h[-1].split(counts)) for h in heads
-    ]
+    replays = [Replay([d[0] for d in h[: len(targets)]], h[-2], h[-1]) for h in heads]
     # the reference computes its last head first
     return out.loss, [*replays[1:], replays[0]]
 
@@ -168,13 +174,12 @@ def test_loss_and_gradients_agree(kind, dtype, loss_tolerance, gradient_toleranc
 
     settings, queries = config.model.loss, config.model.decoder.queries
     normalizers = Normalizers(8.0, 8 + 0.1 * (2 * queries - 8), 1.0, 1.0, 2.0 * queries)
-    sizes = [(96, 128)] * 2
-    total = torch.zeros((), dtype=dtype)
+    monkeypatch.setattr(mask_points, "has_kernel", lambda _: False)  # kernels make their points themselves
+    objects, total = in_a_row(targets), torch.zeros((), dtype=dtype)
     for head, draws in zip(ours(images, all_heads=True).heads, replays):
-        matches = match(head, targets, settings, draws, sizes, ["a", "b"])
-        points = draw_points([3, 5], settings, draws, matching=False).losses
-        parts = matching_losses(head, batch_of(targets), matches, normalizers, settings, points)
-        total = total + sum(parts.values())
+        pairs = pairs_of(match(head, objects, settings, draws, ["a", "b"]), objects, draws)
+        parts = matching_losses([head], objects, pairs, normalizers, settings)
+        total = total + sum(parts.values()).sum()
     total.backward()
     assert total.item() == pytest.approx(expected.item(), rel=loss_tolerance)
 

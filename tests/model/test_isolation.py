@@ -5,7 +5,7 @@ import torch
 
 from mpformer.model.architecture import build_model
 from mpformer.types import InputError, Pilots
-from tests.model.samples import blobs, pilot_draws, pilots_for, tiny_model
+from tests.model.samples import blobs, draws_of, pilots_for, tiny_model
 
 SIZE = (64, 96)
 
@@ -23,7 +23,7 @@ def images():
 
 def pilots_of(targets, pilot=None, seed=0):
     config = tiny_model({"layers": (1, 3), **(pilot or {})})
-    return pilots_for(targets, config, pilot_draws(len(targets), seed))
+    return pilots_for(targets, config, draws_of(len(targets), seed))
 
 
 TARGETS = [blobs(3), blobs(0), blobs(5, seed=1)]

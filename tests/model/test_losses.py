@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -15,11 +16,12 @@ from mpformer.model.losses import (
     pilot_losses,
 )
 from mpformer.model.matcher import Match
-from mpformer.model.points import draw_points, unpack
+from mpformer.model.matching import match_heads
+from mpformer.model.objects import in_a_row
+from mpformer.model.piloting import make_pilots, plan_pilots
 from mpformer.model.segmenter import structure_of
-from mpformer.model.streams import SampleRandom
-from mpformer.types import Head
-from tests.model.samples import CPU, batch_of, blobs, pilots_for, tiny_model
+from mpformer.types import Head, Output
+from tests.model.samples import batch_of, blobs, draws_of, pairs_of, tiny_model
 from tests.model.test_points import bilinear
 
 SIZE = (64, 96)
@@ -27,24 +29,33 @@ VALID = [(40, 70), (64, 96)]
 NORMALIZERS = Normalizers(objects=5.0, class_weight=7.0, pilots=11.0, pilot_class_weight=13.0, queries=17.0)
 
 
-def heads(count, queries, seed=0):
+def heads(count, queries, seed=0, images=2):
     random = torch.Generator().manual_seed(seed)
     return [
         Head(
-            torch.randn(2, queries, 4, dtype=torch.float64, generator=random),
-            torch.randn(2, queries, 16, 24, dtype=torch.float64, generator=random) * 2,
+            torch.randn(images, queries, 4, dtype=torch.float64, generator=random),
+            torch.randn(images, queries, 16, 24, dtype=torch.float64, generator=random) * 2,
         )
         for _ in range(count)
     ]
 
 
-def draws(purpose="matching"):
-    return SampleRandom(0, purpose, (0, 1), CPU)
+def pilot_part(targets, config, images=2):
+    """Objects, pilots and a function from heads of pilots to their losses."""
+    objects, draws, structure = (
+        in_a_row(targets, VALID[:2] + [(64, 33)][: images - 2]),
+        draws_of(images),
+        structure_of(config, 3),
+    )
+    plan = plan_pilots(objects, config.pilot, draws)
+    pilots = make_pilots(plan, objects, config.pilot, structure, draws)
 
+    def losses(head):
+        (matching_head,) = heads(1, 7, images=images)
+        found = match_heads(Output((matching_head,), (head,)), plan, objects, "abc", config, draws)
+        return pilot_losses([head], pilots, objects, found.piloted, NORMALIZERS, config.loss)
 
-def drawn(pairs, config, source):
-    """The points of the losses for images with that many pairs."""
-    return draw_points(pairs, config, source, matching=False).losses
+    return pilots, losses
 
 
 def slow_mask_losses(logits, mask, points, valid_size):
@@ -61,11 +72,12 @@ def slow_mask_losses(logits, mask, points, valid_size):
     return cross_entropy / max(counted, 1), 1 - (2 * overlap + 1) / (predicted + wanted + 1)
 
 
-def slow_points(logits, config, source, image):
-    """The points of each mask: the least certain candidates, then uniform ones."""
+def slow_points(logits, config, purpose, image, rows, place=0):
+    """The points of each mask: the least certain candidates, then uniform ones; rows: of each mask."""
     kept = int(config.importance * config.points)
-    candidates = unpack(source.points(image, len(logits), int(config.oversample * config.points)))
-    uniform = unpack(source.points(image, len(logits), config.points - kept))
+    drawn = draws_of(2).rows(purpose, np.full(len(logits), image), np.array(rows, int), place)
+    candidates = drawn.points(int(config.oversample * config.points))
+    uniform = drawn.points(config.points - kept)
     result = []
     for n in range(len(logits)):
         order = sorted(candidates[n].tolist(), key=lambda p: abs(bilinear(logits[n], *p)))
@@ -90,9 +102,8 @@ def test_matching_losses(padding):
         Match(torch.tensor([1, 4]), torch.tensor([1, 0])),
         Match(torch.tensor([0, 2, 5]), torch.tensor([2, 0, 1])),
     ]
-    points = drawn([2, 3], config, draws())
-    got = matching_losses(head, batch_of(targets, VALID), matches, NORMALIZERS, config, points)
-    source = draws()
+    objects = in_a_row(targets, VALID)
+    got = matching_losses([head], objects, pairs_of(matches, objects), NORMALIZERS, config)
     class_loss = cross_entropy = dice = 0.0
     for b in range(2):
         wanted = [3] * 6
@@ -100,7 +111,7 @@ def test_matching_losses(padding):
             wanted[q] = int(targets[b].labels[n])
         class_loss += slow_class_loss(head.class_logits[b], wanted, 0.1)
         chosen = head.mask_logits[b, matches[b].queries]
-        points = slow_points(chosen, config, source, b)
+        points = slow_points(chosen, config, "losses", b, matches[b].objects.tolist())
         for logits, n, where in zip(chosen, matches[b].objects.tolist(), points):
             valid_size = VALID[b] if padding == "ignored" else None
             mask = targets[b].masks[n].double()
@@ -116,7 +127,8 @@ def test_full_masks():
     (head,) = heads(1, 3)
     targets = [blobs(1), blobs(0)]
     matches = [Match(torch.tensor([2]), torch.tensor([0])), Match(*torch.zeros(2, 0, dtype=torch.long))]
-    got = matching_losses(head, batch_of(targets, VALID), matches, NORMALIZERS, config, ())
+    objects = in_a_row(targets, VALID)
+    got = matching_losses([head], objects, pairs_of(matches, objects), NORMALIZERS, config)
     raised = F.interpolate(head.mask_logits[:1, 2:], size=SIZE, mode="bilinear", align_corners=False)[0, 0]
     truth = targets[0].masks[0].double()
     cross_entropy = F.binary_cross_entropy_with_logits(raised, truth)
@@ -131,21 +143,17 @@ def test_pilot_losses(flavour):
     """Pilots of several groups; the released flavour trains its padding as no-object, the paper's not."""
     config = tiny_model({"queries": 12, "flavour": flavour}, {"points": 16})
     targets = [blobs(2), blobs(5, seed=1)]
-    pilots = pilots_for(targets, config)
+    pilots, losses = pilot_part(targets, config)
     slots = pilots.labels.shape[1]
     (head,) = heads(1, slots)
-    points = drawn(pilots.counts, config.loss, draws("pilots"))
-    got = pilot_losses(
-        head, pilots, pilots.objects, batch_of(targets, VALID), NORMALIZERS, config.loss, points
-    )
-    source = draws("pilots")
+    got = losses(head)
     class_loss = cross_entropy = dice = 0.0
     for b, count in enumerate(pilots.counts):
         wanted = [int(targets[b].labels[n]) for n in pilots.objects[b, :count]]
         trained = slots if flavour == "released" else count
         wanted += [3] * (trained - count)
         class_loss += slow_class_loss(head.class_logits[b, :trained], wanted, 0.1)
-        points = slow_points(head.mask_logits[b, :count], config.loss, source, b)
+        points = slow_points(head.mask_logits[b, :count], config.loss, "pilot losses", b, range(count))
         for logits, n, where in zip(head.mask_logits[b], pilots.objects[b, :count].tolist(), points):
             parts = slow_mask_losses(logits, targets[b].masks[n].double(), where, None)
             cross_entropy, dice = cross_entropy + parts[0], dice + parts[1]
@@ -158,16 +166,16 @@ def test_normalizers_count_what_the_losses_sum():
     targets = [blobs(2), blobs(20), blobs(0)]
     paper = tiny_model({"queries": 12}, decoder={"queries": 7})
     # objects; 2 + 7 matched, the others 0.1 each; 12 + 12 pilots; all queries
-    assert count_for_normalizers(targets, paper, structure_of(paper, 3)).tolist() == pytest.approx(
+    assert count_for_normalizers(batch_of(targets), paper, structure_of(paper, 3)).tolist() == pytest.approx(
         [22, 9 + 0.1 * 12, 24, 24, 21, 0]
     )
     released = tiny_model({"queries": 40, "flavour": "released"}, decoder={"queries": 7})
     # two groups of twenty slots for each image: 4 + 40 pilots, 76 slots of padding
-    assert count_for_normalizers(targets, released, structure_of(released, 3)).tolist() == pytest.approx(
-        [22, 10.2, 44, 44 + 7.6, 21, 0]
-    )
+    assert count_for_normalizers(
+        batch_of(targets), released, structure_of(released, 3)
+    ).tolist() == pytest.approx([22, 10.2, 44, 44 + 7.6, 21, 0])
     none = tiny_model({"queries": 0}, decoder={"queries": 7})
-    assert count_for_normalizers(targets, none, structure_of(none, 3))[2:4].tolist() == [0, 0]
+    assert count_for_normalizers(batch_of(targets), none, structure_of(none, 3))[2:4].tolist() == [0, 0]
 
 
 def test_no_objects_give_a_class_loss_and_zeros_in_the_graph():
@@ -176,9 +184,8 @@ def test_no_objects_give_a_class_loss_and_zeros_in_the_graph():
     nothing = Match(*torch.zeros(2, 0, dtype=torch.long))
     for count in (16, None):
         config = Loss(points=count)
-        points = drawn([0, 0], config, draws())
-        batch = batch_of([blobs(0)] * 2, VALID)
-        got = matching_losses(head, batch, [nothing] * 2, NORMALIZERS, config, points)
+        objects = in_a_row([blobs(0)] * 2, VALID)
+        got = matching_losses([head], objects, pairs_of([nothing] * 2, objects), NORMALIZERS, config)
         assert float(got["class"]) > 0
         assert got["mask"].item() == got["dice"].item() == 0
         (got["mask"] + got["dice"]).backward()
@@ -188,13 +195,12 @@ def test_no_objects_give_a_class_loss_and_zeros_in_the_graph():
 def test_layer_consistency_is_the_mask_loss_with_the_head_before():
     config = Loss(points=16, consistency_weight=0.5)
     several = heads(3, 4)
-    got = consistency_losses(several, batch_of([blobs(0)] * 2, VALID), NORMALIZERS, config, draws())
-    source = draws()
+    got = consistency_losses(several, in_a_row([blobs(0)] * 2, VALID), NORMALIZERS, config, draws_of(2))
     assert len(got) == 2
-    for value, before, head in zip(got, several, several[1:]):
+    for place, (value, before, head) in enumerate(zip(got, several, several[1:])):
         total = 0.0
         for b in range(2):
-            points = slow_points(head.mask_logits[b], config, source, b)
+            points = slow_points(head.mask_logits[b], config, "consistency", b, range(4), place)
             for q in range(4):
                 label = (before.mask_logits[b, q] >= 0).double()
                 cross_entropy, dice = slow_mask_losses(head.mask_logits[b, q], label, points[q], None)
@@ -207,8 +213,8 @@ def test_layer_consistency_pulls_on_the_later_head_only():
     for head in (first, second):
         head.mask_logits.requires_grad_(True)
     config = Loss(points=None, consistency_weight=1.0)
-    batch = batch_of([blobs(0)] * 2, VALID)
-    consistency_losses([first, second], batch, NORMALIZERS, config, draws())[0].backward()
+    objects = in_a_row([blobs(0)] * 2, VALID)
+    consistency_losses([first, second], objects, NORMALIZERS, config, draws_of(2))[0].backward()
     assert first.mask_logits.grad is None
     assert second.mask_logits.grad.abs().sum() > 0
 
@@ -220,8 +226,8 @@ def test_half_precision_is_raised_before_the_losses():
 
     def losses(dtype):
         cast = Head(head.class_logits.to(dtype), head.mask_logits.to(dtype))
-        points = drawn([1, 1], config, draws())
-        return matching_losses(cast, batch_of(targets, VALID), matches, NORMALIZERS, config, points)
+        objects = in_a_row(targets, VALID)
+        return matching_losses([cast], objects, pairs_of(matches, objects), NORMALIZERS, config)
 
     for name, value in losses(torch.bfloat16).items():
         assert value.dtype == torch.float32
@@ -233,22 +239,14 @@ def test_the_compiled_form_is_the_plain_one(padding):
     """float32 on a CPU runs compiled, float64 plain: same points, same losses, same gradients."""
     config = tiny_model({"queries": 12}, {"points": 500, "padding": padding})
     targets = [blobs(2), blobs(0), blobs(5, seed=1)]
-    pilots = pilots_for(targets, config)
+    _, losses_of = pilot_part(targets, config, images=3)
     random = torch.Generator().manual_seed(0)
     masks = torch.randn(3, 12, 16, 24, dtype=torch.float64, generator=random)
     results = []
     for dtype in (torch.float64, torch.float32):
         logits = masks.clone().to(dtype).requires_grad_(True)
         head = Head(torch.zeros(3, 12, 4, dtype=dtype), logits)
-        losses = pilot_losses(
-            head,
-            pilots,
-            pilots.objects,
-            batch_of(targets, [*VALID, (64, 33)]),
-            NORMALIZERS,
-            config.loss,
-            drawn(pilots.counts, config.loss, SampleRandom(0, "pilots", (0, 1, 2), CPU)),
-        )
+        losses = losses_of(head)
         (losses["mask"] + 3 * losses["dice"]).backward()
         results.append((losses["mask"].item(), losses["dice"].item(), logits.grad))
     assert results[1][:2] == pytest.approx(results[0][:2], rel=1e-5)
@@ -260,19 +258,14 @@ def test_shared_pilot_points(dtype):
     """All pilots of an object are compared at the points at which their mean is least certain."""
     config = tiny_model({"queries": 12}, {"points": 16, "shared_pilot_points": True})
     targets = [blobs(2), blobs(5, seed=1)]
-    pilots = pilots_for(targets, config)
+    pilots, losses = pilot_part(targets, config)
     (head,) = heads(1, pilots.labels.shape[1])
-    cast = Head(head.class_logits.to(dtype), head.mask_logits.to(dtype))
-    points = drawn([2, 5], config.loss, draws("pilots"))
-    got = pilot_losses(
-        cast, pilots, pilots.objects, batch_of(targets, VALID), NORMALIZERS, config.loss, points
-    )
-    source = draws("pilots")
+    got = losses(Head(head.class_logits.to(dtype), head.mask_logits.to(dtype)))
     cross_entropy = dice = 0.0
     for b, count in enumerate(pilots.counts):
         objects = pilots.objects[b, :count]
         means = [head.mask_logits[b, :count][objects == n].mean(0) for n in range(len(targets[b].labels))]
-        points = slow_points(torch.stack(means), config.loss, source, b)
+        points = slow_points(torch.stack(means), config.loss, "pilot losses", b, range(len(means)))
         for logits, n in zip(head.mask_logits[b], objects.tolist()):
             parts = slow_mask_losses(logits, targets[b].masks[n].double(), points[n], None)
             cross_entropy, dice = cross_entropy + parts[0], dice + parts[1]

@@ -2,15 +2,17 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
 from mpformer.config.model import Loss, Model
 from mpformer.model.matcher import NonFiniteError, match
 from mpformer.model.matching import match_heads
-from mpformer.model.streams import SampleRandom
-from mpformer.types import Batch, Head, Output, Pilots, Target
-from tests.model.samples import CPU, blobs, pilot_draws
+from mpformer.model.objects import in_a_row
+from mpformer.model.piloting import PilotLayout, PilotPlan, plan_pilots
+from mpformer.types import Head, Output, Target
+from tests.model.samples import blobs, draws_of, tiny_model
 from tests.model.test_points import bilinear
 
 
@@ -53,19 +55,15 @@ def slow_costs(head, target, config, points, valid_size=None):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def draws(seed=0, images=1):
-    return SampleRandom(seed, "matching", range(images), CPU)
-
-
 @pytest.mark.parametrize("padding", ["counted", "ignored"])
 @pytest.mark.parametrize(("queries", "objects"), [(5, 3), (4, 4), (3, 5)])
 def test_the_cheapest_assignment_of_all(queries, objects, padding):
     config = Loss(points=20, padding=padding)
     head, target = random_head(queries), blobs(objects)
-    points = draws().uniform(0, 20, 2)
+    points = draws_of(1).rows("matching", np.array([0]), 0, 0).points(20)[0]
     valid_size = (40, 70)
     costs = slow_costs(head, target, config, points, valid_size if padding == "ignored" else None)
-    found = match(head, [target], config, draws(), [valid_size], ["a"])[0]
+    found = match(head, in_a_row([target], [valid_size]), config, draws_of(1), ["a"])[0]
     count = min(queries, objects)
     assert len(found.queries) == len(set(found.queries.tolist())) == len(set(found.objects.tolist())) == count
     if queries >= objects:
@@ -84,13 +82,13 @@ def test_the_cheapest_assignment_of_all(queries, objects, padding):
 def test_full_masks_need_no_random_points():
     config = Loss(points=None)
     head, target = random_head(3, size=(64, 96)), blobs(2)
-    found = match(head, [target], config, draws(), [(64, 96)], ["a"])[0]
-    again = match(head, [target], config, draws(seed=9), [(64, 96)], ["a"])[0]
+    found = match(head, in_a_row([target]), config, draws_of(1), ["a"])[0]
+    again = match(head, in_a_row([target]), config, draws_of(1, seed=9), ["a"])[0]
     assert torch.equal(found.queries, again.queries)
 
 
 def test_nothing_to_match():
-    found = match(random_head(3), [blobs(0)], Loss(points=8), draws(), [(64, 96)], ["a"])[0]
+    found = match(random_head(3), in_a_row([blobs(0)]), Loss(points=8), draws_of(1), ["a"])[0]
     assert len(found.queries) == len(found.objects) == 0
 
 
@@ -99,17 +97,19 @@ def test_a_cost_that_is_not_finite_names_its_image():
     head.mask_logits[1, 0, 3, 3] = float("nan")
     targets = [blobs(1), blobs(2)]
     with pytest.raises(NonFiniteError, match="image dog"):
-        match(head, targets, Loss(points=None), draws(images=2), [(64, 96)] * 2, ["cat", "dog"])
+        match(head, in_a_row(targets), Loss(points=None), draws_of(2), ["cat", "dog"])
 
 
-def matched_pilots(head, pilots, target, loss, draws):
-    """The object of each slot at a head of pilots, where they are matched."""
-    height, width = target.masks.shape[1:]
-    batch = Batch(torch.zeros(1, 3, height, width), (target,), ((height, width),), ("a",), (0,))
+def matched_pilots(head, own, target, loss, groups):
+    """The object of each used slot at a head of matched pilots; own: the objects of a group."""
+    count = groups * len(own)
+    layout = PilotLayout((groups,), (len(own),), head.mask_logits.shape[1])
+    plan = PilotPlan(layout, np.zeros(count, int), np.arange(count), np.tile(own, groups))
     config = Model(loss=loss, pilot={"assignment": "match"})
-    found = match_heads(Output((head,), (head,)), pilots, batch, config, draws, draws)
+    found = match_heads(Output((head,), (head,)), plan, in_a_row([target]), ["a"], config, draws_of(1))
     assert found.failure is None
-    return found.piloted.objects[0]
+    assert found.piloted.queries.tolist() == list(range(count))
+    return found.piloted.objects.tolist()
 
 
 def test_pilots_are_matched_within_their_group():
@@ -118,21 +118,23 @@ def test_pilots_are_matched_within_their_group():
     target = Target(torch.tensor([0, 1, 2]), torch.zeros(3, 16, 24, dtype=torch.bool))
     for n in range(3):
         target.masks[n, :, 8 * n : 8 * n + 8] = True
-    wanted = torch.tensor([[2, 0, 1, 1, 2, 0, 0, 1, 2]])
-    sharp = target.masks[wanted[0]].float() * 16 - 8
+    wanted = [2, 0, 1, 1, 2, 0, 0, 1, 2]
+    sharp = target.masks[wanted].float() * 16 - 8
     head = Head(torch.randn(1, 10, 4, generator=random) * 0.01, torch.cat((sharp, sharp[:1]))[None])
-    own = torch.tensor([[0, 1, 2] * 3 + [0]])
-    groups = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2, -1]])
-    pilots = Pilots(own, own, groups, (9,), ())
-    matched = matched_pilots(head, pilots, target, Loss(points=64), pilot_draws(1))
-    assert torch.equal(matched[:, :9], wanted)
+    assert matched_pilots(head, [0, 1, 2], target, Loss(points=64), groups=3) == wanted
 
 
 def test_a_truncated_group_is_matched_among_its_own_objects():
     target = blobs(6)
-    own = torch.tensor([[4, 1]])
-    pilots = Pilots(own, own, torch.zeros(1, 2, dtype=torch.long), (2,), ())
     for seed in range(4):
         head = random_head(2, seed=seed)
-        matched = matched_pilots(head, pilots, target, Loss(points=32), pilot_draws(1))
-        assert sorted(matched[0].tolist()) == [1, 4]
+        assert sorted(matched_pilots(head, [4, 1], target, Loss(points=32), groups=1)) == [1, 4]
+
+
+def test_a_cost_of_pilots_that_is_not_finite_names_its_image():
+    config, objects = tiny_model({"assignment": "match"}), in_a_row([blobs(1), blobs(2)])
+    plan = plan_pilots(objects, config.pilot, draws_of(2))
+    heads = (random_head(7, images=2),), (random_head(12, images=2),)
+    heads[1][0].mask_logits[1, 3] = float("nan")
+    found = match_heads(Output(*heads), plan, objects, ["cat", "dog"], config, draws_of(2))
+    assert found.failure == "matching of pilots: a cost of image dog is not finite"

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from mpformer.config import Config
 from mpformer.config.model import Pilot
 from mpformer.model.piloting import pilot_layout
-from tests.model.samples import blobs, pilot_draws, pilots_for, tiny_model
+from tests.model.samples import blobs, draws_of, pilots_for, tiny_model
 
 SIZE = (64, 96)
 LEVELS = [(2, 3), (4, 6), (8, 12)]
@@ -15,7 +15,7 @@ LEVELS = [(2, 3), (4, 6), (8, 12)]
 
 def pilots_of(targets, pilot=None, decoder=None, seed=0, classes=3):
     config = tiny_model(pilot, decoder=decoder)
-    return pilots_for(targets, config, pilot_draws(len(targets), seed), classes)
+    return pilots_for(targets, config, draws_of(len(targets), seed), classes)
 
 
 @pytest.mark.parametrize(

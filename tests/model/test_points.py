@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from mpformer.model.points import cell_centers, inside, sample, sample_shared, uncertain_points, unpack
+from mpformer.model.points import (
+    cell_centers,
+    inside,
+    least_certain,
+    sample,
+    sample_masks,
+    sample_shared,
+    unpack,
+)
 
 
 def bilinear(values, x, y):
@@ -41,23 +49,31 @@ def test_cell_centers_read_each_cell():
     assert torch.allclose(sample(maps, cell_centers((3, 4), maps.device)[None]), maps.flatten(1), atol=1e-5)
 
 
-def test_uncertain_points_keep_the_least_certain_candidates():
+def test_the_least_certain_candidates():
     random = torch.Generator().manual_seed(1)
     logits = torch.randn(3, 8, 8, generator=random)
     candidates = torch.rand(3, 30, 2, generator=random)
-    uniform = torch.rand(3, 4, 2, generator=random)
-    points = uncertain_points(logits, candidates, uniform, 6)
-    assert points.shape == (3, 10, 2)
-    assert torch.equal(points[:, 6:], uniform)
+    points = least_certain(logits, candidates, 6)
+    assert points.shape == (3, 6, 2)
     for n in range(3):
         certainty = [abs(bilinear(logits[n], x, y)) for x, y in candidates[n].tolist()]
         best = sorted(range(30), key=certainty.__getitem__)[:6]
-        assert {tuple(p) for p in points[n, :6].tolist()} == {tuple(candidates[n, i].tolist()) for i in best}
+        assert {tuple(p) for p in points[n].tolist()} == {tuple(candidates[n, i].tolist()) for i in best}
+
+
+@pytest.mark.parametrize("size", [(9, 33), (1, 1), (16, 16)])
+def test_sampled_masks_are_those_of_their_copies(size):
+    random = torch.Generator().manual_seed(0)
+    masks = torch.rand(4, *size, generator=random) < 0.5
+    rows = torch.tensor([2, 0, 2, 3, 1, 2])
+    points = 1.4 * torch.rand(6, 50, 2, generator=random, dtype=torch.float64) - 0.2  # some lie outside
+    expected = sample(masks[rows].double(), points)
+    torch.testing.assert_close(sample_masks(masks, rows, points), expected, atol=1e-12, rtol=0)
 
 
 def test_inside_is_the_unpadded_corner():
     points = torch.tensor([[0.49, 0.7], [0.51, 0.1], [0.1, 0.76], [0.0, 0.0]])
-    assert inside(points, (48, 32), (64, 64)).tolist() == [True, False, False, True]
+    assert inside(points, torch.tensor([32 / 64, 48 / 64])).tolist() == [True, False, False, True]
 
 
 def test_a_packed_point_is_the_centre_of_its_unit():

@@ -86,7 +86,7 @@ def test_the_paper_flavour_is_another_function(goldens):
     shape = tuple(goldens["in/masks_shape_0"])
     masks = np.unpackbits(goldens["in/masks_0"])[: np.prod(shape)].reshape(shape)
     target = Target(torch.from_numpy(goldens["in/labels_0"]), torch.from_numpy(masks).bool())
-    draws = SampleRandom(0, "pilots", (0,), torch.device("cpu"))
+    draws = SampleRandom(0, (0,), torch.device("cpu"))
     released = settings("shift_all_layers_tiny_noise")
     paper = released.model_copy(update={"pilot": released.pilot.model_copy(update={"flavour": "paper"})})
     a = pilots_for([target], released, draws, classes=7).attention_masks[1]

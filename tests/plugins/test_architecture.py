@@ -6,11 +6,10 @@ from torch.nn import functional as F
 
 from mpformer.model.architecture import build_model, check_plugins
 from mpformer.model.counting import count_size
-from mpformer.model.piloting import make_pilots
 from mpformer.train.execution import prepare
 from mpformer.train.optim import build_optimizer
 from mpformer.types import InputError
-from tests.model.samples import blobs, pilot_draws
+from tests.model.samples import blobs, pilots_for
 from tests.train.conftest import make_batch
 from tests.train.test_step import CLASSES, gradients_of_step, settings
 
@@ -47,7 +46,7 @@ def test_an_architecture_trains_is_counted_and_takes_pilots_at_its_own_stride(fo
     assert len(rates) == 2  # the backbone's and the others'
     assert count_size(config.model, CLASSES, 64, 64).parameters == sum(p.numel() for p in model.parameters())
     if pilots:
-        made = make_pilots([blobs(2)], config.model.pilot, model.structure, pilot_draws(1))
+        made = pilots_for([blobs(2)], config.model, structure=model.structure)
         first, second, third = made.attention_masks
         assert second is None
         assert first.shape == third.shape == (1, 12, 4 * 6)
@@ -81,7 +80,7 @@ class NoStructure(Architecture):
     def forward(self, images, pilots=None, all_heads=False):
         return images
 
-def halved(masks, draws, image):
+def halved(masks, draws):
     return masks.float() / 2
 """
 
@@ -113,6 +112,5 @@ def test_what_does_not_fit_is_one_error_before_training(folder, sections, messag
 def test_a_noise_that_returns_something_else_is_named(folder):
     (folder / "own.py").write_text(OWN)
     config = settings(pilot={"noise": "own:halved"})
-    model = build_model(config.model, CLASSES)
     with pytest.raises(InputError, match=r"masks torch.bool .* expected, not torch.float32"):
-        make_pilots([blobs(2)], config.model.pilot, model.structure, pilot_draws(1))
+        pilots_for([blobs(2)], config.model)

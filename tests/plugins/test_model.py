@@ -1,5 +1,6 @@
 """The example noise and pixel decoder train a model; what does not fit is found before one is built."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,7 +9,7 @@ from mpformer.model.architecture import build_model
 from mpformer.model.noise import build_noise
 from mpformer.train import plugins
 from mpformer.types import InputError
-from tests.model.samples import blobs, pilot_draws
+from tests.model.samples import blobs, draws_of
 from tests.train.conftest import make_batch
 from tests.train.test_step import gradients_of_step, settings
 
@@ -28,11 +29,12 @@ def test_the_example_noise_erases_its_share_of_the_cells(folder):
     config = Config.model_validate({"model": {"pilot": {"noise": noise}}})
     (erase,) = build_noise(config.model.pilot).at_each_layer
     masks = blobs(4).masks
-    erased = erase(masks, pilot_draws(1), 0)
+    rows = (np.zeros(4, int), np.arange(4), 1)
+    erased = erase(masks, draws_of(1).rows("pilot noise", *rows))
     assert erased.dtype == torch.bool
     assert not (erased & ~masks).any()
     assert 0.4 < float(erased.sum() / masks.sum()) < 0.6
-    assert torch.equal(erased, erase(masks, pilot_draws(1), 0))
+    assert torch.equal(erased, erase(masks, draws_of(1).rows("pilot noise", *rows)))
 
 
 @pytest.mark.parametrize(

@@ -47,22 +47,6 @@ class HiddenWaits(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
-class Shapes(step.SampleRandom):
-    """Random streams without numbers."""
-
-    def __init__(self, seed, purpose, positions, device):
-        self.device = device
-
-    def uniform(self, image, *shape):
-        return torch.empty(shape, device=self.device)
-
-    def points(self, image, masks, count):
-        return torch.empty(masks, count, dtype=torch.int32, device=self.device)
-
-    def permutation(self, image, count):
-        return torch.empty(count, dtype=torch.long, device=self.device)
-
-
 @pytest.fixture
 def on_meta(monkeypatch):
     """Makes a step possible on "meta"; returns the sizes of what was asked for on the host."""
@@ -81,7 +65,6 @@ def on_meta(monkeypatch):
 
     monkeypatch.setattr(matcher, "to_host", to_host)
     monkeypatch.setattr(step, "to_host", to_host)
-    monkeypatch.setattr(step, "SampleRandom", Shapes)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no "meta"
     for name in ("tensor", "as_tensor"):
         monkeypatch.setattr(torch, name, made_on_the_host(getattr(torch, name)))

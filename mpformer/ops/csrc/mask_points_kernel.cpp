@@ -152,13 +152,16 @@ inline float log_of_one_plus(float e) {
 
 // ---- the least certain candidates
 
+enum Call : Word { kCandidates, kUniform };
 constexpr int kBinBits = 11, kBins = 1 << kBinBits;
 
 struct Scratch {
   float* logits;         // bordered
   float* grad;           // bordered
   uint8_t* mask;         // bordered
-  float* truth;          // [uniform]: the true mask at the uniform points
+  uint32_t* uniform;     // [uniform]: points
+  float* truth;          // [uniform]: the true mask at them
+  uint32_t* points;      // [candidates]
   uint32_t* uncertainty; // [candidates]
   uint32_t* within;      // [candidates]
   uint32_t* bins;        // [kBins]
@@ -184,10 +187,11 @@ uint32_t nth_smallest(uint32_t* values, int64_t count, int64_t n, uint32_t* bins
 }
 
 void keep_least_certain(const MaskProblem& p, MaskPair& pair, const Scratch& s) {
+  random_bits(pair.stream, kCandidates, p.candidates, s.points);
   for (int64_t first = 0; first < p.candidates; first += kBlock) {
     const int count = int(smaller(kBlock, p.candidates - first));
     uint32_t block[kBlock] = {};
-    std::memcpy(block, pair.candidates + first, sizeof(uint32_t) * count);
+    std::memcpy(block, s.points + first, sizeof(uint32_t) * count);
     Cells cells;
     float values[kBlock];
     locate(block, p.height, p.width, cells);
@@ -205,7 +209,7 @@ void keep_least_certain(const MaskProblem& p, MaskPair& pair, const Scratch& s) 
   int64_t kept = 0;
   for (int64_t i = 0; i < p.candidates && kept < p.important; i++) {
     const bool tie = s.uncertainty[i] == last && ties > 0;
-    pair.kept[kept] = pair.candidates[i];
+    pair.kept[kept] = s.points[i];
     kept += s.uncertainty[i] < last || tie;
     ties -= tie;
   }
@@ -214,10 +218,11 @@ void keep_least_certain(const MaskProblem& p, MaskPair& pair, const Scratch& s) 
 // ---- the losses of a pair
 
 // The points of a pair, block by block: kept ones, then uniform ones. A point that does not count has count 0.
-// With `again` the true mask at the uniform points is in the scratch memory already.
+// With `again` the uniform points and the true mask at them are in the scratch memory already.
 template <class F>
 inline void for_blocks(const MaskProblem& p, const MaskPair& pair, const Scratch& s, bool again, F&& work) {
-  const uint32_t* parts[] = {pair.kept, pair.uniform};
+  if (!again) random_bits(pair.stream, kUniform, p.uniform, s.uniform);
+  const uint32_t* parts[] = {pair.kept, s.uniform};
   const int64_t sizes[] = {p.important, p.uniform};
   const float limit_x = pair.limit_x * 65536.0f - 0.5f, limit_y = pair.limit_y * 65536.0f - 0.5f;
   for (int part = 0; part < 2; part++) {
@@ -251,10 +256,12 @@ Scratch scratch_in(const MaskProblem& p, float* memory) {
   Scratch s;
   s.logits = memory;
   s.grad = s.logits + cells;
-  s.uncertainty = reinterpret_cast<uint32_t*>(s.grad + cells);
+  s.points = reinterpret_cast<uint32_t*>(s.grad + cells);
+  s.uncertainty = s.points + p.candidates;
   s.within = s.uncertainty + p.candidates + 1;
   s.bins = s.within + p.candidates + 1;
-  s.truth = reinterpret_cast<float*>(s.bins + kBins);
+  s.uniform = s.bins + kBins;
+  s.truth = reinterpret_cast<float*>(s.uniform + p.uniform);
   s.mask = reinterpret_cast<uint8_t*>(s.truth + p.uniform + kBlock);
   return s;
 }
@@ -262,14 +269,14 @@ Scratch scratch_in(const MaskProblem& p, float* memory) {
 int64_t scratch(const MaskProblem& p) {
   const int64_t cells = int64_t(p.height + 2) * (p.width + 2);
   const int64_t mask_cells = int64_t(p.mask_height + 2) * (p.mask_width + 2);
-  return 2 * cells + 2 * (p.candidates + 1) + kBins + p.uniform + kBlock + mask_cells / 4 + 2;
+  return 2 * cells + 3 * (p.candidates + 1) + kBins + 2 * p.uniform + kBlock + mask_cells / 4 + 2;
 }
 
 void forward(const MaskProblem& p, MaskPair& pair, float* memory, bool again) {
   const Scratch s = scratch_in(p, memory);
   add_border(pair.logits, p.height, p.width, s.logits);
   if (!again) add_border(pair.mask, p.mask_height, p.mask_width, s.mask);
-  if (p.important > 0) keep_least_certain(p, pair, s);
+  if (p.candidates > 0 && p.important > 0) keep_least_certain(p, pair, s);
   float partial[kSums][kPartial] = {};
   for_blocks(p, pair, s, again, [&](const Cells&, const float* logits, const float* truth,
                                     const float* counted) {
