@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_leaves
 
 from mpformer.config import Config, load_config
 from mpformer.model import matcher
-from mpformer.model.architecture import build_model
-from mpformer.model.streams import SampleRandom
+from mpformer.model.architecture import Architecture, build_model
 from mpformer.train import step
 from mpformer.types import Batch, ClassTable, Target
 
+CLASSES = 80
 PHASES = ("pilots", "forward", "match", "losses", "backward", "optimizer")
 _VIEWS = {"detach", "alias", "lift_fresh"}
 """Operators that launch nothing, besides those that PyTorch calls views."""
@@ -69,25 +69,9 @@ class Count(TorchDispatchMode):
         return result
 
 
-class Shapes(SampleRandom):
-    """Random streams without numbers."""
-
-    def __init__(self, seed: int, purpose: str, positions: Sequence[int], device: torch.device) -> None:
-        self.device = device
-
-    def uniform(self, image: int, *shape: int) -> Tensor:
-        return torch.empty(shape, device=self.device)
-
-    def points(self, image: int, masks: int, count: int) -> Tensor:
-        return torch.empty(masks, count, dtype=torch.int32, device=self.device)
-
-    def permutation(self, image: int, count: int) -> Tensor:
-        return torch.empty(count, dtype=torch.long, device=self.device)
-
-
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
-    """Makes a step possible on "meta": what goes to the host are ones, and random numbers have no values."""
+    """Makes a step possible on "meta": what goes to the host are ones."""
 
     def to_host(values: Tensor) -> Tensor:
         return torch.ones(values.shape, dtype=values.dtype)
@@ -95,7 +79,6 @@ def on_meta() -> Iterator[None]:
     with (
         mock.patch.object(matcher, "to_host", to_host),
         mock.patch.object(step, "to_host", to_host),
-        mock.patch.object(step, "SampleRandom", Shapes),
         mock.patch.object(torch, "autocast", return_value=contextlib.nullcontext()),  # knows no "meta"
     ):
         yield
@@ -117,15 +100,25 @@ def empty_batch(images: int, objects: int, size: int) -> Batch:
         )
 
 
-def budget(config: Config, images: int, objects: int, size: int, classes: int = 80) -> Count:
-    """The cost of one step of a recipe's model."""
+def model_on_meta(config: Config, classes: int = CLASSES) -> Architecture:
     with torch.device("meta"):
-        model = build_model(config.model.without_pretrained(), ClassTable.numbered(classes)).train()
+        return build_model(config.model.without_pretrained(), ClassTable.numbered(classes)).train()
+
+
+def budget(model: Architecture, config: Config, images: int, objects: int, size: int) -> Count:
+    """The cost of one step of a model of `model_on_meta`."""
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    batch, classes = empty_batch(images, objects, size), model.structure.classes
     count = Count()
     with on_meta(), count:
-        step.train_step(model, optimizer, empty_batch(images, objects, size), config, count, classes=classes)
+        step.train_step(model, optimizer, batch, config, count, classes=classes)
     return count
+
+
+def before_the_optimizer(count: Count) -> tuple[int, int]:
+    """Calls and bytes of all phases but the optimiser's."""
+    phases = [phase for phase in count.calls if phase != "optimizer"]
+    return sum(count.calls[p] for p in phases), sum(count.bytes[p] for p in phases)
 
 
 def main() -> None:
@@ -146,12 +139,9 @@ def main() -> None:
     )
     for name, settings in variants.items():
         config = load_config(options.recipe, [*settings, "train.micro_batch=null"])
-        count = budget(config, options.batch, options.objects, options.size)
-        before = [phase for phase in count.calls if phase != "optimizer"]
-        print(
-            f"\n{name}: {sum(count.calls[p] for p in before)} calls, "
-            f"{sum(count.bytes[p] for p in before) / 1e9:.0f} GB before the optimiser"
-        )
+        count = budget(model_on_meta(config), config, options.batch, options.objects, options.size)
+        calls, moved = before_the_optimizer(count)
+        print(f"\n{name}: {calls} calls, {moved / 1e9:.0f} GB before the optimiser")
         for phase in sorted(count.calls, key=lambda p: PHASES.index(p) if p in PHASES else -1):
             largest = [(n, b) for (p, n), b in count.operators.most_common() if p == phase][:3]
             told = ", ".join(f"{operator} {moved / 1e9:.0f}" for operator, moved in largest)
