@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
+
+from mpformer.model.tables import kept_table
 
 _TEMPERATURE = 10000.0
 _EPSILON = 1e-6
@@ -20,14 +21,8 @@ def sine_position(h: int, w: int, channels: int, device: torch.device, dtype: to
     return _table(h, w, channels, str(device)).to(dtype)
 
 
-@functools.lru_cache(maxsize=64)
+@kept_table
 def _table(h: int, w: int, channels: int, device: str) -> Tensor:
-    # computed once per size: the position does not depend on the image
-    with torch.inference_mode(False):  # a table made during inference is used in training, too
-        return _compute(h, w, channels, device)
-
-
-def _compute(h: int, w: int, channels: int, device: str) -> Tensor:
     half = channels // 2
     index = torch.arange(half, dtype=torch.float32, device=device)
     frequency = _TEMPERATURE ** (2 * torch.div(index, 2, rounding_mode="floor") / half)

@@ -7,12 +7,13 @@ the other exactly.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from mpformer.model.tables import kept_table
 
 
 class PadThenShift:
@@ -46,7 +47,7 @@ def _to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
     return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
-@functools.lru_cache(maxsize=64)
+@kept_table
 def _shift_mask(
     size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], device: str, dtype: torch.dtype
 ) -> Tensor:
@@ -57,8 +58,7 @@ def _shift_mask(
         position = torch.arange(count, device=device)
         return (position >= count - window).int() + (position >= count - shift).int()
 
-    with torch.inference_mode(False):  # a mask made during inference is used in training, too
-        by_row, by_column = (region(*axis) for axis in zip(size, window, shift))
-        regions = 3 * by_row[:, None] + by_column[None, :]
-        cells = _to_windows(regions[None, :, :, None], window)
-        return torch.where(cells != cells.transpose(1, 2), -100.0, 0.0).to(dtype)
+    by_row, by_column = (region(*axis) for axis in zip(size, window, shift))
+    regions = 3 * by_row[:, None] + by_column[None, :]
+    cells = _to_windows(regions[None, :, :, None], window)
+    return torch.where(cells != cells.transpose(1, 2), -100.0, 0.0).to(dtype)

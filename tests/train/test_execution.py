@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from mpformer.model.architecture import build_model
+from mpformer.model.piloting import make_pilots
+from mpformer.model.streams import SampleRandom
 from mpformer.train.execution import prepare
 from tests.train.conftest import make_batch
 from tests.train.test_step import CLASSES, gradients_of_step, settings
@@ -52,6 +55,47 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing():
     )
     assert float(one.total) == float(other.total)
     assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+SWIN = {"name": "swin_tiny_patch4_window7_224"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # the compiler itself is slow on a busy machine
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of the compiler itself
+@pytest.mark.parametrize(
+    ("switch", "train"),
+    [
+        ({}, {}),
+        ({"backbone": SWIN}, {}),
+        ({}, {"activation_checkpointing": True}),
+        ({"pilot": {"queries": 0}}, {}),
+    ],
+    ids=["mp-former", "swin", "activation checkpointing", "mask2former"],
+)
+def test_each_part_is_one_graph_whatever_the_number_of_pilots(switch, train):
+    """No graph breaks, and no compilation anew with every batch: it would take longer than the batch."""
+    torch.compiler.reset()
+    config = settings(**{"backbone": {"norm": "frozen_bn"}, "decoder": {"layers": 2}, **switch})
+    model = prepared(config, **train).train()
+    counters = {}
+    for name in ("backbone", "pixel_decoder", "decoder"):
+        counters[name] = CompileCounter()
+        getattr(model, name).compile(backend=counters[name], fullgraph=True)
+    slots = set()
+    for counts in ([3, 1], [7, 0], [5, 5]):
+        batch, pilots = make_batch(counts), None
+        if config.model.pilot.queries:
+            draws = SampleRandom(0, "pilots", batch.positions, batch.images.device)
+            pilots = make_pilots(batch.targets, config.model.pilot, model.structure, draws)
+            slots.add(pilots.labels.shape[1])
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(batch.images, pilots)
+        output.heads[-1].mask_logits.sum().backward()
+    graphs = {name: counter.frame_count for name, counter in counters.items()}
+    # the second number of pilots makes the graph of all others
+    assert graphs == {"backbone": 1, "pixel_decoder": 1, "decoder": 2 if len(slots) > 1 else 1}
+    assert len(slots) == (3 if config.model.pilot.queries else 0)
 
 
 @pytest.mark.slow
