@@ -1,14 +1,20 @@
 """Parameter groups and schedules of the papers' recipes."""
 
+import contextlib
 import math
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._foreach_utils import _device_has_foreach_support
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpformer.config import Config, Plugin, PolySchedule, StepSchedule, Train
 from mpformer.model.architecture import build_model
 from mpformer.train.optim import build_optimizer, check_plugins, rate_factor, set_rates
+from mpformer.train.step import train_step
 from mpformer.types import InputError
+from tests.train.conftest import make_batch
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +143,38 @@ def test_a_schedule_of_one_s_own_is_multiplied_by_the_warm_up():
     assert [rate_factor(s, 8, train) for s in (1, 4, 6)] == pytest.approx(
         [0.5 * math.cos(1 / 8), math.cos(1 / 2), math.cos(3 / 4)]
     )
+
+
+class Calls(TorchDispatchMode):
+    """Counts operator calls by phase and name: a mode to put around a step, and the timers to give to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.phase, self.counted = None, {}
+
+    def __call__(self, phase):
+        self.phase, self.counted[phase] = phase, Counter()
+        return contextlib.nullcontext()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and self.phase:
+            self.counted[self.phase][function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_clipping_and_update_are_calls_by_group_not_by_parameter(tiny_config):
+    """One norm of all gradients, one scaling, one fused update for each group: on a GPU each is a launch."""
+    model = build_model(tiny_config.model, 3).train()
+    optimizer = build_optimizer(model, tiny_config.train)
+    groups, parameters = len(optimizer.param_groups), len(list(model.parameters()))
+    for _ in range(2):  # the first step makes the optimiser's state, parameter by parameter
+        with Calls() as calls:
+            train_step(model, optimizer, make_batch([3, 1]), tiny_config, calls, classes=3)
+    found = calls.counted["optimizer"]
+    assert found["_fused_adamw_"] == groups
+    assert found["_foreach_norm"] == found["_foreach_mul_"] == 1
+    # with the test of losses and gradient and the sums of the losses, which follow in the same phase
+    assert max(found.values()) < 10 < found.total() < parameters / 2
+    # the counted forms are those of a GPU: what is fused is asked for, `foreach` follows from the device
+    assert all(group["fused"] for group in optimizer.param_groups)
+    assert _device_has_foreach_support(torch.device("cuda"))
