@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import colorsys
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -240,6 +240,10 @@ class PackedTarget:
         shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=self.bits.device)
         return ((self.bits.unsqueeze(3) >> shifts) & 1).bool().flatten(2)
 
+    def pin_memory(self) -> PackedTarget:
+        """A copy in pinned memory, from which copies to a GPU do not hold up the host."""
+        return PackedTarget(self.labels.pin_memory(), self.bits.pin_memory())
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
         """The target on a device, its masks unpacked there."""
         moved = PackedTarget(
@@ -268,6 +272,11 @@ class PackedBatch:
     def nbytes(self) -> int:
         """Bytes of images and masks."""
         return self.images.nbytes + sum(target.bits.nbytes for target in self.targets)
+
+    def pin_memory(self) -> PackedBatch:
+        """A copy in pinned memory, from which copies to a GPU do not hold up the host."""
+        targets = tuple(target.pin_memory() for target in self.targets)
+        return replace(self, images=self.images.pin_memory(), targets=targets)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on a device, its masks unpacked there."""

@@ -31,6 +31,7 @@ from mpformer.ops.allocator import keep_freed_memory
 from mpformer.tracking.progress import kept_warnings
 from mpformer.tracking.run_dir import RunDir
 from mpformer.train import checkpoint
+from mpformer.train.ahead import on_device
 from mpformer.train.execution import prepare, use_bfloat16
 from mpformer.train.group import Group
 from mpformer.train.job import Job, StepPlan
@@ -181,11 +182,11 @@ def _batches(run: _Run, start: int) -> Iterator[tuple[int, Batch]]:
         rank=group.rank,
         world=group.world,
     )
+    batches = on_device(stream, group.device)
     for step in range(start, run.plan.total):
         with run.timers("data_wait"):
-            packed = next(stream)
-            run.skipped.extend(packed.skipped)
-            batch = packed.to(group.device, non_blocking=True)
+            batch, skipped = next(batches)
+            run.skipped.extend(skipped)
         yield step, batch
 
 
