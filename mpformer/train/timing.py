@@ -16,14 +16,18 @@ class Timers:
     def __init__(self) -> None:
         self._recent: dict[str, float] = {}
         self.total: dict[str, float] = {}
+        self.phase = "start"
+        """The timer that runs, the innermost one; after an exception that in which it was raised."""
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
+        outer, self.phase = self.phase, name
         try:
             yield
         finally:
             self.add(name, time.perf_counter() - start)
+        self.phase = outer
 
     def add(self, name: str, seconds: float) -> None:
         self._recent[name] = self._recent.get(name, 0.0) + seconds

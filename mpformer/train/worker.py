@@ -35,6 +35,7 @@ from mpformer.train.ahead import on_device
 from mpformer.train.execution import prepare, use_bfloat16
 from mpformer.train.group import Group
 from mpformer.train.job import Job, StepPlan
+from mpformer.train.memory import explained
 from mpformer.train.mirror import open_mirror
 from mpformer.train.optim import build_optimizer, rate_factor, set_rates
 from mpformer.train.reporter import Reporter, SilentReporter
@@ -56,9 +57,10 @@ def run_worker(settings: dict[str, Job]) -> None:
     failure = RunDir(job.run_dir).failure
     if failure.exists() and json.loads(failure.read_text())["token"] == job.token:
         return
+    timers = Timers()
     try:
-        with kept_warnings(job.run_dir):
-            train(job)
+        with kept_warnings(job.run_dir), explained(timers, job.config):
+            train(job, timers)
     except (InputError, RunError) as error:
         _write_failure(failure, {"token": job.token, "kind": type(error).__name__, "message": str(error)})
         raise
@@ -96,9 +98,9 @@ class _Run:
         return self.job.config
 
 
-def train(job: Job) -> None:
+def train(job: Job, timers: Timers) -> None:
     """Train a run from its newest checkpoint to its end, as one of its workers."""
-    config, group, timers = job.config, _join(job.config), Timers()
+    config, group = job.config, _join(job.config)
     train_split: Catalog = ray.get(job.train)
     val_split: Catalog = ray.get(job.val)
     plan = StepPlan.of(config, len(train_split.records))
@@ -128,13 +130,14 @@ def train(job: Job) -> None:
     clock = Clock(seconds)
     run = _Run(job, group, plan, val_split, model, optimizer, reporter, timers, clock, skipped, logged=start)
     try:
-        reporter.resume_evaluations(start)
-        if start == 0 and config.evaluate.at_start:
-            _evaluate(run, 0)
-        _train_steps(run, wrapped, start)
-        skipped = group.gather(run.skipped)
-        images = plan.total * config.train.batch_size
-        reporter.finish(timers, measured_resources(group, clock.total, images, skipped))
+        with explained(timers, config):
+            reporter.resume_evaluations(start)
+            if start == 0 and config.evaluate.at_start:
+                _evaluate(run, 0)
+            _train_steps(run, wrapped, start)
+            skipped = group.gather(run.skipped)
+            images = plan.total * config.train.batch_size
+            reporter.finish(timers, measured_resources(group, clock.total, images, skipped))
     except (InputError, RunError):
         reporter.fail()
         raise
@@ -152,15 +155,16 @@ def _train_steps(run: _Run, wrapped: nn.Module, start: int) -> None:
         torch.manual_seed((config.train.seed << 32) + step * group.world + group.rank)
         run.model.set_progress(step / plan.total)
         set_rates(run.optimizer, rate_factor(step, plan.total, config.train))
-        result = train_step(
-            wrapped,
-            run.optimizer,
-            batch,
-            config,
-            run.timers,
-            classes=len(run.model.classes),
-            autocast=autocast,
-        )
+        with explained(run.timers, config, batch):
+            result = train_step(
+                wrapped,
+                run.optimizer,
+                batch,
+                config,
+                run.timers,
+                classes=len(run.model.classes),
+                autocast=autocast,
+            )
         done = step + 1
         if plan.logs(done):
             _log(run, done, result)
