@@ -17,7 +17,7 @@ _EXHAUSTED = re.compile(
     re.IGNORECASE,
 )
 """In messages of CUDA, of torch's allocators and of cuBLAS, which raise no class of their own everywhere."""
-_ASKED = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
+_ASKED = re.compile(r"tried to allocate ([\d.]+ \w+)", re.I)
 _MOST_IMAGES = 8
 """Image ids that the line names."""
 

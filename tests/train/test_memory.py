@@ -40,12 +40,16 @@ class Exhausted(Timers):
 
 
 def told(timers, config, batch=None):
-    with pytest.raises(RunError) as failure, explained(timers, config, batch):
-        if batch is None:
-            with timers(timers.where):
-                raise AssertionError("unreachable")
-        model = build_model(config.model, CLASSES).train()
-        train_step(model, build_optimizer(model, config.train), batch, config, timers, classes=CLASSES)
+    def run():
+        with explained(timers, config, batch):
+            if batch is None:
+                with timers(timers.where):
+                    raise AssertionError("unreachable")
+            model = build_model(config.model, CLASSES).train()
+            train_step(model, build_optimizer(model, config.train), batch, config, timers, classes=CLASSES)
+
+    with pytest.raises(RunError) as failure:
+        run()
     assert failure.value.__cause__ is timers.error
     line = str(failure.value)
     assert "\n" not in line
