@@ -92,6 +92,9 @@ class Train(Section):
     keep_checkpoints: Count = setting(2)
     log_every: Count = setting(20)
     """Steps between points of the metrics record."""
+    profile: Annotated[int, Field(ge=0)] = setting(0)
+    """Steps to profile, after the first ten of each start of the run: a trace in the run's folder, which
+    chrome://tracing and ui.perfetto.dev show (docs/speed.md). 0: none."""
 
 
 def _metric(value: Any) -> Any:

@@ -124,6 +124,10 @@ class RunDir:
         """Weights of a step that have yet to be evaluated."""
         return self.evaluations / f"step-{step:08d}.safetensors"
 
+    def trace(self, step: int) -> Path:
+        """The profile of the steps from that one on, counted from 0 (`train.profile`)."""
+        return self.path / f"trace-{step:08d}.json.gz"
+
     def waiting_evaluations(self) -> dict[int, Path]:
         """The weights that have yet to be evaluated, by step, ascending."""
         files = sorted(self.evaluations.glob("*.safetensors"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 
 class Timers:
@@ -18,13 +19,16 @@ class Timers:
         self.total: dict[str, float] = {}
         self.phase = "start"
         """The timer that runs, the innermost one; after an exception that in which it was raised."""
+        self.annotate: Callable[[str], AbstractContextManager[object]] | None = None
+        """Makes a context of a timer's name, entered while it runs: a profiler's range."""
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         outer, self.phase = self.phase, name
         try:
-            yield
+            with self.annotate(name) if self.annotate else contextlib.nullcontext():
+                yield
         finally:
             self.add(name, time.perf_counter() - start)
         self.phase = outer

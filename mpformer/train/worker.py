@@ -38,6 +38,7 @@ from mpformer.train.job import Job, StepPlan
 from mpformer.train.memory import explained
 from mpformer.train.mirror import open_mirror
 from mpformer.train.optim import build_optimizer, rate_factor, set_rates
+from mpformer.train.profiling import profiled_steps
 from mpformer.train.reporter import Reporter, SilentReporter
 from mpformer.train.step import StepResult, train_step
 from mpformer.train.summary import measured_resources
@@ -150,28 +151,31 @@ def _train_steps(run: _Run, wrapped: nn.Module, start: int) -> None:
     preemption = _Preemption()
     wrapped.train()
     run.clock.start()
-    for step, batch in _batches(run, start):
-        # every random stream starts anew from (seed, step): a restart needs no stored state of them
-        torch.manual_seed((config.train.seed << 32) + step * group.world + group.rank)
-        run.model.set_progress(step / plan.total)
-        set_rates(run.optimizer, rate_factor(step, plan.total, config.train))
-        with explained(run.timers, config, batch):
-            result = train_step(
-                wrapped,
-                run.optimizer,
-                batch,
-                config,
-                run.timers,
-                classes=len(run.model.classes),
-                autocast=autocast,
-            )
-        done = step + 1
-        if plan.logs(done):
-            _log(run, done, result)
-        if plan.evaluates(done):
-            _evaluate(run, done)
-        if plan.saves(done) or (done % plan.log_every == 0 and preemption.is_new()):
-            _save(run, done)
+    profiled = config.train.profile if group.rank == 0 else 0
+    with profiled_steps(profiled, RunDir(run.job.run_dir), group.device, run.timers, start) as profiler:
+        for step, batch in _batches(run, start):
+            # every random stream starts anew from (seed, step): a restart needs no stored state of them
+            torch.manual_seed((config.train.seed << 32) + step * group.world + group.rank)
+            run.model.set_progress(step / plan.total)
+            set_rates(run.optimizer, rate_factor(step, plan.total, config.train))
+            with explained(run.timers, config, batch):
+                result = train_step(
+                    wrapped,
+                    run.optimizer,
+                    batch,
+                    config,
+                    run.timers,
+                    classes=len(run.model.classes),
+                    autocast=autocast,
+                )
+            done = step + 1
+            if plan.logs(done):
+                _log(run, done, result)
+            if plan.evaluates(done):
+                _evaluate(run, done)
+            if plan.saves(done) or (done % plan.log_every == 0 and preemption.is_new()):
+                _save(run, done)
+            profiler.step()
 
 
 def _batches(run: _Run, start: int) -> Iterator[tuple[int, Batch]]:
