@@ -24,7 +24,10 @@ FIGURES = {
     "semantic": (*_PIXELS, *(f"{name}_stuff" for name in _QUALITY)),
 }
 """What an evaluation of a task measures (`mpformer.evaluate.metrics.score`), as `val/NAME`."""
-_SPEED = ("images_per_second", "images_seen", "train_seconds", "gpu_hours", "clock_hours")
+_SPEED = (
+    *("images_per_second", "images_seen", "train_seconds", "gpu_hours", "clock_hours"),
+    *("mfu", "peak_memory_gib"),
+)
 _LAYERS = ("layer_iou", "query_utilization", "pilot_layer_iou", "pilot_query_utilization")
 
 

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpformer.config.model import Model as ModelConfig
-from mpformer.model.architecture import build_model
+from mpformer.model.architecture import Architecture, build_model
+from mpformer.types import Pilots
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,31 @@ def count_size(config: ModelConfig, classes: int, height: int, width: int, task:
     if task == "semantic" and not model.structure.per_pixel:
         parts["inference"] = model.structure.queries * classes * height * width
     return Size(parameters, sum(parts.values()), parts)
+
+
+def count_training_flops(model: Architecture, height: int, width: int) -> int:
+    """FLOPs of forward and backward of one image of height x width (multiples of 32) in training.
+
+    An addition and a multiplication are two, as the peaks of cards are stated. All heads and a full set of
+    pilots are counted, losses and what `count_size` leaves out are not, nor what activation checkpointing
+    computes twice. `model` is only read: a copy of its design, without memory for weights, is run.
+    """
+    with torch.device("meta"):
+        copy = build_model(model.config.without_pretrained(), model.classes).train()
+        images = torch.zeros(1, 3, height, width)
+        slots = model.config.pilot.queries if model.structure.takes_pilots else 0
+        pilots = _full_pilots(slots, len(model.structure.attention_strides)) if slots else None
+    with FlopCounterMode(display=False) as counter:
+        output = copy(images, pilots)
+        parts = [part for head in (*output.heads, *(output.pilots or ())) for part in vars(head).values()]
+        torch.stack([part.sum() for part in parts if part is not None]).sum().backward()
+    return counter.get_total_flops()
+
+
+def _full_pilots(slots: int, layers: int) -> Pilots:
+    """One image's pilots in one group; attention masks change no count."""
+    number = torch.zeros(1, slots, dtype=torch.long)
+    return Pilots(number, number, number, (slots,), (None,) * layers)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -64,9 +64,14 @@ def measured_resources(group: Group, seconds: float, images: int, skipped: list[
         "train_seconds": seconds,
         "images_per_second": images / max(seconds, 1e-9),
         "peak_memory_bytes": peak_memory(),
-        "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(group.device) if on_gpu else None,
+        "peak_gpu_memory_bytes": peak_device_memory(group.device) if on_gpu else None,
         "bad_samples": skipped,
     }
+
+
+def peak_device_memory(device: torch.device) -> int:
+    """Bytes that this process has taken at most, up to now: of its GPU, or on a CPU resident."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
 
 
 def _val(values: dict[str, float]) -> dict[str, float]:

@@ -41,8 +41,9 @@ from mpformer.train.optim import build_optimizer, rate_factor, set_rates
 from mpformer.train.profiling import profiled_steps
 from mpformer.train.reporter import Reporter, SilentReporter
 from mpformer.train.step import StepResult, train_step
-from mpformer.train.summary import measured_resources
+from mpformer.train.summary import measured_resources, peak_device_memory
 from mpformer.train.timing import Clock, Timers
+from mpformer.train.utilization import Utilization
 from mpformer.types import Batch, ClassTable, InputError, RunError
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class _Run:
     """Rank 0's `Reporter`; on the other ranks it does nothing."""
     timers: Timers
     clock: Clock
+    utilization: Utilization | None
     skipped: list[str]
     """One line per bad sample that was replaced; on rank 0 those before the restart, too."""
     logged: int
@@ -129,7 +131,20 @@ def train(job: Job, timers: Timers) -> None:
     if group.rank == 0:
         reporter = Reporter(job, plan, start, val_split, init_report, mirror)
     clock = Clock(seconds)
-    run = _Run(job, group, plan, val_split, model, optimizer, reporter, timers, clock, skipped, logged=start)
+    run = _Run(
+        job,
+        group,
+        plan,
+        val_split,
+        model,
+        optimizer,
+        reporter,
+        timers,
+        clock,
+        Utilization.of(model, config, group),
+        skipped,
+        logged=start,
+    )
     try:
         with explained(timers, config):
             reporter.resume_evaluations(start)
@@ -202,13 +217,17 @@ def _log(run: _Run, done: int, result: StepResult) -> None:
     losses = run.group.sum(result.losses)
     with run.clock.paused():
         steps, run.logged = done - run.logged, done
+        speed = steps * run.config.train.batch_size / run.clock.lap()
         values = {
             "train/grad_norm": float(result.grad_norm),
             "train/lr": max(group["lr"] for group in run.optimizer.param_groups),
             **{f"time/{name}": value / steps for name, value in run.timers.take().items()},
-            "speed/images_per_second": steps * run.config.train.batch_size / run.clock.lap(),
+            "speed/images_per_second": speed,
+            "speed/peak_memory_gib": peak_device_memory(run.group.device) / 2**30,
             **_amounts(run, done),
         }
+        if run.utilization is not None:
+            values["speed/mfu"] = run.utilization.at(speed)
         run.reporter.training(done, losses, values)
 
 

@@ -4,7 +4,8 @@ import pytest
 from torch import nn
 
 from mpformer.config.model import Backbone, Decoder, Model, Pilot, PixelDecoder
-from mpformer.model.counting import count_parameters, count_size
+from mpformer.model.architecture import build_model
+from mpformer.model.counting import count_parameters, count_size, count_training_flops
 
 pytestmark = pytest.mark.slow
 
@@ -147,3 +148,32 @@ def test_pilots_cost_class_embeddings_only():
 
 def test_count_parameters_counts_all():
     assert count_parameters(nn.Linear(3, 4)) == 16
+
+
+def training_flops(queries: int, pilots: int, frozen: int = 0) -> int:
+    config = Model(
+        backbone=Backbone(name="resnet18", pretrained=None, frozen_stages=frozen),
+        pixel_decoder=PixelDecoder(layers=0, channels=16, heads=2),
+        decoder=Decoder(queries=queries, layers=1, heads=2, ffn=24),
+        pilot=Pilot(queries=pilots),
+    )
+    return count_training_flops(build_model(config, 3), 64, 64)
+
+
+def test_flops_of_a_query_in_training_by_hand():
+    """A product's backward is two of its size. Queries enter everything linearly but their own attention."""
+    c, ffn, k, side = 16, 24, 3, 64
+    keys = (side // 32) ** 2
+
+    def of_queries(q: int) -> int:
+        cross = 2 * q * c * c + 2 * q * keys * c
+        self_attention = 4 * q * c * c + 2 * q * q * c
+        heads = 2 * (3 * q * c * c + q * c * (side // 4) ** 2 + q * c * (k + 1))
+        return 2 * 3 * (cross + self_attention + 2 * q * c * ffn + heads)
+
+    assert training_flops(8, 0) - training_flops(5, 0) == of_queries(8) - of_queries(5)
+    assert training_flops(5, 3) - training_flops(5, 0) == of_queries(8) - of_queries(5)
+
+
+def test_frozen_stages_have_no_backward():
+    assert training_flops(5, 0, frozen=2) < training_flops(5, 0)
