@@ -85,6 +85,9 @@ class Train(Section):
     """Most images of one forward; null: the worker's whole share of the global batch."""
     compile: bool = setting(False)
     """torch.compile of backbone, pixel decoder and decoder: for long runs, with fixed crops."""
+    channels_last: bool = setting(False)
+    """Maps of the backbone with the channels of a cell together, which suits the convolutions of some GPUs;
+    not measured on any yet (docs/speed.md)."""
     activation_checkpointing: bool = setting(False)
     """Layers of the pixel decoder and the decoder keep only their inputs for the backward pass, and are
     computed again there: less memory, more time."""

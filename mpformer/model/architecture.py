@@ -140,6 +140,12 @@ class Architecture(nn.Module, ABC):
         Their inputs are positional. Default: none."""
         return ()
 
+    def use_channels_last(self) -> None:
+        """Keep the channels of a cell together in the maps of convolutions (`train.channels_last`).
+
+        Parameters keep their layout, and so do checkpoints. Default: nothing changes.
+        """
+
     @contextlib.contextmanager
     def recorded_attention(self) -> Iterator[list[Tensor]]:
         """The weights [B,Q,S] that queries pay to the cells of each attention layer in turn, rows sum to 1,

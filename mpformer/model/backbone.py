@@ -98,6 +98,8 @@ class Backbone(nn.Module):
             self.body = _to_group_norm(self.body)
         _freeze(self.body, config.frozen_stages)
         self._depths = _layer_depths(self.body)
+        self.memory_format = torch.contiguous_format
+        """Of the maps that go in and come out: `torch.channels_last` suits the convolutions of some GPUs."""
 
     @property
     def depth(self) -> int:
@@ -112,7 +114,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Normalised images [B,3,H,W] -> four maps [B,C_i,H/s_i,W/s_i], finest first."""
-        features = self.body(images)
+        features = self.body(images.contiguous(memory_format=self.memory_format))
         maps = [features[i] for i in self._wanted]
         if self.pyramid is not None:
             return self.pyramid(maps[0])
@@ -121,7 +123,7 @@ class Backbone(nn.Module):
             maps = [norm(m).permute(0, 3, 1, 2) for norm, m in zip(self.norms, rows)]
         elif self._channels_last:
             maps = [m.permute(0, 3, 1, 2) for m in maps]
-        return tuple(m.contiguous() for m in maps)
+        return tuple(m.contiguous(memory_format=self.memory_format) for m in maps)
 
 
 class _SwinBlock(PadThenShift, SwinTransformerBlock):

@@ -72,6 +72,9 @@ class Segmenter(Architecture):
         for part in (self.encoder, self.pixel_decoder, self.decoder):
             yield from getattr(part, "layers", ())
 
+    def use_channels_last(self) -> None:
+        self.backbone.memory_format = torch.channels_last
+
     @contextlib.contextmanager
     def recorded_attention(self) -> Iterator[list[Tensor]]:
         attentions = self.decoder.cross_attentions if isinstance(self.decoder, QueryDecoder) else ()

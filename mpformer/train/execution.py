@@ -12,11 +12,13 @@ from mpformer.model.architecture import Architecture
 
 
 def prepare(model: Architecture, config: TrainConfig) -> None:
-    """Apply `train.activation_checkpointing` and `train.compile` to the parts of a model, in place.
+    """Apply `train.channels_last`, `activation_checkpointing` and `compile` to a model, in place.
 
-    Neither changes what the model computes; parameters keep their names. A part is compiled for the first
-    shape that it gets and once more for dynamic shapes; fixed crops need no more than that.
+    None of them changes what the model computes; parameters keep names and layout. A part is compiled for the
+    first shape that it gets and once more for dynamic shapes; fixed crops need no more than that.
     """
+    if config.channels_last:
+        model.use_channels_last()
     if config.activation_checkpointing:
         for layer in model.checkpointed_layers():
             layer.forward = _checkpointed(layer.forward)  # parameters keep their names

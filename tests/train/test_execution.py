@@ -57,6 +57,27 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing():
     assert all(torch.equal(gradients[name], expected[name]) for name in expected)
 
 
+def test_channels_last_is_what_convolutions_get_and_parameters_keep_their_layout():
+    config = settings(backbone={"norm": "frozen_bn"})
+    batch = make_batch([3, 1])
+    plain, expected = gradients_of_step(config, batch, model=prepared(config))
+    model = prepared(config, channels_last=True)
+    layouts = {module: [] for module in model.backbone.modules() if isinstance(module, torch.nn.Conv2d)}
+
+    def note(module, inputs):
+        layouts[module].append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+
+    for module in layouts:
+        module.register_forward_pre_hook(note)
+    result, gradients = gradients_of_step(config, batch, model=model)
+    assert all(seen == [True] for seen in layouts.values())
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+    assert float(result.total) == pytest.approx(float(plain.total), rel=1e-4)
+    for name, gradient in gradients.items():
+        assert gradient.is_contiguous()
+        torch.testing.assert_close(gradient, expected[name], atol=1e-3, rtol=1e-2)
+
+
 SWIN = {"name": "swin_tiny_patch4_window7_224"}
 
 
