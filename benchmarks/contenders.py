@@ -7,6 +7,7 @@ in rotating order, so that other load on the machine affects all equally.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import resource
@@ -14,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from importlib.metadata import version
 from typing import Any
@@ -26,6 +27,7 @@ import mpformer.model.backbone  # noqa: F401  lets torchvision, which transforme
 from mpformer.config import Config
 from mpformer.model.architecture import build_model
 from mpformer.ops import kernel_status
+from mpformer.train.timing import Timers
 from mpformer.types import PIXEL_MEAN, PIXEL_STD, Batch, Target
 
 CLASSES = 80
@@ -101,6 +103,10 @@ class Stopwatch:
     starts: autograd runs the parts one after the other in reverse order.
     """
 
+    waits = False
+    """Whether each reading of the clock waits for the GPU's work: else that of a part is seen in a later one.
+    The parts then add up to more than a pass that does not wait."""
+
     def __init__(self, parts: dict[str, nn.Module]) -> None:
         self.forward: dict[str, float] = {}
         self._marks: dict[str, float] = {}
@@ -109,17 +115,24 @@ class Stopwatch:
             module.register_forward_pre_hook(lambda *_, name=name: self._start(name))
             module.register_forward_hook(lambda _, __, output, name=name: self._stop(name, output))
 
+    def now(self) -> float:
+        """The clock's seconds."""
+        if self.waits:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def _start(self, name: str) -> None:
-        self.forward[name] = self.forward.get(name, 0.0) - time.perf_counter()
+        self.forward[name] = self.forward.get(name, 0.0) - self.now()
 
     def _stop(self, name: str, output: Any) -> None:
-        self.forward[name] += time.perf_counter()
+        self.forward[name] += self.now()
         for tensor in tensors_in(output):
             if tensor.requires_grad:
                 tensor.register_hook(lambda _, name=name: self._mark(name))
 
     def _mark(self, name: str) -> None:
-        self._marks.setdefault(name, time.perf_counter())
+        if name not in self._marks:
+            self._marks[name] = self.now()
 
     def take(self, end: float) -> dict[str, float]:
         """Seconds per part and direction since the last call; `end`: time at which the backward ended."""
@@ -131,6 +144,31 @@ class Stopwatch:
                 ends = self._marks[name]
         self.forward, self._marks, self.first_mark = {}, {}, ends
         return seconds
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """While the body runs, all stopwatches wait for the GPU."""
+    Stopwatch.waits = True
+    try:
+        yield
+    finally:
+        Stopwatch.waits = False
+
+
+class StepTimers(Timers):
+    """The timers of a training step, which wait for the GPU when stopwatches do."""
+
+    def __init__(self, watch: Stopwatch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._watch.now()
+        with super().__call__(name):
+            yield
+            self._watch.now()
 
 
 def tensors_in(value: Any) -> Iterable[Tensor]:
@@ -202,6 +240,28 @@ def peak_memory(script: str, contender: str, arguments: argparse.Namespace, obje
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
 
 
+def fitting(passes: dict[str, Callable[[], object]], device: torch.device) -> dict[str, int]:
+    """Bytes that a pass takes at most on a GPU, above what all contenders hold, of those whose pass fits; the
+    others are named. On a CPU nothing is tried: all are 0."""
+    if device.type != "cuda":
+        return dict.fromkeys(passes, 0)
+    fit = {}
+    for name, run in passes.items():
+        try:
+            run()  # the first one makes the optimiser's state and compiles
+            torch.cuda.synchronize(device)
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            run()
+            torch.cuda.synchronize(device)
+        except torch.OutOfMemoryError as error:
+            print(f"- {name} does not fit: {str(error).splitlines()[0][:160]}", flush=True)
+        else:
+            fit[name] = torch.cuda.max_memory_allocated(device) - before
+        torch.cuda.empty_cache()
+    return fit
+
+
 def print_memory(used: dict[str, float]) -> None:
     print("\n| | peak MB | of transformers' |\n|---|---|---|")
     for name, megabytes in used.items():
@@ -216,7 +276,7 @@ def own_peak(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def machine(device: str, keeps_memory: bool) -> str:
+def machine(device: str, keeps_memory: bool = False) -> str:
     """GPU, processor, versions, threads and load, in one paragraph."""
     with open("/proc/cpuinfo") as file:
         model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "?")

@@ -59,6 +59,9 @@ ROWS = [
     Row("1024x1024, head size 24", 1024, 1024, channels=24),
     Row("1024x1024, sampling anywhere", 1024, 1024, spread=True),
 ]
+TRAINING = Row("1024x1024, batch 16", 1024, 1024, batch=16)
+"""On a GPU too: a smaller problem does not fill it."""
+TINY = Row("64x64", 64, 64)
 
 
 def make(row: Row, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -246,19 +249,30 @@ def memory_in_process(
 # ---- lower bounds
 
 
-def floor(row: Row, dtype: torch.dtype, device: str) -> str:
-    """Bytes and operations of the forward pass, and the rates that this machine reaches otherwise."""
+def floor(row: Row, dtype: torch.dtype, device: str, milliseconds: float | None) -> str:
+    """Bytes and operations of the forward pass, and the rates that this machine reaches otherwise.
+
+    milliseconds: of our pass, to be compared with them.
+    """
     element = torch.empty((), dtype=dtype).element_size()
     rows = row.batch * row.queries * HEADS
     moved = rows * (2 * row.channels * element + len(row.shapes) * POINTS * 3 * element)
     corners = rows * len(row.shapes) * POINTS * 4
     gathered, operations = corners * row.channels * element, 2 * corners * row.channels
     rates = {name: measure_rate(size, device) for name, size in (("memory", 2**28), ("cache", 2**20))}
+    reached = ""
+    if milliseconds is not None:
+        seconds = milliseconds / 1e3
+        reached = (
+            f"; ours {milliseconds:.2f} ms: {moved / seconds / 1e9:.0f} GB/s of the compulsory bytes "
+            f"({100 * moved / seconds / rates['memory']:.0f} % of the rate from memory), "
+            f"{gathered / seconds / 1e9:.0f} GB/s of corners"
+        )
     return (
         f"compulsory {moved / 1e6:.0f} MB: {1e3 * moved / rates['memory']:.1f} ms at the measured "
         f"{rates['memory'] / 1e9:.0f} GB/s from memory; corners {gathered / 1e6:.0f} MB: "
         f"{1e3 * gathered / rates['cache']:.1f} ms at the measured {rates['cache'] / 1e9:.0f} GB/s from "
-        f"cache; {operations / 1e9:.2f} G operations"
+        f"cache; {operations / 1e9:.2f} G operations{reached}"
     )
 
 
@@ -353,6 +367,7 @@ def main() -> None:
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
     parser.add_argument("--forms", default="plain,fused", help="plain (from locations), fused (from logits)")
     parser.add_argument("--parts", default="time,memory,bound,decoder", help="what to print")
+    parser.add_argument("--tiny", action="store_true", help="one small shape, to try the benchmark itself")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
@@ -365,6 +380,12 @@ def main() -> None:
     print(machine(arguments.device))
     rows = [(i, row) for i, row in enumerate(ROWS) if arguments.rows in row.name]
     parts = arguments.parts.split(",")
+    if arguments.device == "cuda" and arguments.rows in TRAINING.name:
+        rows.append((len(ROWS), TRAINING))
+    if arguments.tiny:
+        rows, parts = [(len(ROWS), TINY)], ["time", "bound"]
+    forward_ms: dict[str, float] = {}
+    """Of our pass by row, of the form measured last."""
     for fused in (form == "fused" for form in arguments.forms.split(",")):
         form = (
             "from offsets and logits (softmax and locations included)"
@@ -379,11 +400,13 @@ def main() -> None:
             for (_, row), (backward, label) in passes:
                 inputs = make(row, arguments.device, dtype)
                 steps = {name: step(f, inputs, row, fused, backward) for name, f in functions.items()}
-                cells = table(interleave(steps, arguments.repetitions, arguments.device))
-                print(f"| {row.name} | {label} | " + " | ".join(cells) + " |", flush=True)
+                times = interleave(steps, arguments.repetitions, arguments.device)
+                print(f"| {row.name} | {label} | " + " | ".join(table(times)) + " |", flush=True)
+                if not backward:
+                    forward_ms[row.name] = statistics.median(times["ours"])
         if "memory" in parts:
             print(f"\nPeak memory of one pass above its inputs, {form} (MB)\n{header}")
-            for (index, row), (backward, label) in passes:
+            for (index, row), (backward, label) in (p for p in passes if p[0][1] in ROWS):
                 used = {n: memory_in_process(n, index, fused, backward, arguments) for n in functions}
                 ratios = {n: "" if n == "ours" else f" = {mb / used['ours']:.1f}x" for n, mb in used.items()}
                 cells = [f"{used[n]:.0f}{ratios[n]}" for n in functions]
@@ -391,7 +414,9 @@ def main() -> None:
     if "bound" in parts:
         print("\nBound of the forward pass\n")
         for _, row in rows:
-            print(f"- {row.name}: {floor(row, dtype, arguments.device)}", flush=True)
+            print(
+                f"- {row.name}: {floor(row, dtype, arguments.device, forward_ms.get(row.name))}", flush=True
+            )
     if "decoder" in parts:
         pixel_decoder(arguments.repetitions, arguments.device)
 

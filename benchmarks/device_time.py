@@ -45,6 +45,17 @@ def device_times(run: Callable[[], object], device: torch.device) -> dict[str, t
     return found
 
 
+def write_trace(run: Callable[[], object], device: torch.device, path: str) -> None:
+    """Write a Chrome trace of one pass, after one that is not recorded."""
+    run()
+    wait(device)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as record:
+        run()
+        wait(device)
+    record.export_chrome_trace(path)
+
+
 def print_kernels(name: str, times: dict[str, tuple[float, int]], step_ms: float, longest: int = 12) -> None:
     """Print the share of each group and of the longest kernels; step_ms: a pass without the profiler."""
     total = sum(ms for ms, _ in times.values())

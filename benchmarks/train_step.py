@@ -4,17 +4,17 @@
     PYTHONPATH=. python benchmarks/train_step.py --device cuda --size 1024 --images 8 --precision bfloat16
 
 A step is forward, matching, losses, backward, clipping and AdamW, on the same images and objects. Every
-repetition starts from the same weights and random numbers. Ours is `mpformer.train.step.train_step`. Times of
-parts are from additional, instrumented steps. With `--kernels`, and always on a GPU, the parts are kernels,
-and the arithmetic rate is compared with that of a large matrix product. Requires torch, torchvision, timm,
-transformers, scipy, PyYAML and pydantic, but neither Ray nor a data set.
+repetition starts from the same weights and random numbers. Ours is `mpformer.train.step.train_step`. On a GPU
+times of parts are from additional steps that wait at each border. With `--kernels`, and always on a GPU,
+device time by kernel is shown, too, and the arithmetic rate is compared with that of a large matrix product.
+`--trace FILE` writes a Chrome trace of a step of each contender instead. Requires torch, torchvision,
+timm, transformers, scipy, PyYAML and pydantic, but neither Ray nor a data set.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +22,10 @@ import torch
 from contenders import (
     CLASSES,
     TRANSFORMERS,
+    StepTimers,
     Stopwatch,
     arguments,
+    fitting,
     interleave,
     machine,
     normalized,
@@ -36,14 +38,14 @@ from contenders import (
     print_times,
     scenes,
     their_model,
+    waiting,
 )
-from device_time import device_times, flops, matmul_rate, print_kernels, wait
+from device_time import device_times, flops, matmul_rate, print_kernels, wait, write_trace
 
 from mpformer.ops.allocator import keep_freed_memory
 from mpformer.train.execution import prepare
 from mpformer.train.optim import build_optimizer
 from mpformer.train.step import train_step
-from mpformer.train.timing import Timers
 from mpformer.types import Batch
 
 OURS: dict[str, dict[str, Any]] = {
@@ -57,8 +59,13 @@ REFERENCES = {
     "MP-Former with shared points": "Mask2Former",
 }
 
+CHANNELS_LAST = {
+    f"channels-last {name}": {**settings, "train": {"channels_last": True}} for name, settings in OURS.items()
+}
+REFERENCES |= {f"channels-last {name}": name for name in OURS}
 COMPILED = {f"compiled {name}": {**settings, "train": {"compile": True}} for name, settings in OURS.items()}
 REFERENCES |= {f"compiled {name}": name for name in OURS}
+ALL_OURS = {**OURS, **CHANNELS_LAST, **COMPILED}
 
 Step = Callable[[], dict[str, float]]
 """Run a training step; returns the seconds of its parts."""
@@ -70,12 +77,13 @@ def our_step(settings: dict[str, Any], batch: Batch, tiny: bool, autocast: bool)
     optimizer = build_optimizer(model, config.train)
     prepare(model, config.train)
     parts = {"backbone": model.backbone, "pixel decoder": model.pixel_decoder, "decoder": model.decoder}
-    watch, timers = Stopwatch(parts), Timers()
+    watch = Stopwatch(parts)
+    timers = StepTimers(watch)
 
     def step() -> dict[str, float]:
         train_step(model, optimizer, batch, config, timers, classes=CLASSES, autocast=autocast)
         seconds = timers.take()
-        end = time.perf_counter() - seconds["optimizer"]
+        end = watch.now() - seconds["optimizer"]
         parts = watch.take(end)
         losses_backward = watch.first_mark - (end - seconds["backward"])
         return {
@@ -110,9 +118,9 @@ def their_step(batch: Batch, tiny: bool, autocast: bool) -> Step:
     def step() -> dict[str, float]:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             loss = model(pixel_values=images, mask_labels=masks, class_labels=labels).loss
-        start = time.perf_counter()
+        start = watch.now()
         loss.backward()
-        end = time.perf_counter()
+        end = watch.now()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -123,7 +131,7 @@ def their_step(batch: Batch, tiny: bool, autocast: bool) -> Step:
             "matching": losses["matching, forward"],
             "losses, forward": losses["losses, forward"] - losses["matching, forward"],
             "losses, backward": watch.first_mark - start,
-            "optimiser": time.perf_counter() - end,
+            "optimiser": watch.now() - end,
         }
 
     return step
@@ -131,7 +139,7 @@ def their_step(batch: Batch, tiny: bool, autocast: bool) -> Step:
 
 def contender(name: str, batch: Batch, given: argparse.Namespace) -> Step:
     how = batch.to(given.device), given.tiny, given.precision == "bfloat16"
-    return their_step(*how) if name == TRANSFORMERS else our_step({**OURS, **COMPILED}[name], *how)
+    return their_step(*how) if name == TRANSFORMERS else our_step(ALL_OURS[name], *how)
 
 
 def _recording(step: Step, taken: list[dict[str, float]], device: torch.device) -> Callable[[], None]:
@@ -148,7 +156,13 @@ def print_rates(steps: dict[str, Step], times: dict[str, list[float]], given: ar
     limit = matmul_rate(device, getattr(torch, given.precision))
     print(f"\nA large matrix product in {given.precision}: {limit / 1e12:.1f} TFLOP/s")
     print("\n| | images/s | TFLOP of a step | TFLOP/s | of the product's |\n|---|---|---|---|---|")
+    compiled = steps.keys() & COMPILED.keys()  # counted without, since graphs hide what they are made of
     for name, step in steps.items():
+        if name in compiled:
+            print(
+                f"| {name} | {given.images / (statistics.median(times[name]) / 1e3):.1f} | | | |", flush=True
+            )
+            continue
         seconds, work = statistics.median(times[name]) / 1e3, flops(step)
         rate = work / seconds
         print(
@@ -165,7 +179,9 @@ def main() -> None:
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--objects", default="5,20", help="objects per image, comma-separated")
     parser.add_argument("--compile", action="store_true", help="ours with train.compile, too")
-    parser.add_argument("--kernels", action="store_true", help="device time by kernel instead of by part")
+    parser.add_argument("--channels-last", action="store_true", help="ours with train.channels_last, too")
+    parser.add_argument("--kernels", action="store_true", help="device time by kernel, too")
+    parser.add_argument("--trace", help="write a Chrome trace, of which {} stands for the contender, and end")
     given = parser.parse_args()
     if given.keep_memory and not keep_freed_memory():
         parser.error("--keep-memory: this system's C library cannot")
@@ -177,25 +193,40 @@ def main() -> None:
         return
 
     print(machine(given.device, given.keep_memory))
-    everyone = [TRANSFORMERS, *OURS, *(COMPILED if given.compile else ())]
+    everyone = [TRANSFORMERS, *OURS]
+    everyone += CHANNELS_LAST if given.channels_last else ()
+    everyone += COMPILED if given.compile else ()
     names = given.only.split(",") if given.only else everyone
     for objects in map(int, given.objects.split(",")):
         print(f"\n## {objects} objects, {given.images} x {given.size}x{given.size}, {given.precision}")
         if not given.no_memory:
-            used = {name: peak_memory(__file__, name, given, objects) for name in names}
+            used_memory = {name: peak_memory(__file__, name, given, objects) for name in names}
         batch = scenes(given.images, objects, given.size)
         steps = {name: contender(name, batch, given) for name in names}
-        taken: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         device = torch.device(given.device)
+        if given.trace:
+            for name, step in steps.items():
+                write_trace(step, device, given.trace.replace("{}", name.replace(" ", "-").lower()))
+            continue
+        fit = fitting(steps, device)
+        steps = {name: steps[name] for name in fit}
+        taken: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
         passes = {name: _recording(step, taken[name], device) for name, step in steps.items()}
         times = interleave(passes, given.repetitions)
         print_times(times, REFERENCES)
-        if given.kernels or given.device == "cuda":
-            print_rates(steps, times, given)
+        if device.type == "cuda":
+            print("\n| | peak GB of a step above weights and states |\n|---|---|")
+            for name, used in fit.items():
+                print(f"| {name} | {used / 1e9:.1f} |", flush=True)
+            with waiting():
+                parts = {name: [step() for _ in range(4)] for name, step in steps.items()}
+            print_parts({name: of_one[1:] for name, of_one in parts.items()})
         else:
             print_parts({name: parts[1:] for name, parts in taken.items()})
+        if given.kernels or device.type == "cuda":
+            print_rates(steps, times, given)
         if not given.no_memory:
-            print_memory(used)
+            print_memory(used_memory)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from mpformer.config import Config
-from mpformer.data.pipeline import rank_positions
 from mpformer.model.architecture import build_model
 from mpformer.model.matcher import NonFiniteError
 from mpformer.train.optim import build_optimizer
@@ -299,6 +298,8 @@ def _step_in_double(rank, world, config, counts):
     """Loss share, gradient norm and gradients of a worker's slice of the global batch, in float64."""
     torch.manual_seed(0)
     model = build_model(config.model, CLASSES).double().train()
+    from mpformer.data.pipeline import rank_positions  # tests/gpu imports this file where there is no ray
+
     share = make_batch(counts).select(rank_positions(0, len(counts), rank, world))
     wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     result = train_step(wrapped, Keep(), share, config, Timers(), classes=CLASSES)
