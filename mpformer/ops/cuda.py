@@ -2,17 +2,17 @@
 
 import ctypes
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, fields
-from functools import lru_cache
-from typing import Protocol
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from mpformer.ops import nvrtc
 from mpformer.ops.build import SOURCES
-from mpformer.ops.nvrtc import Argument
+from mpformer.ops.mask_points_cuda import CudaPoints, cuda_points
+from mpformer.ops.nvrtc import Argument, Launches
 from mpformer.ops.reference import Shapes
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -50,20 +50,24 @@ def lanes_of(channels: int, element_size: int) -> tuple[int, int]:
     return vec, lanes
 
 
-class Launches(Protocol):
-    """Compiled code of one variant; tests put an emulation here."""
-
-    def launch(self, kernel: str, blocks: int, threads: int, arguments: Sequence[Argument]) -> None:
-        """Starts a kernel of the source."""
-
-
 class CudaKernel:
-    """The operator on one device, given what compiles a variant for it."""
+    """The operator on one device, given what compiles a variant for it and what makes the other operators."""
 
-    def __init__(self, architecture: int, load: Callable[[Variant], Launches]):
+    def __init__(
+        self,
+        architecture: int,
+        load: Callable[[Variant], Launches],
+        make_points: Callable[[], CudaPoints],
+    ):
         self.name = f"sm_{architecture}"
         self._architecture = architecture
         self._load = lru_cache(maxsize=None)(load)
+        self._make_points = make_points
+
+    @cached_property
+    def points(self) -> CudaPoints:
+        """Mask losses and random numbers on that device."""
+        return self._make_points()
 
     def forward(
         self, value: Tensor, shapes: Shapes, reference: Tensor | None, points: Tensor, weights: Tensor
@@ -211,7 +215,7 @@ def find_cuda_kernel(device: int) -> tuple[CudaKernel | None, str]:
     def load(variant: Variant) -> nvrtc.Module:
         return nvrtc.Module(nvrtc.compile_source(source, architecture, variant.defines()), device)
 
-    kernel = CudaKernel(architecture, load)
+    kernel = CudaKernel(architecture, load, lambda: cuda_points(architecture, device))
     try:
         load(Variant(0, 0, 0, 32, 3, 4, 1, *lanes_of(32, 4)))
     except nvrtc.CudaError as error:

@@ -8,18 +8,27 @@ import ctypes
 import hashlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
 from mpformer import atomic
-from mpformer.ops.build import BuildError, cache_directory
+from mpformer.ops.build import SOURCES, BuildError, cache_directory
 
 Argument: TypeAlias = "ctypes._SimpleCData[Any] | ctypes.Structure"
 """Of a kernel: a number, a device pointer as c_void_p, or a structure by value."""
+
+
+class Launches(Protocol):
+    """Compiled code of one variant of a source; tests put an emulation here."""
+
+    def launch(
+        self, kernel: str, blocks: int, threads: int, arguments: Sequence[Argument], shared: int = 0
+    ) -> None:
+        """Starts a kernel of the source; shared: bytes of dynamic shared memory of a block."""
 
 
 class CudaError(Exception):
@@ -65,10 +74,13 @@ def supported_architectures() -> list[int]:
     return sorted(architectures)
 
 
-def compile_source(source: str, architecture: int, defines: Sequence[tuple[str, int]]) -> bytes:
+def compile_source(
+    source: str, architecture: int, defines: Sequence[tuple[str, int]], name: str = "deform_attn.cu"
+) -> bytes:
     """Machine code for `architecture` (90 for sm_90), or PTX where NVRTC is older than the GPU.
 
-    Raises CudaError with the first error line of the compiler.
+    The source may include headers of csrc. Raises CudaError with the first error line of the compiler, in which
+    the source has that name.
     """
     known = [a for a in supported_architectures() if a <= architecture]
     if not known:
@@ -80,14 +92,17 @@ def compile_source(source: str, architecture: int, defines: Sequence[tuple[str, 
         "--std=c++17",
         *(f"-D{name}={value}" for name, value in defines),
     ]
-    key = repr((source, options, nvrtc_version()))
+    headers = {
+        header: (SOURCES / header).read_text() for header in re.findall(r'^#include "(.+)"', source, re.M)
+    }
+    key = repr((source, headers, options, nvrtc_version()))
     try:
         cached = cache_directory() / "cuda" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.bin"
     except BuildError as error:
         raise CudaError(str(error)) from None
     if cached.exists():
         return cached.read_bytes()
-    code = _compile(source, options, native)
+    code = _compile(source, name, headers, options, native)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with atomic.replacing(cached) as partial:
@@ -97,15 +112,17 @@ def compile_source(source: str, architecture: int, defines: Sequence[tuple[str, 
     return code
 
 
-def _compile(source: str, options: list[str], native: bool) -> bytes:
+def _compile(source: str, name: str, headers: dict[str, str], options: list[str], native: bool) -> bytes:
     library = nvrtc_library()
     program = ctypes.c_void_p()
+    texts, names = _strings(headers.values()), _strings(headers)
     _check(
-        library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"deform_attn.cu", 0, None, None)
+        library.nvrtcCreateProgram(
+            ctypes.byref(program), source.encode(), name.encode(), len(headers), texts, names
+        )
     )
     try:
-        arguments = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
-        if library.nvrtcCompileProgram(program, len(options), arguments) != 0:
+        if library.nvrtcCompileProgram(program, len(options), _strings(options)) != 0:
             size = ctypes.c_size_t()
             _check(library.nvrtcGetProgramLogSize(program, ctypes.byref(size)))
             log = ctypes.create_string_buffer(size.value)
@@ -124,11 +141,28 @@ def _compile(source: str, options: list[str], native: bool) -> bytes:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def _strings(texts: Collection[str]) -> ctypes.Array:
+    return (ctypes.c_char_p * len(texts))(*(text.encode() for text in texts))
+
+
 def _check(result: int) -> None:
     if result != 0:
         text = nvrtc_library().nvrtcGetErrorString
         text.restype = ctypes.c_char_p
         raise CudaError(f"NVRTC: {text(result).decode()}")
+
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_SHARED_PER_BLOCK = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+_SHARED_WITHOUT_ASKING = 32 * 1024  # static and dynamic memory up to 48 KB need no attribute
+
+
+def shared_memory_per_block(device: int) -> int:
+    """Bytes of shared memory, static and dynamic, that a block may have on a GPU."""
+    handle, size = ctypes.c_int(), ctypes.c_int()
+    _driver_check(_driver().cuDeviceGet(ctypes.byref(handle), device))
+    _driver_check(_driver().cuDeviceGetAttribute(ctypes.byref(size), _SHARED_PER_BLOCK, handle))
+    return size.value
 
 
 class Module:
@@ -142,8 +176,10 @@ class Module:
             _context(device)
             _driver_check(_driver().cuModuleLoadData(ctypes.byref(self._handle), code))
 
-    def launch(self, kernel: str, blocks: int, threads: int, arguments: Sequence[Argument]) -> None:
-        """Starts `kernel` on `blocks` blocks of `threads` threads."""
+    def launch(
+        self, kernel: str, blocks: int, threads: int, arguments: Sequence[Argument], shared: int = 0
+    ) -> None:
+        """Starts `kernel` on `blocks` blocks of `threads` threads with `shared` bytes of dynamic memory."""
         pointers = (ctypes.c_void_p * len(arguments))(
             *(ctypes.cast(ctypes.byref(a), ctypes.c_void_p) for a in arguments)
         )
@@ -155,8 +191,12 @@ class Module:
                     _driver().cuModuleGetFunction(ctypes.byref(function), self._handle, kernel.encode())
                 )
                 self._functions[kernel] = function
+            if shared > _SHARED_WITHOUT_ASKING:
+                _driver_check(
+                    _driver().cuFuncSetAttribute(self._functions[kernel], _MAX_DYNAMIC_SHARED, shared)
+                )
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            grid = (ctypes.c_uint(n) for n in (blocks, 1, 1, threads, 1, 1, 0))
+            grid = (ctypes.c_uint(n) for n in (blocks, 1, 1, threads, 1, 1, shared))
             _driver_check(_driver().cuLaunchKernel(self._functions[kernel], *grid, stream, pointers, None))
 
 

@@ -1,13 +1,17 @@
-// Runs a CUDA kernel on a CPU, for tests of its arithmetic and indexing: the 32 lanes of a warp are fibers that run
-// in turn from one shuffle to the next, warps and blocks one after the other. Nothing here tests races, the memory
-// model or what the GPU's compiler makes of the source.
+// Runs a CUDA kernel on a CPU, for tests of its arithmetic and indexing: the threads of a block are fibers. Those of a
+// warp run in turn from one shuffle to the next, warps one after the other from one barrier to the next, blocks one
+// after the other; every second launch goes through them in the opposite order, so that two launches differ where a
+// barrier is missing between neighbours. Nothing else here tests races, the memory model or what the GPU's compiler
+// makes of the source.
 #pragma once
 #include <math.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -18,7 +22,9 @@
 #define __device__
 #define __grid_constant__
 #define __launch_bounds__(n)
+#define __shared__ static  // as blocks run one after the other
 using std::max;
+using std::min;
 
 struct uint2 {
   unsigned x, y;
@@ -30,6 +36,7 @@ struct Index {
   unsigned x;
 };
 static Index blockIdx, blockDim;
+static uint4* dynamic;  // shared memory that the launch asks for
 template <class T> T __ldg(const T* p) {
   if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0) __builtin_trap();  // a GPU would fault too
   return *p;
@@ -39,95 +46,143 @@ static float __uint_as_float(unsigned bits) {
   memcpy(&f, &bits, 4);
   return f;
 }
+static unsigned __float_as_uint(float f) {
+  unsigned bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+}
 static float __int_as_float(int bits) { return __uint_as_float(unsigned(bits)); }
 
 namespace emulation {
 
-struct Warp {
-  ucontext_t scheduler, lane[32];
-  bool done[32];
-  uint32_t exchanged[2][32];  // two rounds, as the first lane may be one shuffle ahead of the last
-  int round[32];
-  int current;
+constexpr int kStack = 1 << 16, kThreads = 1024;
+enum Waits { kForWarp, kForBlock, kForNothing };
+struct Thread {
+  ucontext_t context;
+  Waits waits;
+  int rounds;  // shuffles so far
 };
-static Warp warp;
-static unsigned first_thread;
+static Thread thread[kThreads];
+static ucontext_t scheduler;
+static uint32_t exchanged[2][kThreads];  // two rounds, as the first lane may be one shuffle ahead of the last
+static int current;
+static bool backwards = true;
+static std::function<void()> body;
 
-inline uint32_t exchange(uint32_t mine, int from) {
-  const int lane = warp.current, round = warp.round[lane]++ & 1;
-  warp.exchanged[round][lane] = mine;
-  swapcontext(&warp.lane[lane], &warp.scheduler);
-  return warp.exchanged[round][from];
+inline void wait(Waits waits) {
+  thread[current].waits = waits;
+  swapcontext(&thread[current].context, &scheduler);
 }
 
 template <class T> T shuffle(T x, int from) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  bits = exchange(bits, from);
-  memcpy(&x, &bits, 4);
+  static_assert(sizeof(T) == 4, "a word");
+  const int warp = current / 32 * 32, round = thread[current].rounds++ & 1;
+  memcpy(&exchanged[round][current], &x, 4);
+  wait(kForWarp);
+  memcpy(&x, &exchanged[round][warp + from], 4);
   return x;
 }
 
-template <class Body> void run_warp(Body& body) {
-  static std::vector<char> stacks(32 * (1 << 16));
-  static Body* running;
-  running = &body;
-  for (int i = 0; i < 32; i++) {
-    getcontext(&warp.lane[i]);
-    warp.lane[i].uc_stack.ss_sp = stacks.data() + i * (1 << 16);
-    warp.lane[i].uc_stack.ss_size = 1 << 16;
-    warp.lane[i].uc_link = &warp.scheduler;
-    warp.done[i] = false;
-    warp.round[i] = 0;
-    makecontext(&warp.lane[i], (void (*)())(+[] {
-                  (*running)();
-                  warp.done[warp.current] = true;
+// Runs threads [first, first + count) once each and returns what all of them wait for then. On a GPU it is undefined
+// what happens at a shuffle or a barrier that some do not reach.
+inline Waits run(int first, int count) {
+  for (int i = 0; i < count; i++) {
+    current = first + (backwards ? count - 1 - i : i);
+    if (thread[current].waits != kForNothing) swapcontext(&scheduler, &thread[current].context);
+  }
+  for (int i = first; i < first + count; i++)
+    if (thread[i].waits != thread[first].waits || thread[i].rounds != thread[first].rounds) __builtin_trap();
+  return thread[first].waits;
+}
+
+inline void run_block(int threads) {
+  static std::vector<char> stacks(size_t(kThreads) * kStack);
+  if (threads > kThreads || threads % 32 != 0) __builtin_trap();
+  for (int i = 0; i < threads; i++) {
+    Thread& t = thread[i];
+    getcontext(&t.context);
+    t.context.uc_stack.ss_sp = stacks.data() + size_t(i) * kStack;
+    t.context.uc_stack.ss_size = kStack;
+    t.context.uc_link = &scheduler;
+    t.waits = kForBlock;
+    t.rounds = 0;
+    makecontext(&t.context, (void (*)())(+[] {
+                  body();
+                  thread[current].waits = kForNothing;
                 }),
                 0);
   }
-  for (bool any = true; any;) {
-    any = false;
-    for (int i = 0; i < 32; i++) {
-      if (warp.done[i]) continue;
-      warp.current = i;
-      swapcontext(&warp.scheduler, &warp.lane[i]);
-      any = any || !warp.done[i];
+  for (bool done = false; !done;) {
+    for (int i = 0; i < threads; i += 32) {
+      const int warp = backwards ? threads - 32 - i : i;
+      while (run(warp, 32) == kForWarp) {
+      }
     }
-    for (int i = 1; i < 32; i++)  // on a GPU a shuffle that some lanes do not reach is undefined
-      if (any && (warp.done[i] != warp.done[0] || warp.round[i] != warp.round[0])) __builtin_trap();
+    done = thread[0].waits == kForNothing;
+    for (int warp = 0; warp < threads; warp += 32)  // a barrier that other warps have not reached
+      if ((thread[warp].waits == kForNothing) != done) __builtin_trap();
   }
 }
+
+// Shared memory whose end is that of a page, so that going past it is noticed.
+class Shared {
+ public:
+  explicit Shared(size_t bytes) : bytes_((bytes + 15) / 16 * 16), pages_((bytes_ + kPage - 1) / kPage * kPage) {
+    base_ = static_cast<char*>(mmap(nullptr, pages_ + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED || mprotect(base_ + pages_, kPage, PROT_NONE) != 0) __builtin_trap();
+  }
+  ~Shared() { munmap(base_, pages_ + kPage); }
+  char* start() const { return base_ + pages_ - bytes_; }
+  void fill_with_anything() const { memset(start(), 0xa5, bytes_); }
+
+ private:
+  static constexpr size_t kPage = 1 << 16;
+  size_t bytes_, pages_;
+  char* base_;
+};
 
 template <class... A, size_t... I>
-void launch(void (*kernel)(A...), int blocks, int threads, void** arguments, std::index_sequence<I...>) {
+void launch(void (*kernel)(A...), int blocks, int threads, int shared, void** arguments, std::index_sequence<I...>) {
+  const Shared memory(shared);
+  dynamic = reinterpret_cast<uint4*>(memory.start());
   blockDim.x = threads;
+  backwards = !backwards;
+  body = [&] { kernel(*static_cast<std::remove_const_t<A>*>(arguments[I])...); };
   for (int block = 0; block < blocks; block++) {
-    for (first_thread = 0; first_thread < unsigned(threads); first_thread += 32) {
-      blockIdx.x = block;
-      auto body = [&] { kernel(*static_cast<std::remove_const_t<A>*>(arguments[I])...); };
-      run_warp(body);
-    }
+    blockIdx.x = backwards ? blocks - 1 - block : block;
+    memory.fill_with_anything();
+    run_block(threads);
   }
 }
 
-template <class... A> void launch(void (*kernel)(A...), int blocks, int threads, void** arguments) {
-  launch(kernel, blocks, threads, arguments, std::index_sequence_for<A...>());
+template <class... A> void launch(void (*kernel)(A...), int blocks, int threads, int shared, void** arguments) {
+  launch(kernel, blocks, threads, shared, arguments, std::index_sequence_for<A...>());
 }
 
 }  // namespace emulation
 
 struct ThreadIndex {
   struct X {
-    operator unsigned() const { return emulation::first_thread + emulation::warp.current; }
+    operator unsigned() const { return emulation::current; }
   } x;
 };
 static ThreadIndex threadIdx;
 
 template <class T> T __shfl_sync(unsigned, T x, int lane, int width) {
-  return emulation::shuffle(x, emulation::warp.current / width * width + lane);
+  return emulation::shuffle(x, emulation::current % 32 / width * width + lane);
 }
 template <class T> T __shfl_xor_sync(unsigned, T x, int mask, int) {
-  return emulation::shuffle(x, emulation::warp.current ^ mask);
+  return emulation::shuffle(x, emulation::current % 32 ^ mask);
+}
+template <class T> T __shfl_up_sync(unsigned, T x, int steps, int) {
+  const int lane = emulation::current % 32;
+  return emulation::shuffle(x, lane < steps ? lane : lane - steps);
+}
+static void __syncthreads() { emulation::wait(emulation::kForBlock); }
+template <class T> T atomicAdd(T* to, T x) {
+  const T before = *to;
+  *to = T(uint32_t(before) + uint32_t(x));  // an overflow wraps
+  return before;
 }
 
 // What the source leaves to PTX.

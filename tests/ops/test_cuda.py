@@ -1,15 +1,12 @@
 """The CUDA kernels without a GPU: NVRTC compiles them, an emulation of warps runs them against loops."""
 
-import ctypes
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 
 from mpformer.ops import build, nvrtc
 from mpformer.ops.cuda import CudaKernel, Variant, lanes_of
 from mpformer.ops.reference import sampling_from_logits
+from tests.ops.emulated import Emulated
 from tests.ops.test_deform_attn import ODD, assert_near, exact, exact_fused, problem, same
 
 pytestmark = pytest.mark.slow
@@ -71,41 +68,7 @@ def test_compiled_code_is_kept_and_errors_are_quoted(compiler, monkeypatch, tmp_
 
 # ---- emulation
 
-_FOOTER = """
-#include "deform_attn_types.h"
-float to_float(Half x) { return mpformer::to_float(mpformer::Half{x.bits}); }
-void from_float(float f, Half& x) { mpformer::Half h; mpformer::from_float(f, h); x.bits = h.bits; }
-void from_float(float f, Bfloat16& x) { mpformer::Bfloat16 h; mpformer::from_float(f, h); x.bits = h.bits; }
-#define ENTRY(name) extern "C" void emulated_##name(int blocks, int threads, void** arguments) { \\
-  emulation::launch(name, blocks, threads, arguments); }
-ENTRY(deform_attn_forward)
-ENTRY(deform_attn_backward_add)
-ENTRY(deform_attn_backward_record)
-ENTRY(deform_attn_backward_value)
-"""
-
-
-class Emulated:
-    """One variant of the source as C++; launches as nvrtc.Module does."""
-
-    def __init__(self, variant: Variant, folder: Path):
-        name = "-".join(str(value) for _, value in variant.defines())
-        source, library = folder / f"{name}.cpp", folder / f"{name}.so"
-        if not library.exists():
-            source.write_text(f'#include "cuda_emulation.h"\n#include "{SOURCE}"\n{_FOOTER}')
-            include = [f"-I{Path(__file__).parent}", f"-I{build.SOURCES}"]
-            defines = [f"-D{macro}={value}" for macro, value in variant.defines()]
-            flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
-            command = [*build.find_compiler(), *flags, *include, *defines, str(source), "-o", str(library)]
-            subprocess.run(command, check=True)
-        self._library = ctypes.CDLL(str(library))
-
-    def launch(self, kernel, blocks, threads, arguments):
-        """Runs the kernel to its end."""
-        pointers = (ctypes.c_void_p * len(arguments))(
-            *(ctypes.cast(ctypes.byref(a), ctypes.c_void_p) for a in arguments)
-        )
-        getattr(self._library, f"emulated_{kernel}")(blocks, threads, pointers)
+KERNELS = [f"deform_attn_{name}" for name in ("forward", "backward_add", "backward_record", "backward_value")]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +79,11 @@ def emulation(tmp_path_factory):
     except build.BuildError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("emulation")
-    return lambda architecture: CudaKernel(architecture, lambda variant: Emulated(variant, folder))
+
+    def load(variant):
+        return Emulated(SOURCE, KERNELS, variant.defines(), folder)
+
+    return lambda architecture: CudaKernel(architecture, load, pytest.fail)
 
 
 @pytest.fixture

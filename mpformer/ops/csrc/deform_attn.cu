@@ -1,5 +1,5 @@
 // Multi-scale deformable attention on NVIDIA GPUs, sm_80 and later. Compiled at run time by NVRTC
-// (mpformer/ops/nvrtc.py), without any header, for one set of constants:
+// (mpformer/ops/nvrtc.py), without any header but our own, for one set of constants:
 //
 //   VALUE_TYPE, POINT_TYPE, WEIGHT_TYPE   0 float, 1 bfloat16, 2 half
 //   CHANNELS, LEVELS, POINTS              head size, levels, points per level
@@ -11,41 +11,13 @@
 // neighbouring channels, loaded and stored at once. The points of a pair are prepared once, lane i taking
 // points i, i + LANES, ...; each is then handed to the other lanes by shuffles. Sums are in float.
 
-// ---- element types
+#include "elements.cuh"
 
-template <int TYPE>
-struct ElementOf;
-struct Bfloat16 {
-  unsigned short bits;
-};
-struct Half {
-  unsigned short bits;
-};
-template <>
-struct ElementOf<0> {
-  typedef float type;
-};
-template <>
-struct ElementOf<1> {
-  typedef Bfloat16 type;
-};
-template <>
-struct ElementOf<2> {
-  typedef Half type;
-};
 typedef ElementOf<VALUE_TYPE>::type Value;
 typedef ElementOf<POINT_TYPE>::type Coordinate;
 typedef ElementOf<WEIGHT_TYPE>::type Weight;
 
-#ifndef EMULATED  // tests/ops/cuda_emulation.h defines these for a processor without shuffles and PTX
-__device__ float to_float(Half x) {
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x.bits));
-  return f;
-}
-__device__ void from_float(float f, Half& x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(x.bits) : "f"(f)); }
-__device__ void from_float(float f, Bfloat16& x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(x.bits) : "f"(f)); }
-
+#ifndef EMULATED  // tests/ops/cuda_emulation.h defines it for a processor without PTX
 // Adds N neighbouring floats in one transaction, without returning the old ones.
 template <int N>
 __device__ void add(float* to, const float* x);
@@ -67,10 +39,6 @@ __device__ void add<4>(float* to, const float* x) {
 #define HAS_VECTOR_ADD 1
 #endif
 #endif
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(Bfloat16 x) { return __uint_as_float((unsigned)x.bits << 16); }
-__device__ void from_float(float f, float& x) { x = f; }
 
 // N neighbouring elements, moved as one word of N * sizeof(T) bytes. The address is a multiple of that.
 template <int BYTES>
