@@ -23,7 +23,7 @@ _THREADS = 1024
 _MAPS = 32
 _SUMS = 5
 _STATIC = 10 * 1024  # bytes of shared memory that the kernels have beside what they ask for
-_LOW_BITS = 13  # at least, of the gradient's fixed-point numbers: they have twice as many
+_LOW_BITS = 13  # at least, of the lower word of fixed-point numbers: then they have 24 bits, as a float has
 
 
 class PointVariant(NamedTuple):
@@ -80,7 +80,8 @@ class CudaPoints:
         sums: Tensor,
         kept: Tensor,
     ) -> list[Tensor]:
-        """Gradients of the maps, contiguous; every element is written once."""
+        """Gradients of the maps, contiguous; every element is written once. That of a map whose losses are not
+        finite is not a number all over."""
         grads = [torch.empty_like(one, memory_format=torch.contiguous_format) for one in maps]
         call = _Call(maps, pairs, points, self._shared)
         call.set(grad=grad.contiguous(), sums=sums, chosen=kept)
@@ -155,8 +156,7 @@ class _Call:
         if rows == 0:
             raise ValueError(f"predicted masks are {width} wide, the CUDA kernels take {shared // 8}")
         self.problem.band = -(-height // -(-height // rows))
-        # A sum has one term of each point at most: the lower word holds that many terms below 2^low_bits, the
-        # upper one that many between -2^(low_bits - 2) and 2^(low_bits - 2), and half of it is left.
+        # a sum has one term of each point at most, and room for 2^(32 - low_bits) of them
         points = self.problem.important + self.problem.uniform
         self.problem.low_bits = 32 - max(1, (points - 1).bit_length())
         if self.problem.low_bits < _LOW_BITS:

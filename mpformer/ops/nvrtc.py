@@ -79,8 +79,8 @@ def compile_source(
 ) -> bytes:
     """Machine code for `architecture` (90 for sm_90), or PTX where NVRTC is older than the GPU.
 
-    The source may include headers of csrc. Raises CudaError with the first error line of the compiler, in which
-    the source has that name.
+    The source may include headers of csrc. Raises CudaError with the first error line of the compiler, which
+    calls the source `name`.
     """
     known = [a for a in supported_architectures() if a <= architecture]
     if not known:
@@ -92,9 +92,8 @@ def compile_source(
         "--std=c++17",
         *(f"-D{name}={value}" for name, value in defines),
     ]
-    headers = {
-        header: (SOURCES / header).read_text() for header in re.findall(r'^#include "(.+)"', source, re.M)
-    }
+    included = re.findall(r'^#include "(.+)"', source, re.MULTILINE)
+    headers = {header: (SOURCES / header).read_text() for header in included}
     key = repr((source, headers, options, nvrtc_version()))
     try:
         cached = cache_directory() / "cuda" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.bin"

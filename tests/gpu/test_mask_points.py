@@ -1,4 +1,4 @@
-"""Mask losses and random numbers on a GPU: numbers against float64, the same bits in every run, memory, streams."""
+"""Mask losses and random numbers on a GPU: against float64, the same bits in every run, memory, streams."""
 
 import dataclasses
 

@@ -1,8 +1,7 @@
-// Runs a CUDA kernel on a CPU, for tests of its arithmetic and indexing: the threads of a block are fibers. Those of a
-// warp run in turn from one shuffle to the next, warps one after the other from one barrier to the next, blocks one
-// after the other; every second launch goes through them in the opposite order, so that two launches differ where a
-// barrier is missing between neighbours. Nothing else here tests races, the memory model or what the GPU's compiler
-// makes of the source.
+// Runs a CUDA kernel on a CPU, for tests of its arithmetic and indexing: the threads of a block are fibers. Those of
+// a warp run in turn from one shuffle to the next, warps one after the other from one barrier to the next, blocks
+// one after the other. Every second launch goes through them in the opposite order, so that results show a missing
+// barrier. Nothing else here tests races, the memory model or what the GPU's compiler makes of the source.
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -83,8 +82,8 @@ template <class T> T shuffle(T x, int from) {
   return x;
 }
 
-// Runs threads [first, first + count) once each and returns what all of them wait for then. On a GPU it is undefined
-// what happens at a shuffle or a barrier that some do not reach.
+// Runs threads [first, first + count) once each and returns what all of them wait for then. On a GPU a shuffle or
+// a barrier that some do not reach is undefined.
 inline Waits run(int first, int count) {
   for (int i = 0; i < count; i++) {
     current = first + (backwards ? count - 1 - i : i);
@@ -128,8 +127,9 @@ inline void run_block(int threads) {
 class Shared {
  public:
   explicit Shared(size_t bytes) : bytes_((bytes + 15) / 16 * 16), pages_((bytes_ + kPage - 1) / kPage * kPage) {
-    base_ = static_cast<char*>(mmap(nullptr, pages_ + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (base_ == MAP_FAILED || mprotect(base_ + pages_, kPage, PROT_NONE) != 0) __builtin_trap();
+    void* mapped = mmap(nullptr, pages_ + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    base_ = static_cast<char*>(mapped);
+    if (mapped == MAP_FAILED || mprotect(base_ + pages_, kPage, PROT_NONE) != 0) __builtin_trap();
   }
   ~Shared() { munmap(base_, pages_ + kPage); }
   char* start() const { return base_ + pages_ - bytes_; }
@@ -142,7 +142,8 @@ class Shared {
 };
 
 template <class... A, size_t... I>
-void launch(void (*kernel)(A...), int blocks, int threads, int shared, void** arguments, std::index_sequence<I...>) {
+void launch(void (*kernel)(A...), int blocks, int threads, int shared, void** arguments,
+            std::index_sequence<I...>) {
   const Shared memory(shared);
   dynamic = reinterpret_cast<uint4*>(memory.start());
   blockDim.x = threads;
@@ -155,7 +156,8 @@ void launch(void (*kernel)(A...), int blocks, int threads, int shared, void** ar
   }
 }
 
-template <class... A> void launch(void (*kernel)(A...), int blocks, int threads, int shared, void** arguments) {
+template <class... A>
+void launch(void (*kernel)(A...), int blocks, int threads, int shared, void** arguments) {
   launch(kernel, blocks, threads, shared, arguments, std::index_sequence_for<A...>());
 }
 
@@ -178,6 +180,16 @@ template <class T> T __shfl_up_sync(unsigned, T x, int steps, int) {
   const int lane = emulation::current % 32;
   return emulation::shuffle(x, lane < steps ? lane : lane - steps);
 }
+static unsigned __ballot_sync(unsigned, bool mine) {
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; lane++) {
+    const int at = (emulation::current + lane) % 32;
+    bits |= unsigned(emulation::shuffle(int(mine), at)) << at;
+  }
+  return bits;
+}
+static int __popc(unsigned bits) { return __builtin_popcount(bits); }
+static void __syncwarp() { emulation::shuffle(0, 0); }
 static void __syncthreads() { emulation::wait(emulation::kForBlock); }
 template <class T> T atomicAdd(T* to, T x) {
   const T before = *to;

@@ -12,7 +12,8 @@ _FOOTER = """
 float to_float(Half x) { return mpformer::to_float(mpformer::Half{x.bits}); }
 void from_float(float f, Half& x) { mpformer::Half h; mpformer::from_float(f, h); x.bits = h.bits; }
 void from_float(float f, Bfloat16& x) { mpformer::Bfloat16 h; mpformer::from_float(f, h); x.bits = h.bits; }
-#define ENTRY(name) extern "C" void emulated_##name(int blocks, int threads, int shared, void** arguments) { \\
+#define ENTRY(name) \\
+  extern "C" void emulated_##name(int blocks, int threads, int shared, void** arguments) { \\
   emulation::launch(name, blocks, threads, shared, arguments); }
 """
 

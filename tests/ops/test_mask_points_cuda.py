@@ -1,4 +1,4 @@
-"""The CUDA kernels for mask losses and random numbers without a GPU: NVRTC compiles them, an emulation runs them."""
+"""The CUDA kernels for mask losses without a GPU: NVRTC compiles them, an emulation of blocks runs them."""
 
 import ctypes
 import dataclasses
@@ -81,7 +81,7 @@ def test_known_answers(folder, key, counter, words):
 
 @pytest.fixture(scope="module")
 def emulation(folder):
-    """Makes the kernels, on CPU tensors, of a GPU whose blocks may have that much shared memory of their own."""
+    """Makes the kernels, on CPU tensors, where blocks may have that much shared memory of their own."""
 
     def make(shared=1 << 16):
         def load(variant):

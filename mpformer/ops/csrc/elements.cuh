@@ -1,4 +1,4 @@
-// The element types of tensors that the CUDA kernels read and write: 0 float, 1 bfloat16, 2 half. Sums are in float.
+// The element types of tensors that the CUDA kernels read and write: 0 float, 1 bfloat16, 2 half.
 #pragma once
 
 template <int TYPE>

@@ -1,26 +1,27 @@
-// Mask losses on sampled points on NVIDIA GPUs, sm_80 and later, and random numbers. Compiled at run time by NVRTC
-// (mpformer/ops/nvrtc.py), without any header but our own, for one set of constants:
+// Mask losses on sampled points, and random numbers, on NVIDIA GPUs, sm_80 and later. Compiled at run time by
+// NVRTC (mpformer/ops/nvrtc.py), without any header but our own, for one set of constants:
 //
 //   VALUE_TYPE   of the predicted masks: 0 float, 1 bfloat16, 2 half
 //   STAGED       1: the forward pass copies a pair's predicted mask to shared memory
 //   REMEMBERED   1: it keeps the uncertainty of all candidates there, too
 //
-// A block works on one predicted mask, and no block writes where another does. Points are made by Philox wherever
+// A block works on one predicted mask, and no block writes where another does. Philox makes the points wherever
 // they are needed; only the kept ones pass through memory. What is added by atomics is integers, whose sum has no
-// order, and floats are added in an order that the number of points alone decides: results are the same bits in
-// every run.
+// order, and floats are added in an order that the number of points alone decides: every run gives the same bits.
 //
-// Forward. The candidates are gone through once for each digit of their uncertainty (11, 11, 9 bits: a histogram in
-// shared memory tells which digit the last kept one has) and once more to write the kept ones in their order. Look-ups
-// at random places are what that costs: through L1 each of a warp's 32 lines is a step of its own, in shared memory
-// only the bank conflicts are. So the mask is staged if it fits (256 x 256 in 16 bits does on sm_80, sm_90 and sm_100,
-// in float on none), and where there is room behind it, or no room for it, the uncertainty of the candidates (4 bytes
-// each, 150 KB for the usual 37,632) is remembered and looked up once instead of four times.
+// Forward. The candidates are gone through once for each digit of their uncertainty (11, 11, 9 bits: a histogram
+// in shared memory tells which digit the last kept one has) and once more to write the kept ones in their order.
+// What costs is looking up at random places: L1 serves the 32 lines of a warp one by one, shared memory takes as
+// many steps as there are conflicts in one of its banks. So the mask is staged if it fits (256 x 256 in 16 bits
+// does on sm_80, 90 and 100, in float on none). Where there is room behind it, or no room for it, the uncertainty
+// of the candidates is remembered (4 bytes each, 150 KB for the usual 37,632) and looked up once, not four times.
+// Global memory sees a staged mask once, 4 bytes per kept point twice, and the true mask at the kept and uniform
+// points.
 //
-// Backward. The gradient is added up in shared memory, in as few bands of rows as that allows (3 for 256 x 256 on
-// sm_90, 6 on sm_120), and every element of it is written once, also of masks without a pair. Fixed point with 64
-// bits makes the sum independent of its order; two words of 32 bits, as shared memory adds those at once, but 64 bits
-// in a loop of compare and swap. Sorting points by cell would do without atomics and needs more passes and memory.
+// Backward. The gradient is added up in shared memory, in as few bands of rows as fit (256 x 256: 3 on sm_90, 4 on
+// sm_80, 6 on sm_120), and every element of it is written once, also where a mask has no pair. Fixed point with 64
+// bits makes the sum independent of its order, in two words of 32 bits: those shared memory adds at once, 64 bits
+// by compare and swap. Sorting the points by cell would do without atomics, but takes passes and memory.
 #include "elements.cuh"
 #include "philox.h"
 
@@ -94,19 +95,14 @@ __device__ Pair pair_at(const Problem& p, int number) {
   return pair;
 }
 
-// Chosen by comparisons, as an array with a variable index would lie in memory.
-__device__ Word word_of(const FourWords& words, int j) {
-  return j == 0 ? words.word[0] : j == 1 ? words.word[1] : j == 2 ? words.word[2] : words.word[3];
-}
-
-// The points of the losses, each for one thread, in an order that does not change. Of the four uniform points that
-// Philox makes together one is used: it is cheaper to make them again than to have the code for a point twice.
-template <class Work>
-__device__ void for_points(const Problem& p, const Pair& pair, Work work) {
-  for (int i = threadIdx.x; i < p.important + p.uniform; i += THREADS) {
-    const int drawn = i - p.important;
-    work(drawn < 0 ? pair.kept[i] : word_of(philox(pair.stream, 1, drawn / 4), drawn % 4));
-  }
+// Point i of the losses: a kept or a uniform one. Of the four of these that Philox makes together one is used: to
+// make them again is cheap, and the code for a point is there once.
+__device__ Word point_at(const Problem& p, const Pair& pair, int i) {
+  if (i < p.important) return pair.kept[i];
+  const int drawn = i - p.important, j = drawn % 4;
+  const FourWords four = philox(pair.stream, 1, drawn / 4);
+  // by comparisons, as an array with a variable index lies in memory
+  return j == 0 ? four.word[0] : j == 1 ? four.word[1] : j == 2 ? four.word[2] : four.word[3];
 }
 
 // ---- look-up: bilinear, zero outside of the map
@@ -144,8 +140,9 @@ __device__ float look_up(const T* map, int height, int width, const Cell& at) {
 
 // What the losses are made of at a point.
 struct Sample {
-  float logit, truth, probability;
-  float small;  // exp(-|logit|)
+  float logit, truth;
+  float small;               // exp(-|logit|)
+  float probability, slope;  // and its slope by the logit
 };
 
 __device__ Sample sample(const Problem& p, const Pair& pair, const Value* map, Word point, const Cell& at) {
@@ -153,7 +150,9 @@ __device__ Sample sample(const Problem& p, const Pair& pair, const Value* map, W
   s.logit = look_up(map, p.height, p.width, at);
   s.truth = look_up(pair.mask, p.mask_height, p.mask_width, locate(point, p.mask_height, p.mask_width));
   s.small = expf(-fabsf(s.logit));
-  s.probability = (s.logit >= 0 ? 1.0f : s.small) / (1.0f + s.small);
+  const float inverse = 1.0f / (1.0f + s.small);
+  s.probability = s.logit >= 0 ? inverse : s.small * inverse;
+  s.slope = s.small * inverse * inverse;
   return s;
 }
 
@@ -206,7 +205,7 @@ __device__ void add_up(float (&sums)[SUMS]) {
 
 // ---- the least certain candidates
 
-// The uncertainty of a candidate is its |logit|, compared as an integer. What is known of that of the last one kept:
+// The uncertainty of a candidate is the bits of its |logit|. What is known of that of the last one that is kept:
 struct Last {
   int shift;     // its bits from here up
   Word digits;   // these bits
@@ -347,15 +346,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) mask_points_forward(const 
     __syncthreads();  // the threads of a block see what it has written
   }
   float sums[SUMS] = {};
-  for_points(p, pair, [&](Word point) {
-    if (!pair.counts(point)) return;
+  for (int i = threadIdx.x; i < p.important + p.uniform; i += THREADS) {
+    const Word point = point_at(p, pair, i);
+    if (!pair.counts(point)) continue;
     const Sample s = sample(p, pair, map, point, locate(point, p.height, p.width));
     sums[COUNTED] += 1;
     sums[CROSS_ENTROPY] += (s.logit >= 0 ? s.logit : 0.0f) + log1pf(s.small) - s.truth * s.logit;
     sums[PROBABILITY] += s.probability;
     sums[TRUTH] += s.truth;
     sums[OVERLAP] += s.probability * s.truth;
-  });
+  }
   add_up(sums);
   if (threadIdx.x != 0) return;
 #pragma unroll
@@ -380,8 +380,7 @@ struct Slope {
   }
 
   __device__ float at(const Sample& s) const {
-    const float inverse = 1 / (1 + s.small);
-    return per_point * (s.probability - s.truth) + s.small * inverse * inverse * (constant + per_truth * s.truth);
+    return per_point * (s.probability - s.truth) + s.slope * (constant + per_truth * s.truth);
   }
 };
 
@@ -398,6 +397,29 @@ __device__ int pair_of(const Problem& p, int map, int image, int query) {
   return found;
 }
 
+// Work for the points that are chosen, in any order. A warp collects them until it has one for each lane: without
+// that most lanes would wait while few work.
+template <class Choose, class Work>
+__device__ void for_points(const Problem& p, const Pair& pair, Choose choose, Work work) {
+  __shared__ Word of_warp[WARPS][2 * LANES];
+  const int lane = threadIdx.x % LANES, points = p.important + p.uniform;
+  Word* collected = of_warp[threadIdx.x / LANES];
+  for (int first = 0, count = 0; first < points || count > 0; first += THREADS) {
+    const int i = first + threadIdx.x;
+    const Word point = i < points ? point_at(p, pair, i) : 0;
+    const bool chosen = i < points && choose(point);
+    const unsigned lanes = __ballot_sync(ALL, chosen);
+    if (chosen) collected[count + __popc(lanes & ((1u << lane) - 1))] = point;
+    count += __popc(lanes);
+    __syncwarp();
+    if (count < LANES && first + THREADS < points) continue;
+    const int now = min(count, LANES);
+    count -= now;
+    if (lane < now) work(collected[count + lane]);
+    __syncwarp();  // before the place is used again
+  }
+}
+
 // Sums of floats in fixed point, in shared memory.
 struct Band {
   Word* low;
@@ -405,8 +427,8 @@ struct Band {
   int low_bits;
   float scale, inverse;  // powers of two
 
-  // Numbers up to `bound`, that many bits of which are in the lower word and 30 - (32 - low_bits) in the upper one:
-  // neither overflows, see mask_points_cuda.py.
+  // For 2^(32 - low_bits) numbers up to `bound`. Each is an integer up to 2^(2 low_bits - 2): low_bits of it are
+  // added to the lower word, the others, with the sign, to the upper one, and neither overflows.
   __device__ Band(int cells, int low_bits, float bound) : low_bits(low_bits) {
     low = reinterpret_cast<Word*>(dynamic);
     high = reinterpret_cast<int*>(low + cells);
@@ -437,8 +459,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) mask_points_backward(const
   const int cells = p.height * p.width;
   Value* grad = p.grad_maps[map] + ((long long)image * p.queries + query) * cells;
   const int number = pair_of(p, map, image, query);
-  const Slope slope = number < 0 ? Slope() : Slope(p.sums + number * SUMS, p.grad[number], p.grad[p.pairs + number]);
-  if (!(slope.bound > 0 && slope.bound * 0 == 0)) {  // zero or not finite: so is the gradient
+  Slope slope;
+  if (number >= 0) slope = Slope(p.sums + number * SUMS, p.grad[number], p.grad[p.pairs + number]);
+  if (!(slope.bound > 0 && slope.bound * 0 == 0)) {  // zero, or not a number all over if a loss is none
     for (int i = threadIdx.x; i < cells; i += THREADS) from_float(slope.bound * 0, grad[i]);
     return;
   }
@@ -449,9 +472,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) mask_points_backward(const
   for (int top = 0; top < p.height; top += p.band) {
     const int bottom = min(top + p.band, p.height);
     __syncthreads();
-    for_points(p, pair, [&](Word point) {
+    const auto is_in_band = [&](Word point) {
+      const int row = locate(point, p.height, p.width).row;
+      return row + 1 >= top && row < bottom && pair.counts(point);
+    };
+    for_points(p, pair, is_in_band, [&](Word point) {
       const Cell at = locate(point, p.height, p.width);
-      if (at.row + 1 < top || at.row >= bottom || !pair.counts(point)) return;
       const float g = slope.at(sample(p, pair, pair.map, point, at));
       const float lower = g * at.y, upper = g - lower;
       const float lower_right = lower * at.x, upper_right = upper * at.x;
