@@ -80,8 +80,10 @@ class CudaPoints:
         sums: Tensor,
         kept: Tensor,
     ) -> list[Tensor]:
-        """Gradients of the maps, contiguous; every element is written once. That of a map whose losses are not
-        finite is not a number all over."""
+        """Gradients of the maps, contiguous; every element is written once.
+
+        That of a map is not a number all over if its losses are not finite.
+        """
         grads = [torch.empty_like(one, memory_format=torch.contiguous_format) for one in maps]
         call = _Call(maps, pairs, points, self._shared)
         call.set(grad=grad.contiguous(), sums=sums, chosen=kept)

@@ -133,7 +133,7 @@ def test_points_that_are_given_and_points_that_do_not_count(emulation, given, li
     check(emulation()[0], *problem(limits=limits, given=given), points)
 
 
-@pytest.mark.parametrize("shared", [400, 1 << 17])
+@pytest.mark.parametrize("shared", [1500, 1 << 17])
 @pytest.mark.parametrize("points", [Points(9001, 5003, 2049), Points(8192, 1, 0), Points(4, 2, 1)])
 def test_more_points_than_threads_and_fewer(emulation, points, shared):
     check(emulation(shared)[0], *problem(pairs=2, heads=1, size=(40, 37)), points)

@@ -6,22 +6,23 @@
 //   REMEMBERED   1: it keeps the uncertainty of all candidates there, too
 //
 // A block works on one predicted mask, and no block writes where another does. Philox makes the points wherever
-// they are needed; only the kept ones pass through memory. What is added by atomics is integers, whose sum has no
-// order, and floats are added in an order that the number of points alone decides: every run gives the same bits.
+// they are needed; only the kept ones pass through memory. Atomics add integers, whose sum has no order, and
+// floats are added in an order that the number of points alone decides: every run gives the same bits.
 //
 // Forward. The candidates are gone through once for each digit of their uncertainty (11, 11, 9 bits: a histogram
 // in shared memory tells which digit the last kept one has) and once more to write the kept ones in their order.
-// What costs is looking up at random places: L1 serves the 32 lines of a warp one by one, shared memory takes as
-// many steps as there are conflicts in one of its banks. So the mask is staged if it fits (256 x 256 in 16 bits
-// does on sm_80, 90 and 100, in float on none). Where there is room behind it, or no room for it, the uncertainty
-// of the candidates is remembered (4 bytes each, 150 KB for the usual 37,632) and looked up once, not four times.
-// Global memory sees a staged mask once, 4 bytes per kept point twice, and the true mask at the kept and uniform
-// points.
+// What costs is looking up at random places: L1 has 32 lines to find for a warp, shared memory conflicts in its
+// banks to solve, 3 to 4 at random. So the mask is staged if it fits (256 x 256 in 16 bits does on sm_80, 90 and
+// 100, in float on none). Where there is room behind it, or no room for it, the uncertainty of the candidates is
+// remembered (4 bytes each, 150 KB for the usual 37,632) and looked up once, not four times. In the machine code
+// for sm_90 a candidate takes 66 instructions each time, 14 of them in Philox. Device memory sees a staged mask
+// once, a kept point twice, and the true mask at the kept and uniform points.
 //
-// Backward. The gradient is added up in shared memory, in as few bands of rows as fit (256 x 256: 3 on sm_90, 4 on
-// sm_80, 6 on sm_120), and every element of it is written once, also where a mask has no pair. Fixed point with 64
-// bits makes the sum independent of its order, in two words of 32 bits: those shared memory adds at once, 64 bits
-// by compare and swap. Sorting the points by cell would do without atomics, but takes passes and memory.
+// Backward. The gradient is added up in shared memory, in as few bands of rows as fit (256 x 256: 3 on sm_90, 4
+// on sm_80, 6 on sm_120), and every element of it is written once, also where a mask has no pair. Fixed point
+// with 64 bits makes the sum independent of its order, in two words of 32 bits, which shared memory adds at
+// once: 64 bits are a loop of compare and swap on sm_90. A point takes about 75 instructions in every band to
+// see whether it lies there, and 270 to be added. Sorting the points by cell would need more passes and memory.
 #include "elements.cuh"
 #include "philox.h"
 
@@ -32,8 +33,8 @@ using mpformer::Word;
 
 typedef ElementOf<VALUE_TYPE>::type Value;
 
-constexpr int THREADS = 1024, LANES = 32, WARPS = THREADS / LANES;  // one block fills a multiprocessor
-constexpr int MAPS = 32;                                            // predicted masks of that many heads
+constexpr int THREADS = 1024, LANES = 32, WARPS = THREADS / LANES;
+constexpr int MAPS = 32;  // predicted masks of that many heads
 constexpr unsigned ALL = 0xffffffffu;
 static_assert(WARPS == LANES, "one warp adds up what the warps have");
 
@@ -49,14 +50,14 @@ struct Problem {
   const Value* maps[MAPS];  // [images, queries, height, width] each, the last two contiguous
   Value* grad_maps[MAPS];   // contiguous
   long long image_stride[MAPS], query_stride[MAPS];
-  const PairRow* table;                       // [pairs]
-  const unsigned char* masks;                 // [objects, mask_height, mask_width], 0 or 1
-  const Stream* streams;                      // [rows]
-  const float* limits;                        // [pairs, 2] or null
-  const Word* given;                          // [rows, important] or null
-  Word* chosen;                               // [pairs, important] where none are given
-  float *losses, *sums;                       // [2, pairs], [pairs, SUMS]
-  const float* grad;                          // [2, pairs]
+  const PairRow* table;        // [pairs]
+  const unsigned char* masks;  // [objects, mask_height, mask_width], 0 or 1
+  const Stream* streams;       // [rows]
+  const float* limits;         // [pairs, 2] or null
+  const Word* given;           // [rows, important] or null
+  Word* chosen;                // [pairs, important] where none are given
+  float *losses, *sums;        // [2, pairs], [pairs, SUMS]
+  const float* grad;           // [2, pairs]
   int pairs, images, queries;
   int height, width, mask_height, mask_width;
   int candidates, important, uniform;
@@ -158,26 +159,25 @@ __device__ Sample sample(const Problem& p, const Pair& pair, const Value* map, W
 
 // ---- work that a block shares
 
+// The sum of x over the lanes of a warp up to this one.
+__device__ Word sum_upto(Word x) {
+#pragma unroll
+  for (int step = 1; step < LANES; step *= 2) {
+    const Word other = __shfl_up_sync(ALL, x, step, LANES);
+    if (threadIdx.x % LANES >= step) x += other;
+  }
+  return x;
+}
+
 // The sum of x over the threads before this one, and over all of them.
 __device__ Word sum_before(Word x, Word& all) {
   __shared__ Word of_warp[WARPS];
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-  Word upto = x;
-#pragma unroll
-  for (int step = 1; step < LANES; step *= 2) {
-    const Word other = __shfl_up_sync(ALL, upto, step, LANES);
-    if (lane >= step) upto += other;
-  }
+  const Word upto = sum_upto(x);
   __syncthreads();  // the sums of the call before have been read
   if (lane == LANES - 1) of_warp[warp] = upto;
   __syncthreads();
-  const Word mine = of_warp[lane];  // every warp adds up the sums of all
-  Word warps = mine;
-#pragma unroll
-  for (int step = 1; step < LANES; step *= 2) {
-    const Word other = __shfl_up_sync(ALL, warps, step, LANES);
-    if (lane >= step) warps += other;
-  }
+  const Word mine = of_warp[lane], warps = sum_upto(mine);  // every warp adds up the sums of all
   all = __shfl_sync(ALL, warps, LANES - 1, LANES);
   return upto - x + __shfl_sync(ALL, warps - mine, warp, LANES);
 }
@@ -207,10 +207,10 @@ __device__ void add_up(float (&sums)[SUMS]) {
 
 // The uncertainty of a candidate is the bits of its |logit|. What is known of that of the last one that is kept:
 struct Last {
-  int shift;     // its bits from here up
-  Word digits;   // these bits
-  int wanted;    // of the candidates with the same ones so many are kept
-  int found;     // and so many there are
+  int shift;    // its bits from here up
+  Word digits;  // these bits
+  int wanted;   // of the candidates with the same ones so many are kept
+  int found;    // and so many there are
 };
 
 constexpr int ALL_BITS = 31, BIN_BITS = 11, BINS = 1 << BIN_BITS;
@@ -302,7 +302,7 @@ struct Candidates {
 
 // ---- kernels
 
-// numbers [streams, count]: four to a thread.
+// numbers [rows, count]: four to a thread.
 extern "C" __global__ void __launch_bounds__(THREADS)
     random_bits(const Stream* streams, Word* numbers, int call, int count, int rows) {
   const int blocks = (count + 3) / 4;
@@ -321,7 +321,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 constexpr int PER_LOAD = sizeof(uint4) / sizeof(Value);
-
 __device__ void copy(const Value* from, int count, Value* to) {
   const int loads = reinterpret_cast<unsigned long long>(from) % sizeof(uint4) == 0 ? count / PER_LOAD : 0;
 #pragma unroll 8
@@ -364,16 +363,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) mask_points_forward(const 
   p.losses[p.pairs + blockIdx.x] = 1 - (2 * sums[OVERLAP] + 1) / (sums[PROBABILITY] + sums[TRUTH] + 1);
 }
 
-// The gradient of a pair's losses by the logit at a point.
+// The gradient of a pair's losses by the logit at a point; zero for pair -1.
 struct Slope {
   float per_point = 0;                // of the cross-entropy
   float constant = 0, per_truth = 0;  // of dice = 1 - numerator / denominator, by the probability
   float bound = 0;                    // no point has a larger gradient; not finite if one may be so
 
-  Slope() = default;
-  __device__ Slope(const float* sums, float grad_cross_entropy, float grad_dice) {
+  __device__ Slope(const Problem& p, int pair) {
+    if (pair < 0) return;
+    const float* sums = p.sums + pair * SUMS;
     const float numerator = 2 * sums[OVERLAP] + 1, denominator = sums[PROBABILITY] + sums[TRUTH] + 1;
-    per_point = grad_cross_entropy / (sums[COUNTED] < 1 ? 1.0f : sums[COUNTED]);
+    const float grad_dice = p.grad[p.pairs + pair];
+    per_point = p.grad[pair] / (sums[COUNTED] < 1 ? 1.0f : sums[COUNTED]);
     constant = grad_dice * numerator / (denominator * denominator);
     per_truth = -2 * grad_dice / denominator;
     bound = fabsf(per_point) + 0.25f * (fabsf(constant) + fabsf(per_truth));
@@ -459,8 +460,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) mask_points_backward(const
   const int cells = p.height * p.width;
   Value* grad = p.grad_maps[map] + ((long long)image * p.queries + query) * cells;
   const int number = pair_of(p, map, image, query);
-  Slope slope;
-  if (number >= 0) slope = Slope(p.sums + number * SUMS, p.grad[number], p.grad[p.pairs + number]);
+  const Slope slope(p, number);
   if (!(slope.bound > 0 && slope.bound * 0 == 0)) {  // zero, or not a number all over if a loss is none
     for (int i = threadIdx.x; i < cells; i += THREADS) from_float(slope.bound * 0, grad[i]);
     return;
