@@ -64,6 +64,20 @@ def test_compiled_code_is_kept_and_errors_are_quoted(compiler, monkeypatch, tmp_
     assert nvrtc.compile_source(source, 90, [("N", 2)])[:4] == first[:4] == b"\x7fELF"
     with pytest.raises(nvrtc.CudaError, match=r'deform_attn\.cu\(1\): error: identifier "M" is undefined'):
         nvrtc.compile_source(source, 90, [("N", "M")])
+    with pytest.raises(nvrtc.CudaError, match=r"other\.cu\(1\): error"):
+        nvrtc.compile_source(source, 90, [("N", "M")], "other.cu")
+
+
+def test_code_is_compiled_again_when_a_header_has_changed(compiler, monkeypatch, tmp_path):
+    monkeypatch.setenv("MPFORMER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(nvrtc, "SOURCES", tmp_path)
+    source = '#include "n.h"\nextern "C" __global__ void k(float* x) { x[0] = N; }'
+    codes = []
+    for number in (1, 2):
+        (tmp_path / "n.h").write_text(f"constexpr float N = {number};\n")
+        codes.append(nvrtc.compile_source(source, 90, []))
+    assert codes[0] != codes[1]
+    assert len(list(tmp_path.glob("cache/cuda/*.bin"))) == 2
 
 
 # ---- emulation

@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import struct
 import subprocess
 
 import pytest
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 SOURCE = build.SOURCES / "mask_points.cu"
 KERNELS = ["random_bits", "mask_points_forward", "mask_points_backward"]
-STATIC = 10 * 1024  # bytes that the kernels take themselves
+STATIC = 10 * 1024  # bytes of shared memory that the kernels may take themselves
 SOME = Points(candidates=301, important=93, uniform=27)
 
 # ---- NVRTC
@@ -37,6 +38,20 @@ def test_compiles(monkeypatch, tmp_path, architecture, variant):
     code = nvrtc.compile_source(SOURCE.read_text(), architecture, defines, SOURCE.name)
     assert code[:4] == b"\x7fELF"
     assert all(kernel.encode() in code for kernel in KERNELS)
+    static = static_shared_memory(code)  # from sm_90 on with the 1 KB that is reserved for the system
+    assert set(KERNELS) <= set(static)
+    assert 8 * 1024 < max(static.values()) <= STATIC
+
+
+def static_shared_memory(code):
+    """Bytes of each kernel that has some: the sizes of the sections .nv.shared.* of an ELF file."""
+    (start,) = struct.unpack_from("<Q", code, 0x28)
+    size, count, of_names = struct.unpack_from("<HHH", code, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", code, start + i * size) for i in range(count)]
+    names = code[sections[of_names][4] :]
+    found = {names[section[0] :].split(b"\0", 1)[0].decode(): section[5] for section in sections}
+    prefix = ".nv.shared."
+    return {name.removeprefix(prefix): bytes_ for name, bytes_ in found.items() if name.startswith(prefix)}
 
 
 # ---- Philox

@@ -357,7 +357,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) mask_points_forward(const 
   }
   add_up(sums);
   if (threadIdx.x != 0) return;
-#pragma unroll
   for (int k = 0; k < SUMS; k++) p.sums[blockIdx.x * SUMS + k] = sums[k];
   p.losses[blockIdx.x] = sums[CROSS_ENTROPY] / (sums[COUNTED] < 1 ? 1.0f : sums[COUNTED]);
   p.losses[p.pairs + blockIdx.x] = 1 - (2 * sums[OVERLAP] + 1) / (sums[PROBABILITY] + sums[TRUTH] + 1);
