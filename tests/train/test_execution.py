@@ -5,9 +5,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from mpformer.model.architecture import build_model
-from mpformer.model.piloting import make_pilots
-from mpformer.model.streams import SampleRandom
 from mpformer.train.execution import prepare
+from tests.model.samples import pilots_for
 from tests.train.conftest import make_batch
 from tests.train.test_step import CLASSES, gradients_of_step, settings
 
@@ -107,8 +106,7 @@ def test_each_part_is_one_graph_whatever_the_number_of_pilots(switch, train):
     for counts in ([3, 1], [7, 0], [5, 5]):
         batch, pilots = make_batch(counts), None
         if config.model.pilot.queries:
-            draws = SampleRandom(0, "pilots", batch.positions, batch.images.device)
-            pilots = make_pilots(batch.targets, config.model.pilot, model.structure, draws)
+            pilots = pilots_for(batch.targets, config.model, structure=model.structure)
             slots.add(pilots.labels.shape[1])
         with torch.autocast("cpu", torch.bfloat16):
             output = model(batch.images, pilots)
