@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mpformer.tracking.record import read_points
 from mpformer.tracking.run_dir import RunDir
 from mpformer.train import step
 from tests.e2e.conftest import Cluster
@@ -50,3 +51,7 @@ def test_a_profiled_run_leaves_a_trace_and_computes_the_same(
     assert run_dir == run_dir_of(recipe)
     assert [file.name for file in run_dir.glob("*.json.gz")] == [RunDir(run_dir).trace(10).name]
     assert_as_unbroken(run_dir, unbroken)
+    # beside images per second the memory; no utilisation on a CPU
+    speed = [{key for key in point.values if key.startswith("speed/")} for point in read_points(run_dir)]
+    assert {"speed/images_per_second", "speed/peak_memory_gib"} <= speed[0]
+    assert not any("speed/mfu" in keys for keys in speed)
