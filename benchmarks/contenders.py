@@ -241,8 +241,8 @@ def peak_memory(script: str, contender: str, arguments: argparse.Namespace, obje
 
 
 def fitting(passes: dict[str, Callable[[], object]], device: torch.device) -> dict[str, int]:
-    """Bytes that a pass takes at most on a GPU, above what all contenders hold, of those whose pass fits; the
-    others are named. On a CPU nothing is tried: all are 0."""
+    """Bytes that a pass takes at most on a GPU, above what all contenders hold, of those that run and fit; of
+    the others the reason is printed. On a CPU nothing is tried: all are 0."""
     if device.type != "cuda":
         return dict.fromkeys(passes, 0)
     fit = {}
@@ -254,8 +254,8 @@ def fitting(passes: dict[str, Callable[[], object]], device: torch.device) -> di
             torch.cuda.reset_peak_memory_stats(device)
             run()
             torch.cuda.synchronize(device)
-        except torch.OutOfMemoryError as error:
-            print(f"- {name} does not fit: {str(error).splitlines()[0][:160]}", flush=True)
+        except RuntimeError as error:  # out of memory is one, too: the others have their turn
+            print(f"- {name} is left out: {str(error).splitlines()[0][:160]}", flush=True)
         else:
             fit[name] = torch.cuda.max_memory_allocated(device) - before
         torch.cuda.empty_cache()

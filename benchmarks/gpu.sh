@@ -103,7 +103,7 @@ if [[ $tiny ]]; then
 else
     operator=(--parts "time,bound" --repetitions 10)
     small=(--repetitions 10)
-    training=("${small[@]}" --size 1024 --objects 7)
+    training=(--repetitions 6 --size 1024 --objects 7)
     batches=(8 16)
 fi
 on=(--device "$device")
@@ -113,7 +113,7 @@ ours="Mask2Former,MP-Former,MP-Former with shared points,channels-last MP-Former
 on_cuda "tests/gpu" 100 "${tests[@]}"
 step "operator, bfloat16" 60 "$python" benchmarks/deform_attn.py "${on[@]}" --dtype bfloat16 "${operator[@]}"
 for batch in "${batches[@]}"; do
-    step "training step, batch $batch" 70 "$python" benchmarks/train_step.py "${training[@]}" \
+    step "training step, batch $batch" 90 "$python" benchmarks/train_step.py "${training[@]}" \
         --images "$batch" --only "transformers,$ours"
 done
 on_cuda "training step, batch ${batches[-1]}, compiled" 110 "$python" benchmarks/train_step.py "${training[@]}" \

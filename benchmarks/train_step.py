@@ -77,7 +77,7 @@ def our_step(settings: dict[str, Any], batch: Batch, tiny: bool, autocast: bool)
     optimizer = build_optimizer(model, config.train)
     prepare(model, config.train)
     parts = {"backbone": model.backbone, "pixel decoder": model.pixel_decoder, "decoder": model.decoder}
-    watch = Stopwatch(parts)
+    watch = Stopwatch({} if config.train.compile else parts)  # its hooks would break the graphs
     timers = StepTimers(watch)
 
     def step() -> dict[str, float]:
