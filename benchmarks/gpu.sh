@@ -116,7 +116,7 @@ for batch in "${batches[@]}"; do
     step "training step, batch $batch" 90 "$python" benchmarks/train_step.py "${training[@]}" \
         --images "$batch" --only "transformers,$ours"
 done
-on_cuda "training step, batch ${batches[-1]}, compiled" 110 "$python" benchmarks/train_step.py "${training[@]}" \
+on_cuda "training step, batch ${batches[-1]}, compiled" 130 "$python" benchmarks/train_step.py "${training[@]}" \
     --images "${batches[-1]}" --only "MP-Former,compiled MP-Former"
 step "attention with masks" 45 "$python" benchmarks/attention.py "${on[@]}" "${small[@]}"
 step "inference" 40 "$python" benchmarks/inference.py "${small[@]}" "${on[@]}" --precision bfloat16 --no-memory \
