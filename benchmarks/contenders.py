@@ -236,7 +236,12 @@ def peak_memory(script: str, contender: str, arguments: argparse.Namespace, obje
     flags += [f"--device={arguments.device}", f"--precision={arguments.precision}"]
     flags += ["--tiny"] if arguments.tiny else []
     flags += ["--keep-memory"] if arguments.keep_memory else []
-    command = [sys.executable, script, *flags, f"--memory-of={contender}"]
+    return printed_by(script, [*flags, f"--memory-of={contender}"])
+
+
+def printed_by(script: str, flags: list[str]) -> float:
+    """The number that a new process running a script prints last."""
+    command = [sys.executable, script, *flags]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
 
 

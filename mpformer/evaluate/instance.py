@@ -47,16 +47,15 @@ def encode(crop: np.ndarray, top: int, left: int, size: tuple[int, int]) -> byte
     Equal to pycocotools' encoding of the whole mask, but takes time in proportion to the crop.
     """
     height, width = size
-    columns = np.zeros((crop.shape[1], crop.shape[0] + 2), dtype=np.int8)
+    columns = np.zeros((crop.shape[1], crop.shape[0] + 2), dtype=bool)
     columns[:, 1:-1] = crop.T
-    x, y = np.nonzero(np.diff(columns, axis=1))  # one start and one end for each run, column by column
-    ends = (x + left) * height + y + top
-    if len(ends):
-        joint = np.flatnonzero(ends[1:-1:2] == ends[2::2])  # runs that continue in the next column
-        ends = np.delete(ends, np.concatenate([2 * joint + 1, 2 * joint + 2]))
-    counts = np.diff(ends, prepend=0)
-    last = height * width - (int(ends[-1]) if len(ends) else 0)
-    runs = [*counts.tolist(), last] if last else counts.tolist()
+    # one start and one end for each run, column by column
+    ends = np.flatnonzero(columns[:, 1:] != columns[:, :-1])
+    ends += ends // (crop.shape[0] + 1) * (height - crop.shape[0] - 1) + left * height + top
+    apart = np.ones(len(ends), dtype=bool)  # but where a run continues in the next column
+    apart[1:-1:2] = apart[2::2] = ends[1:-1:2] != ends[2::2]
+    counts = np.diff(ends[apart], prepend=0, append=height * width)
+    runs = counts if counts[-1] else counts[:-1]
     return coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)["counts"]
 
 

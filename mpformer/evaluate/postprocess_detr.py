@@ -30,13 +30,13 @@ def detr_panoptic(
     masks = torch.stack([view.upsampler(kept)(slice(0, height)) for view in views]).mean(0)
     scores, labels = scores[kept], labels[kept]
     while len(labels):
-        owner = _first_of_stuff(labels, thing_labels)[masks.argmax(0)]  # [h,w] query
+        owner = _first_of_stuff(labels, thing_labels)[masks.max(1).indices]  # [h,w] query
         areas = torch.bincount(owner.flatten(), minlength=len(labels))
         # all queries of a stuff class are kept or removed together
         stays = areas[_first_of_stuff(labels, thing_labels)] >= MIN_PIXELS
         if stays.all():
             return _segments(owner, labels, scores, thing_labels)
-        masks, labels, scores = masks[stays], labels[stays], scores[stays]
+        masks, labels, scores = masks[:, stays], labels[stays], scores[stays]
     return Panoptic(torch.zeros(height, width, dtype=torch.int64, device=scores.device), (), ())
 
 

@@ -37,7 +37,7 @@ def logits(queries: int, classes: int, seed: int, sharpness: float = 3.0) -> tor
 @pytest.mark.parametrize("sizes", SIZES)
 def test_matrices_are_the_two_resizings(sizes):
     masks = smooth_logits(5, sizes, 0)
-    rows, columns = sizes.matrices(masks)
+    rows, columns = (r.matrix for r in sizes.resizings(masks))
     torch.testing.assert_close(
         (rows @ masks @ columns.T).double(), upsampled(masks, sizes), atol=2e-5, rtol=0
     )
@@ -116,7 +116,7 @@ def reference_panoptic(classes, masks, sizes, confidence, overlap, things):
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize(("confidence", "overlap"), [(0.0, 0.0), (0.5, 0.3), (0.5, 0.8), (1.0, 0.8)])
 def test_panoptic_equals_the_reference(sizes, confidence, overlap, monkeypatch):
-    monkeypatch.setattr(postprocess, "_BAND_ELEMENTS", 4000)  # several bands, the last one shorter
+    monkeypatch.setattr(postprocess, "_CPU_ELEMENTS", 4000)  # several bands, the last one shorter
     classes, masks = logits(12, 3, 5), smooth_logits(12, sizes, 6)
     things = frozenset({0, 1})
     result = postprocess.panoptic(
@@ -137,7 +137,7 @@ def test_panoptic_equals_the_reference(sizes, confidence, overlap, monkeypatch):
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("at_original", [False, True])
 def test_semantic_equals_the_reference(sizes, at_original, monkeypatch):
-    monkeypatch.setattr(postprocess, "_BAND_ELEMENTS", 5000)
+    monkeypatch.setattr(postprocess, "_CPU_ELEMENTS", 5000)
     classes, masks = logits(9, 4, 7), smooth_logits(9, sizes, 8)
     probability = classes.double().softmax(-1)[:, :-1]
     if at_original:
@@ -160,7 +160,7 @@ def test_semantic_of_a_per_pixel_model():
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_general_inference_equals_the_reference(sizes, monkeypatch):
-    monkeypatch.setattr(postprocess, "_BAND_ELEMENTS", 5000)
+    monkeypatch.setattr(postprocess, "_CPU_ELEMENTS", 5000)
     classes, masks = logits(9, 4, 10), smooth_logits(9, sizes, 11)
     probability, labels = classes.double().softmax(-1).max(-1)
     kept = [q for q in range(9) if labels[q] < 4 and probability[q] > 0.6]
