@@ -170,6 +170,15 @@ def test_small_gradients_next_to_large_ones(emulation):
     torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-9)
 
 
+def test_a_cell_with_all_points(emulation):
+    """As large a sum as there can be: every point is wrong, in the same way and in the same place."""
+    maps, pairs = problem(heads=1, pairs=1, size=(1, 1))
+    maps[0][...] = -20.0
+    pairs.masks[...] = True
+    *_, (grad,) = check(emulation()[0], maps, pairs, Points(4096, 4000, 96))
+    assert grad.abs().sum() > 0.2
+
+
 def test_slices_are_read_where_they_lie_and_other_maps_are_copied(emulation):
     maps, pairs = problem(torch.bfloat16, size=(8, 16))
     wide = torch.zeros(2, 9, 8, 16, dtype=torch.bfloat16)
