@@ -76,9 +76,10 @@ def test_the_mode_finds_a_wait(no_waits):
         values.sum().item()
 
 
-def test_full_masks_give_the_losses_of_a_cpu():
-    """Without random points both kinds of device compute the same numbers."""
-    config = settings(loss={"points": None}, pilot={"queries": 0})
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_losses_are_those_of_a_cpu(switch):
+    """Both kinds of device draw the same random numbers: pilots, points and so the losses are the same."""
+    config = settings(**SWITCHES[switch])
     losses = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
@@ -87,4 +88,5 @@ def test_full_masks_give_the_losses_of_a_cpu():
         batch = make_batch([3, 0, 5]).to(device)
         result = step.train_step(model, optimizer, batch, config, Timers(), classes=CLASSES)
         losses.append({name: float(value) for name, value in result.losses.items()})
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    # a point or a pair that is tied up to rounding may be another one
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3, abs=1e-3)
