@@ -156,21 +156,24 @@ def _resized(logits: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def pointwise_mask_loss(logits: Tensor, wanted: Tensor, counted: Tensor | None, config: LossConfig) -> Tensor:
-    """Mean binary cross-entropy, or focal loss, of each mask over its (counted) points: [n,P] -> [n]."""
+    """Mean binary cross-entropy, or focal loss, of each mask over its (counted) points: [...,P] -> [...].
+
+    counted: 0 or 1, broadcast; None: all points count.
+    """
     values = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
     if config.mask_loss == "focal":
         # exp(-cross-entropy) is the probability of what is wanted
         balance = FOCAL_ALPHA * wanted + (1 - FOCAL_ALPHA) * (1 - wanted)
         values = balance * (1 - (-values).exp()) ** FOCAL_GAMMA * values
     if counted is None:
-        return values.mean(1)
-    return (values * counted).sum(1) / counted.sum(1).clamp(min=1)
+        return values.mean(-1)
+    return (values * counted).sum(-1) / counted.sum(-1).clamp(min=1)
 
 
 def dice_loss(logits: Tensor, wanted: Tensor, counted: Tensor | None) -> Tensor:
-    """Dice loss of each mask, smoothed by 1: [n,P] -> [n]."""
+    """Dice loss of each mask, smoothed by 1: [...,P] -> [...]; counted as in `pointwise_mask_loss`."""
     probability = logits.sigmoid()
     if counted is not None:
         probability, wanted = probability * counted, wanted * counted
-    overlap = 2 * (probability * wanted).sum(1)
-    return 1 - (overlap + 1) / (probability.sum(1) + wanted.sum(1) + 1)
+    overlap = 2 * (probability * wanted).sum(-1)
+    return 1 - (overlap + 1) / (probability.sum(-1) + wanted.sum(-1) + 1)

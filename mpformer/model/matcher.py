@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mpformer.config.model import Loss as LossConfig
 from mpformer.model.boxes import generalized_iou
 from mpformer.model.objects import Objects
-from mpformer.model.points import at_least_float32, cell_centers, inside, sample, sample_shared
+from mpformer.model.points import at_least_float32, cell_centers, inside, sample_masks, sample_shared
 from mpformer.model.streams import Purpose, SampleRandom
 from mpformer.model.transfer import to_device, to_host
 from mpformer.types import Head, RunError
@@ -110,22 +110,27 @@ def matching_costs(
         return [
             _box_cost(c, at_least_float32(h.query_boxes), boxes, config) for c, h in zip(class_costs, heads)
         ]
-    maps = heads[0].mask_logits
-    if points is None:  # at the predicted masks' own centres
-        points = cell_centers(maps.shape[2:], maps.device).expand(1, maps.shape[0], -1, -1)
-        predictions = [at_least_float32(head.mask_logits).flatten(2) for head in heads]
-    else:
-        predictions = [sample_shared(at_least_float32(h.mask_logits), p) for h, p in zip(heads, points)]
-    wanted = _truth_at(points, objects, predictions[0].dtype)
-    counted = None
+    maps, images = heads[0].mask_logits, to_device(torch.from_numpy(objects.images), objects.labels.device)
+    limits = None
     if config.padding == "ignored":
-        limits = to_device(torch.from_numpy(objects.limits), maps.device)
-        counted = inside(points, limits[:, None]).to(predictions[0].dtype)
+        limits = to_device(torch.from_numpy(objects.limits), maps.device)[:, None]
+    if points is None:  # all heads at their own centres
+        centers = cell_centers(maps.shape[2:], maps.device).expand(maps.shape[0], -1, -1)
+        wanted = _truth_at(centers, objects, images, padded, at_least_float32(maps).dtype)
     costs = []
-    for number, (class_cost, predicted) in enumerate(zip(class_costs, predictions)):
-        own = number % len(points)
-        here = None if counted is None else counted[own]
-        costs.append(_mask_cost(class_cost, predicted, wanted[:, own][padded], here, config))
+    # head by head: what all have at their points would be the largest memory of a step
+    for number, (class_cost, head) in enumerate(zip(class_costs, heads)):
+        logits = at_least_float32(head.mask_logits)
+        if points is None:
+            here, predicted = centers, logits.flatten(2)
+        else:
+            here = points[number]
+            predicted, wanted = (
+                sample_shared(logits, here),
+                _truth_at(here, objects, images, padded, logits.dtype),
+            )
+        counted = None if limits is None else inside(here, limits).to(logits.dtype)
+        costs.append(_mask_cost(class_cost, predicted, wanted, counted, config))
     return costs
 
 
@@ -135,11 +140,10 @@ def _probability_of(class_logits: Tensor, labels: Tensor) -> Tensor:
     return probability.gather(2, labels[:, None].expand(-1, probability.shape[1], -1))
 
 
-def _truth_at(points: Tensor, objects: Objects, dtype: torch.dtype) -> Tensor:
-    """The objects' masks at the points [L,B,P,2] of their images: [M,L,P]."""
-    images = to_device(torch.from_numpy(objects.images), points.device)
-    at = points.transpose(0, 1)[images].flatten(1, 2)
-    return sample(objects.masks.to(dtype), at).unflatten(1, (len(points), -1))
+def _truth_at(points: Tensor, objects: Objects, images: Tensor, padded: Tensor, dtype: torch.dtype) -> Tensor:
+    """The masks of each image's objects at its points [B,P,2]: [B,N,P], N as `Objects.padded`."""
+    rows = torch.arange(len(images), device=points.device)
+    return sample_masks(objects.masks, rows, points[images].to(dtype))[padded]
 
 
 def _box_cost(class_cost: Tensor, predicted: Tensor, wanted: Tensor, config: LossConfig) -> Tensor:

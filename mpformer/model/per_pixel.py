@@ -42,7 +42,7 @@ def per_pixel_losses(
         return {"pixel": torch.stack([_cross_entropy(head, labels) for head in heads]) / pixels}
     classes = heads[0].mask_logits.shape[1]
     maps = _class_maps(objects, classes)
-    counted = (labels != _UNLABELLED).flatten(1).repeat_interleave(classes, 0)
+    counted = (labels != _UNLABELLED)[:, None]
     each = [_mask_and_dice(head, maps, counted, config) for head in heads]
     mask, dice = (torch.stack(of_heads) for of_heads in zip(*each))
     return {"mask": config.mask_weight * mask / queries, "dice": config.dice_weight * dice / queries}
@@ -55,8 +55,8 @@ def _cross_entropy(head: Head, labels: Tensor) -> Tensor:
 
 def _mask_and_dice(head: Head, maps: Tensor, counted: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
     logits = _resized(head, maps.shape[2:])
-    both = logits.flatten(0, 1).flatten(1), maps.flatten(0, 1).flatten(1).to(logits.dtype)
-    weights = counted.to(logits.dtype)
+    both = logits.flatten(2), maps.flatten(2).to(logits.dtype)
+    weights = counted.flatten(2).to(logits.dtype)
     return pointwise_mask_loss(*both, weights, config).sum(), dice_loss(*both, weights).sum()
 
 

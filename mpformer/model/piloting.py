@@ -174,8 +174,9 @@ def _attention_masks(
     masks = _coarser(objects.masks, finest, any_pixel)
     if noise.at_once:
         masks, boxes = masks[rows], objects.boxes[rows]
+        drawn = draws.rows("pilot noise", plan.images, plan.slots, 0)
         for apply in noise.at_once:
-            masks = apply(masks, boxes, draws.rows("pilot noise", plan.images, plan.slots, 0))
+            masks = apply(masks, boxes, drawn)
     sources = {stride: _coarser(masks, stride // finest, any_pixel) for stride in needed}
     result: list[Tensor | None] = [None] * len(structure.attention_strides)
     for number, strides in piloted.items():

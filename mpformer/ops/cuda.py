@@ -218,6 +218,7 @@ def find_cuda_kernel(device: int) -> tuple[CudaKernel | None, str]:
     kernel = CudaKernel(architecture, load, lambda: cuda_points(architecture, device))
     try:
         load(Variant(0, 0, 0, 32, 3, 4, 1, *lanes_of(32, 4)))
+        kernel.points.compile_one()
     except nvrtc.CudaError as error:
         return None, str(error)
     version = ".".join(map(str, nvrtc.nvrtc_version()))

@@ -1,4 +1,4 @@
-"""Which code runs `ms_deform_attn` on which device: chosen once per process, with a warning if it is slow."""
+"""Which code runs the operators on which device: chosen once per process, with a warning if it is slow."""
 
 from __future__ import annotations
 
@@ -73,8 +73,9 @@ def _chosen(device: str, index: int) -> Kernel | None:
     if kernel is None and not reference_wanted():
         slower = "20 times slower or more" if device == "cpu" else "much slower"  # benchmarks/results
         warnings.warn(
-            f"ms_deform_attn on {device} runs in plain PyTorch, {slower} than the compiled kernel, because "
-            f"{reason}. `mpformer doctor` says how to get the compiled one.",
+            f"ms_deform_attn on {device} runs in plain PyTorch, {slower} than the compiled kernel, and so "
+            f"do mask losses and random numbers, because {reason}. `mpformer doctor` says how to get the "
+            f"compiled one.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -180,8 +180,8 @@ class _Losses(torch.autograd.Function):
         rest = (pairs.table, pairs.masks, pairs.streams, pairs.limits, pairs.kept)
         counts = (points.candidates, points.important, points.uniform)
         losses, sums, chosen = _forward(list(maps), *rest, *counts)
-        ctx.rest, ctx.counts, ctx.found = rest, counts, (sums, chosen)
-        ctx.save_for_backward(*maps)
+        ctx.counts, ctx.maps = counts, len(maps)
+        ctx.save_for_backward(*maps, *rest, sums, chosen)
         cross_entropy, dice = losses.unbind(0)
         return cross_entropy, dice
 
@@ -189,7 +189,8 @@ class _Losses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_cross_entropy: Tensor, grad_dice: Tensor) -> tuple[Tensor | None, ...]:
         grad = torch.stack((grad_cross_entropy, grad_dice))
-        grads = _backward(grad, list(ctx.saved_tensors), *ctx.rest, *ctx.found, *ctx.counts)
+        saved = ctx.saved_tensors
+        grads = _backward(grad, list(saved[: ctx.maps]), *saved[ctx.maps :], *ctx.counts)
         return None, None, *grads
 
 

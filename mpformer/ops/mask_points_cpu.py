@@ -114,6 +114,8 @@ class CpuPoints:
 
 def _table(maps: Sequence[Tensor], pairs: MaskPairs, sums: Tensor, chosen: Tensor) -> np.ndarray:
     """What the library is told of each pair."""
+    if not pairs.masks.is_contiguous() or not (pairs.kept is None or pairs.kept.is_contiguous()):
+        raise ValueError("mask losses: true masks and kept points have to be contiguous")
     rows = pairs.table.numpy()
     table = np.zeros(len(rows), _PAIR)
     table["logits"] = _addresses(maps, rows)

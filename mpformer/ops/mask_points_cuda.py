@@ -46,6 +46,10 @@ class CudaPoints:
         self._load = lru_cache(maxsize=None)(load)
         self._shared = shared_memory - _STATIC
 
+    def compile_one(self) -> None:
+        """Raises CudaError where the kernels do not compile."""
+        self._load(PointVariant(0, 0, 0))
+
     def random_bits(self, streams: Tensor, call: int, count: int) -> Tensor:
         """As `mpformer.ops.random_bits`."""
         streams, rows = streams.contiguous(), len(streams)
@@ -86,13 +90,24 @@ class CudaPoints:
         """
         grads = [torch.empty_like(one, memory_format=torch.contiguous_format) for one in maps]
         call = _Call(maps, pairs, points, self._shared)
-        call.set(grad=grad.contiguous(), sums=sums, chosen=kept)
+        pair_of = _pair_of(maps, pairs.table)
+        call.set(grad=grad.contiguous(), sums=sums, chosen=kept, pair_of=pair_of)
         for i, one in enumerate(grads):
             call.problem.grad_maps[i] = one.data_ptr()
         shared = call.bands(self._shared)
-        blocks = len(maps) * maps[0].shape[0] * maps[0].shape[1]
-        self._load(call.variant).launch("mask_points_backward", blocks, _THREADS, [call.problem], shared)
+        self._load(call.variant).launch(
+            "mask_points_backward", len(pair_of), _THREADS, [call.problem], shared
+        )
         return grads
+
+
+def _pair_of(maps: Sequence[Tensor], table: Tensor) -> Tensor:
+    """The number of the pair of each predicted mask, -1 where there is none: [maps * B * Q] int32."""
+    images, queries = maps[0].shape[:2]
+    numbers = table.new_full((len(maps) * images * queries,), -1)
+    place = (table[:, 0] * images + table[:, 1]) * queries + table[:, 2]
+    numbers[place] = torch.arange(len(table), dtype=table.dtype, device=table.device)
+    return numbers
 
 
 class _Problem(ctypes.Structure):
@@ -102,7 +117,7 @@ class _Problem(ctypes.Structure):
         *[(name, ctypes.c_void_p * _MAPS) for name in ("maps", "grad_maps")],
         *[(name, ctypes.c_longlong * _MAPS) for name in ("image_stride", "query_stride")],
         *[(name, ctypes.c_void_p) for name in ("table", "masks", "streams", "limits", "given", "chosen")],
-        *[(name, ctypes.c_void_p) for name in ("losses", "sums", "grad")],
+        *[(name, ctypes.c_void_p) for name in ("losses", "sums", "grad", "pair_of")],
         *[(name, ctypes.c_int) for name in ("pairs", "images", "queries")],
         *[(name, ctypes.c_int) for name in ("height", "width", "mask_height", "mask_width")],
         *[(name, ctypes.c_int) for name in ("candidates", "important", "uniform", "band", "low_bits")],

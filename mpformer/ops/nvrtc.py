@@ -31,7 +31,7 @@ class Launches(Protocol):
         """Starts a kernel of the source; shared: bytes of dynamic shared memory of a block."""
 
 
-class CudaError(Exception):
+class CudaError(RuntimeError):
     """NVRTC or the driver is missing or failed; the message says what, in one line."""
 
 

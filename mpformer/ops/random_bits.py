@@ -13,6 +13,7 @@ _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
 _WORD = 0xFFFFFFFF
+_ROWS = 4
 
 
 @torch.library.custom_op("mpformer::random_bits", mutates_args=())
@@ -22,6 +23,8 @@ def random_bits(streams: Tensor, call: int, count: int) -> Tensor:
     streams [n,4] int32: (key, key, row, place), 32 bits each. Number i is word i mod 4 of Philox-4x32-10 with
     that key at the counter (i // 4, call, row, place).
     """
+    if len(streams) == 0 or count == 0:
+        return streams.new_empty(len(streams), count)
     kernel = point_kernel(streams)
     if kernel is not None:
         return kernel.random_bits(streams, call, count)
@@ -35,10 +38,13 @@ def _(streams: Tensor, call: int, count: int) -> Tensor:
 
 def random_bits_reference(streams: Tensor, call: int, count: int) -> Tensor:
     """`random_bits` in plain PyTorch, for devices without a kernel; its definition."""
+    if streams.device.type == "cpu" and len(streams) > _ROWS:
+        # so few rows at a time that what they need stays in the cache
+        return torch.cat([random_bits_reference(some, call, count) for some in streams.split(_ROWS)])
     # int64 holds 32 bits without a sign, and a product wraps to its lower 64 bits
     key0, key1, row, place = (streams.long() & _WORD)[:, :, None].unbind(1)
     block = torch.arange((count + 3) // 4, device=streams.device)
-    words = [block, torch.tensor(call, device=streams.device), row, place]
+    words = [block, torch.full((), call, dtype=torch.int64, device=streams.device), row, place]
     for number in range(_ROUNDS):
         step0, step1 = (number * step for step in _KEY_STEPS)
         low, high = (m * word for m, word in zip(_MULTIPLIERS, words[::2]))

@@ -6,13 +6,17 @@ for it; the step's stream waits for the event that ends it. The next batch takes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from threading import Thread
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from mpformer.types import Batch, PackedBatch
+
+_Result = TypeVar("_Result")
 
 
 def on_device(packed: Iterator[PackedBatch], device: torch.device) -> Iterator[tuple[Batch, tuple[str, ...]]]:
@@ -31,12 +35,25 @@ def on_device(packed: Iterator[PackedBatch], device: torch.device) -> Iterator[t
         batch = next(packed, None)
         return None if batch is None else (copies.send(batch), batch.skipped)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
-        upcoming = thread.submit(fetch)
-        while (fetched := upcoming.result()) is not None:
-            upcoming = thread.submit(fetch)
-            sent, skipped = fetched
-            yield copies.receive(sent), skipped
+    upcoming = _started(fetch)
+    while (fetched := upcoming.result()) is not None:
+        upcoming = _started(fetch)
+        sent, skipped = fetched
+        yield copies.receive(sent), skipped
+
+
+def _started(work: Callable[[], _Result]) -> Future[_Result]:
+    """Work in a thread that nobody waits for: a step that fails must not wait for a loader that is stuck."""
+    future: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:  # noqa: BLE001  (raised again where the result is asked for)
+            future.set_exception(error)
+
+    Thread(target=run, name="ahead", daemon=True).start()
+    return future
 
 
 class _OnItsWay:

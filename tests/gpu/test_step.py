@@ -47,7 +47,7 @@ def test_the_host_waits_only_where_it_says_so(switch, micro_batch, autocast, no_
     config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": micro_batch})})
     model = build_model(config.model, CLASSES).cuda().train()
     optimizer = build_optimizer(model, config.train)
-    batch = make_batch([3, 0, 20, 2], classes=CLASSES).to("cuda")
+    batch = make_batch([3, 0, 20, 2, 0, 0], classes=CLASSES).to("cuda")
     asked = []
 
     def to_host(values, really=matcher.to_host):
@@ -66,7 +66,7 @@ def test_the_host_waits_only_where_it_says_so(switch, micro_batch, autocast, no_
     torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(result.total)
     matched = config.model.output == "masks"
-    assert len(asked) == matched * (2 if micro_batch else 1) + 1
+    assert len(asked) == matched * (3 if micro_batch else 1) + 1
 
 
 def test_the_mode_finds_a_wait(no_waits):

@@ -72,9 +72,9 @@ class Plain:
             for slot, n in enumerate(objects.tolist()):
                 mask = target.masks[n : n + 1]
                 mask = coarser(mask, finest, any_pixel)
+                draws = self.numbers("pilot noise", b, slot, 0)
                 for apply in noise.at_once:
-                    boxes = relative_boxes(target.masks[n : n + 1])
-                    mask = apply(mask, boxes, self.numbers("pilot noise", b, slot, 0))
+                    mask = apply(mask, relative_boxes(target.masks[n : n + 1]), draws)
                 parts = []
                 for i, stride in enumerate(strides[number - 1]):
                     part = coarser(mask, stride // finest, any_pixel)

@@ -28,6 +28,11 @@ SWITCHES = {
     "released": ({"flavour": "released"}, {}, {}),
     "released shift": ({"flavour": "released", "noise": {"kind": "shift"}}, {}, {}),
     "released scale": ({"flavour": "released", "noise": {"kind": "scale"}}, {}, {}),
+    "released shift and scale": (
+        {"flavour": "released", "noise": [{"kind": "shift"}, {"kind": "scale"}]},
+        {},
+        {},
+    ),
     "matched pilots": ({"assignment": "match"}, {}, {}),
     "fixed matching": ({}, {"matching": "last_head"}, {}),
     "shared pilot points": ({}, {"shared_pilot_points": True}, {}),
@@ -197,3 +202,22 @@ def test_300_objects_of_one_image():
     found = match_heads(Output(heads, pilots), plan, objects, batch.image_ids, config, draws)
     assert found.pairs.counts == (8, 8)
     assert found.piloted.counts == (24, 24)
+
+
+def test_kinds_of_released_noise_have_numbers_of_their_own():
+    """Whether an object is enlarged does not follow from where it moves."""
+    noise = [{"kind": "shift", "ratio": 1.0}, {"kind": "scale", "ratio": 0.5}]
+    config = tiny_model(
+        {"queries": 100, "flavour": "released", "noise": noise}, decoder={"features": "stride_8"}
+    )
+    mask = torch.zeros(1, 64, 96, dtype=torch.bool)
+    mask[0, 24:40, 40:56] = True
+    objects = objects_of(batch_of([Target(torch.tensor([0]), mask)]))
+    draws = SampleRandom(0, (0,), CPU)
+    plan = plan_pilots(objects, config.pilot, draws)
+    shown = make_pilots(plan, objects, config.pilot, structure_of(config, CLASSES), draws).attention_masks[0]
+    shown = shown[0].unflatten(1, (8, 12))
+    large = shown.flatten(1).sum(1) > 4  # the object has 2 x 2 cells
+    first_row = shown.any(2).int().argmax(1)
+    both_ways = [set((first_row[large] < 3).tolist()), set((first_row[~large] < 3).tolist())]
+    assert both_ways == [{False, True}] * 2

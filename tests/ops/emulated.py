@@ -38,6 +38,7 @@ class Emulated:
 
     def launch(self, kernel, blocks, threads, arguments, shared=0):
         """Runs the kernel to its end."""
+        assert blocks > 0, f"{kernel}: a GPU refuses to launch nothing"
         pointers = (ctypes.c_void_p * len(arguments))(
             *(ctypes.cast(ctypes.byref(a), ctypes.c_void_p) for a in arguments)
         )

@@ -137,3 +137,23 @@ def test_on_a_cpu_nothing_is_fetched_ahead():
         assert asked == list(range(step + 1))
         assert batch.positions == (step,)
         assert skipped == (f"skipped {step}",)
+
+
+def test_a_step_that_fails_does_not_wait_for_the_next_batch(monkeypatch):
+    """The loader may be stuck."""
+    FakeCuda(monkeypatch)
+    release = threading.Event()
+
+    def batches():
+        yield packed(0)
+        release.wait(60)
+        yield packed(1)
+
+    source = ahead.on_device(batches(), GPU)
+    next(source)
+    closed = threading.Thread(target=source.close, daemon=True)
+    closed.start()
+    closed.join(20)
+    stuck = closed.is_alive()
+    release.set()
+    assert not stuck

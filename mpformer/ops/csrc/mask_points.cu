@@ -58,6 +58,7 @@ struct Problem {
   Word* chosen;                // [pairs, important] where none are given
   float *losses, *sums;        // [2, pairs], [pairs, SUMS]
   const float* grad;           // [2, pairs]
+  const int* pair_of;          // [maps, images, queries]: the pair of each predicted mask, -1 if it has none
   int pairs, images, queries;
   int height, width, mask_height, mask_width;
   int candidates, important, uniform;
@@ -384,19 +385,6 @@ struct Slope {
   }
 };
 
-// The number of the pair of a predicted mask, -1 if it has none.
-__device__ int pair_of(const Problem& p, int map, int image, int query) {
-  __shared__ int found;
-  if (threadIdx.x == 0) found = -1;
-  __syncthreads();
-  for (int i = threadIdx.x; i < p.pairs; i += THREADS) {
-    const PairRow& row = p.table[i];
-    if (row.map == map && row.image == image && row.query == query) found = i;
-  }
-  __syncthreads();
-  return found;
-}
-
 // Work for the points that are chosen, in any order. A warp collects them until it has one for each lane: without
 // that most lanes would wait while few work.
 template <class Choose, class Work>
@@ -458,7 +446,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) mask_points_backward(const
   const int map = blockIdx.x / p.queries / p.images;
   const int cells = p.height * p.width;
   Value* grad = p.grad_maps[map] + ((long long)image * p.queries + query) * cells;
-  const int number = pair_of(p, map, image, query);
+  const int number = p.pair_of[blockIdx.x];
   const Slope slope(p, number);
   if (!(slope.bound > 0 && slope.bound * 0 == 0)) {  // zero, or not a number all over if a loss is none
     for (int i = threadIdx.x; i < cells; i += THREADS) from_float(slope.bound * 0, grad[i]);

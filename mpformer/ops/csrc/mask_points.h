@@ -21,7 +21,7 @@ struct MaskPair {
 // counted points; sums over them of the cross-entropy, the probability, the truth, and their product
 enum Sum { kCounted, kCrossEntropy, kProbability, kTruth, kOverlap, kSums };
 
-// A call. Filled in by mpformer/ops/mask_points.py, which mirrors this layout with ctypes.
+// A call. Filled in by mpformer/ops/mask_points_cpu.py, which mirrors this layout with ctypes.
 struct MaskProblem {
   MaskPair* pairs;
   void* launcher;  // GOMP_parallel of the OpenMP that torch runs on, or null: threads of our own
