@@ -75,16 +75,25 @@ def sample_masks(masks: Tensor, rows: Tensor, points: Tensor) -> Tensor:
     In the dtype of the points.
     """
     height, width = masks.shape[1:]
-    column, row = (points[..., 0] * width - 0.5), (points[..., 1] * height - 0.5)
-    left, upper = column.floor(), row.floor()
-    values = torch.zeros_like(column)
-    flat, first = masks.flatten(), (rows * (height * width))[:, None]
-    for y, in_y in ((upper, 1 - (row - upper)), (upper + 1, row - upper)):
-        for x, in_x in ((left, 1 - (column - left)), (left + 1, column - left)):
-            cell = first + y.clamp(0, height - 1).long() * width + x.clamp(0, width - 1).long()
-            there = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-            values += in_x * in_y * (flat[cell] & there)
-    return values
+    columns, beside = _neighbours(points[..., 0], width)
+    lines, above = _neighbours(points[..., 1], height)
+    first = (rows * (height * width))[:, None]
+    cells = first + lines[:, None] * width + columns  # [2,2,n,P]
+    weights = above[:, None] * beside
+    return (weights * masks.flatten()[cells]).sum((0, 1))
+
+
+def _neighbours(places: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The cells before and after each place (0..1) of an axis of `count` cells, and their weights: [2,...].
+
+    The weight of a cell outside of the axis is 0, and another cell stands for it.
+    """
+    place = places * count - 0.5
+    before = place.floor()
+    after = place - before
+    cells = torch.stack((before, before + 1))
+    weights = torch.stack((1 - after, after)) * ((cells >= 0) & (cells < count))
+    return cells.clamp(0, count - 1).long(), weights
 
 
 def _smallest(values: Tensor, count: int) -> Tensor:
