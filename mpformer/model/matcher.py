@@ -114,21 +114,20 @@ def matching_costs(
     limits = None
     if config.padding == "ignored":
         limits = to_device(torch.from_numpy(objects.limits), maps.device)[:, None]
-    if points is None:  # all heads at their own centres
-        centers = cell_centers(maps.shape[2:], maps.device).expand(maps.shape[0], -1, -1)
-        wanted = _truth_at(centers, objects, images, padded, at_least_float32(maps).dtype)
+    here, wanted = None, None
     costs = []
     # head by head: what all have at their points would be the largest memory of a step
     for number, (class_cost, head) in enumerate(zip(class_costs, heads)):
         logits = at_least_float32(head.mask_logits)
-        if points is None:
-            here, predicted = centers, logits.flatten(2)
-        else:
+        if points is not None:
             here = points[number]
-            predicted, wanted = (
-                sample_shared(logits, here),
-                _truth_at(here, objects, images, padded, logits.dtype),
-            )
+            predicted = sample_shared(logits, here)
+            wanted = _truth_at(here, objects, images, padded, logits.dtype)
+        else:  # at the cells' own centres, the same for all heads
+            predicted = logits.flatten(2)
+            if here is None or wanted is None:
+                here = cell_centers(maps.shape[2:], maps.device).expand(maps.shape[0], -1, -1)
+                wanted = _truth_at(here, objects, images, padded, logits.dtype)
         counted = None if limits is None else inside(here, limits).to(logits.dtype)
         costs.append(_mask_cost(class_cost, predicted, wanted, counted, config))
     return costs

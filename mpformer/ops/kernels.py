@@ -6,7 +6,7 @@ import os
 import warnings
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +14,8 @@ from torch import Tensor
 from mpformer.ops import build
 from mpformer.ops.cpu import Library, OtherSourcesError
 from mpformer.ops.cuda import CudaKernel, find_cuda_kernel
+from mpformer.ops.mask_pairs import PointKernel
 from mpformer.ops.reference import Shapes
-
-if TYPE_CHECKING:
-    from mpformer.ops.mask_points import PointKernel
 
 SETTING = "MPFORMER_DEFORM_ATTN"
 

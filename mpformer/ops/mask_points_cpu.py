@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mpformer.ops.mask_pairs import SUMS, MaskPairs, Points
 from mpformer.ops.threads import torch_threads
-
-if TYPE_CHECKING:
-    from mpformer.ops.mask_points import MaskPairs, Points
 
 _PAIR = np.dtype(
     [(name, np.uint64) for name in ("logits", "mask", "kept", "sums", "grad")]
@@ -21,8 +19,6 @@ _PAIR = np.dtype(
     + [("stream", np.int32, 4)]
 )
 """csrc/mask_points.h, struct MaskPair."""
-_SUMS = 5
-"""csrc/mask_points.h, enum Sum."""
 
 
 class _MaskProblem(ctypes.Structure):
@@ -59,7 +55,7 @@ class CpuPoints:
     ) -> tuple[Tensor, Tensor, Tensor]:
         count = len(pairs.table)
         chosen = torch.empty(count if pairs.kept is None else 0, points.important, dtype=torch.int32)
-        sums = torch.empty(count, _SUMS)
+        sums = torch.empty(count, SUMS)
         maps = _readable(maps)
         candidates = points.candidates if pairs.kept is None else 0
         self._run(self._forward, _table(maps, pairs, sums, chosen), maps, pairs, points, candidates)

@@ -5,23 +5,20 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mpformer.ops import nvrtc
 from mpformer.ops.build import SOURCES
+from mpformer.ops.mask_pairs import SUMS, MaskPairs, Points
 from mpformer.ops.nvrtc import Launches
-
-if TYPE_CHECKING:
-    from mpformer.ops.mask_points import MaskPairs, Points
 
 # csrc/mask_points.cu
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _THREADS = 1024
 _MAPS = 32
-_SUMS = 5
 _STATIC = 10 * 1024  # bytes of shared memory that the kernels have beside what they ask for
 _LOW_BITS = 13  # at least, of the lower word of fixed-point numbers: then they have 24 bits, as a float has
 
@@ -66,7 +63,7 @@ class CudaPoints:
         """Losses [2,n] float32, sums [n,5] float32 and the kept points [n,important] int32."""
         count, table = len(pairs.table), pairs.table
         losses = table.new_empty(2, count, dtype=torch.float32)
-        sums = table.new_empty(count, _SUMS, dtype=torch.float32)
+        sums = table.new_empty(count, SUMS, dtype=torch.float32)
         chosen = table.new_empty(count if pairs.kept is None else 0, points.important)
         call = _Call(maps, pairs, points, self._shared)
         call.set(losses=losses, sums=sums, chosen=chosen)
