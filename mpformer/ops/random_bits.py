@@ -13,7 +13,6 @@ _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
 _WORD = 0xFFFFFFFF
-_ROWS = 4
 
 
 @torch.library.custom_op("mpformer::random_bits", mutates_args=())
@@ -38,9 +37,6 @@ def _(streams: Tensor, call: int, count: int) -> Tensor:
 
 def random_bits_reference(streams: Tensor, call: int, count: int) -> Tensor:
     """`random_bits` in plain PyTorch, for devices without a kernel; its definition."""
-    if streams.device.type == "cpu" and len(streams) > _ROWS:
-        # so few rows at a time that what they need stays in the cache
-        return torch.cat([random_bits_reference(some, call, count) for some in streams.split(_ROWS)])
     # int64 holds 32 bits without a sign, and a product wraps to its lower 64 bits
     key0, key1, row, place = (streams.long() & _WORD)[:, :, None].unbind(1)
     block = torch.arange((count + 3) // 4, device=streams.device)
