@@ -77,13 +77,15 @@ def read_bytes(source: str | bytes) -> bytes:
     return data
 
 
-def load_image(record: Record) -> np.ndarray:
+def load_image(record: Record, encoded: bytes | None = None) -> np.ndarray:
     """The record's image, [h,w,3] uint8 RGB at the annotated size; see `load_reduced_image`."""
-    return load_reduced_image(record, 1)[0]
+    return load_reduced_image(record, 1, encoded)[0]
 
 
-def load_reduced_image(record: Record, factor: int) -> tuple[np.ndarray, int]:
+def load_reduced_image(record: Record, factor: int, encoded: bytes | None = None) -> tuple[np.ndarray, int]:
     """The record's image, [h,w,3] uint8 RGB, and the factor by which it was decoded smaller.
+
+    `encoded`: what its file holds, where that has been read.
 
     A JPEG is decoded at 1/`factor` of its size (2 or 4) from its lowest frequencies: faster, and close to
     the mean of its pixels (tested: within 5 of 255 on average). Other files come at full size, factor 1.
@@ -94,7 +96,7 @@ def load_reduced_image(record: Record, factor: int) -> tuple[np.ndarray, int]:
     channels, too many pixels or another size.
     """
     name = _name(record)
-    data = read_bytes(record.image)
+    data = encoded or read_bytes(record.image)
     if not data.startswith(filekind.JPEG):
         factor = 1
     image = _decode_rgb(data, name, record.bits, _REDUCED[factor])
@@ -103,7 +105,7 @@ def load_reduced_image(record: Record, factor: int) -> tuple[np.ndarray, int]:
         image = _decode_rgb(data, name, record.bits, _REDUCED[factor] | cv2.IMREAD_IGNORE_ORIENTATION)
     if image.shape[:2] != expected:
         if factor > 1:  # the exact size is only known at full size
-            return load_reduced_image(record, 1)
+            return load_reduced_image(record, 1, data)
         raise InputError(
             f"{name}: the image is {image.shape[1]}x{image.shape[0]}, "
             f"but its annotations say {record.width}x{record.height} (image {record.image_id})"
@@ -120,13 +122,12 @@ def read_image(source: str | bytes, bits: int = 16) -> np.ndarray:
     return _decode_rgb(read_bytes(source), name, bits)
 
 
-def used_bits(record: Record) -> int | None:
+def used_bits(record: Record, encoded: bytes) -> int | None:
     """Bits in use of the record's image, 8..16, by its largest value; None unless it is a 16-bit file."""
-    data = read_bytes(record.image)
-    header = headers.png_header(data)
-    if data.startswith(filekind.JPEG) or (header is not None and header[2] < 16):
+    header = headers.png_header(encoded)
+    if encoded.startswith(filekind.JPEG) or (header is not None and header[2] < 16):
         return None
-    pixels = decode(data, _name(record), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    pixels = decode(encoded, _name(record), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     return max(8, int(pixels.max()).bit_length()) if pixels.dtype == np.uint16 else None
 
 

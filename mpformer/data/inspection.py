@@ -73,9 +73,10 @@ def inspect(record: Record) -> Inspected:
     if record.problem:
         return Inspected(False, _place_of(record), findings=_unusable(record.problem))
     try:
-        digest = hashlib.blake2b(read_bytes(record.image), digest_size=16).digest()
-        image = load_image(record)
-        bits = used_bits(record)
+        encoded = read_bytes(record.image)
+        digest = hashlib.blake2b(encoded, digest_size=16).digest()
+        image = load_image(record, encoded)
+        bits = used_bits(record, encoded)
         whole = Window.whole(record.width, record.height)
         found = list(crop_masks(record, record.segments, whole))
         unknown, turned = _unknown_values(record)

@@ -390,7 +390,8 @@ def _iou(a: Box, b: Box) -> float:
 def _too_small(split: _Split) -> Finding | None:
     if not split.training:
         return None
-    cells = [area * _scale(one, split.data) / _CELL**2 for one in split.usable for area in one.areas]
+    scales = {size: _scale(size, split.data) for size in {one.size for one in split.usable}}
+    cells = [area * scales[one.size] / _CELL**2 for one in split.usable for area in one.areas]
     small = sum(c < 1 for c in cells)
     if small * 2 <= len(cells):
         return None
@@ -401,10 +402,10 @@ def _too_small(split: _Split) -> Finding | None:
     )
 
 
-def _scale(one: Inspected, data: Data) -> float:
-    """Median factor between the areas of an image and of its training samples."""
+def _scale(size: tuple[int, int], data: Data) -> float:
+    """Median factor between the areas of an image of (height, width) and of its training samples."""
     factors = []
     for draw in range(9):
-        window = augment.place(*one.size, data.augment, augment.generator(0, draw, "scale")).window
+        window = augment.place(*size, data.augment, augment.generator(0, draw, "scale")).window
         factors.append(window.scale[0] * window.scale[1])
     return float(np.median(factors))

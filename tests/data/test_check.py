@@ -3,6 +3,8 @@
 import json
 import shlex
 import shutil
+from collections import Counter
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,6 +14,7 @@ from pycocotools.coco import COCO
 
 from mpformer.config import Data, LargeScaleJitter, Packed, Split, build_config
 from mpformer.config.yamlfile import Source
+from mpformer.data import augment
 from mpformer.data.catalog import open_split
 from mpformer.data.check import check, obstacle, report_text, training_command
 from mpformer.data.detect import detect
@@ -100,6 +103,30 @@ def test_everything_that_was_put_wrong_is_found(tmp_path):
     text = report_text({"train": report})
     for kind in by_kind:
         assert f"{kind}: {len(by_kind[kind])}" in text
+
+
+def test_the_work_on_an_image_does_not_grow_with_its_objects(tmp_path, monkeypatch):
+    """Each file is read once, and the training samples' scale is drawn once per size of an image."""
+    annotations = [annotation(n, 1 + n % 4) for n in range(1, 41)]
+    data = coco_folder(tmp_path, annotations)
+    read, placed = Counter(), Counter()
+    read_bytes, place = Path.read_bytes, augment.place
+
+    def reading(path):
+        read[path.name] += 1
+        return read_bytes(path)
+
+    def placing(height, width, *arguments):
+        placed[height, width] += 1
+        return place(height, width, *arguments)
+
+    monkeypatch.setattr(Path, "read_bytes", reading)
+    monkeypatch.setattr(augment, "place", placing)
+    reports = check(data)
+    assert reports["train"].images == 4
+    images = {name: times for name, times in read.items() if name.endswith((".png", ".jpg"))}
+    assert set(images.values()) == {2}  # once for each split, which are of one folder here
+    assert set(placed.values()) == {9}
 
 
 def test_images_in_both_splits_and_tables_that_differ(tmp_path):

@@ -230,15 +230,16 @@ def test_bits_in_use_of_16_bit_files(suffix, channels):
     assert np.array_equal(load_image(Record("1", data, 60, 40, ())), rgb // 256)
     assert np.array_equal(load_image(Record("1", data, 60, 40, (), bits=10)), np.minimum(rgb // 4, 255))
     assert np.array_equal(read_image(data, 12), rgb // 16)
-    assert used_bits(Record("1", data, 60, 40, ())) == 12
+    assert used_bits(Record("1", data, 60, 40, ()), data) == 12
 
 
 def test_files_of_8_bits_have_no_bits_in_use(tmp_path):
     for suffix in (".png", ".jpg", ".tif", ".webp"):
-        Image.fromarray(photograph()).save(tmp_path / f"a{suffix}")
-        assert used_bits(record(tmp_path / f"a{suffix}")) is None
+        file = tmp_path / f"a{suffix}"
+        Image.fromarray(photograph()).save(file)
+        assert used_bits(record(file), file.read_bytes()) is None
     dark = cv2.imencode(".png", np.full((40, 60), 3, np.uint16))[1].tobytes()
-    assert used_bits(Record("1", dark, 60, 40, ())) == 8
+    assert used_bits(Record("1", dark, 60, 40, ()), dark) == 8
 
 
 def test_the_setting_reaches_every_record(tmp_path):
