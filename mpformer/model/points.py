@@ -45,8 +45,22 @@ def sample_shared(maps: Tensor, points: Tensor) -> Tensor:
     """
     if maps.shape[1] == 0:
         return maps.new_zeros(maps.shape[0], 0, points.shape[1])
-    grid = 2 * points[:, None] - 1
-    return F.grid_sample(maps, grid.to(maps.dtype), mode="bilinear", align_corners=False)[:, :, 0]
+    parts = _parts(maps)
+    grid = (2 * points[:, None, None] - 1).to(maps.dtype).expand(-1, parts, -1, -1, -1).flatten(0, 1)
+    found = F.grid_sample(
+        maps.reshape(len(grid), -1, *maps.shape[2:]), grid, mode="bilinear", align_corners=False
+    )
+    return found.reshape(*maps.shape[:2], -1)
+
+
+def _parts(maps: Tensor) -> int:
+    """Into how many parts an image's maps are divided. PyTorch's look-up on the CPU has a thread for each
+    image; with fewer images than threads, their parts stand for images."""
+    images, each = maps.shape[:2]
+    if maps.device.type != "cpu" or not images:
+        return 1
+    threads = -(-torch.get_num_threads() // images)
+    return next((parts for parts in range(threads, each + 1) if each % parts == 0), each)
 
 
 def cell_centers(size: Sequence[int], device: torch.device) -> Tensor:

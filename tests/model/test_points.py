@@ -84,10 +84,14 @@ def test_a_packed_point_is_the_centre_of_its_unit():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("count", "size"), [(7, (9, 33)), (1, (1, 1)), (100, (16, 16))])
-def test_maps_that_share_their_points_have_the_values_of_each_alone(dtype, count, size):
+@pytest.mark.parametrize(("images", "threads"), [(3, 1), (1, 2), (2, 5)])
+def test_maps_that_share_their_points_have_the_values_of_each_alone(
+    dtype, count, size, images, threads, monkeypatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     random = torch.Generator().manual_seed(0)
-    maps = torch.randn(3, count, *size, generator=random, dtype=dtype)
-    points = 1.2 * torch.rand(3, 50, 2, generator=random) - 0.1  # some lie outside
+    maps = torch.randn(images, count, *size, generator=random, dtype=dtype)
+    points = 1.2 * torch.rand(images, 50, 2, generator=random) - 0.1  # some lie outside
     each = [sample(of_image, at.expand(count, -1, -1)) for of_image, at in zip(maps, points)]
     torch.testing.assert_close(sample_shared(maps, points), torch.stack(each))
-    assert sample_shared(maps[:, :0], points).shape == (3, 0, 50)
+    assert sample_shared(maps[:, :0], points).shape == (images, 0, 50)
