@@ -57,6 +57,11 @@ class Capacity:
         """Whether a run trains on GPUs: as asked for or, for `auto`, if there is one for each worker."""
         return cluster.gpu == "yes" or (cluster.gpu == "auto" and self.gpus >= cluster.least_workers)
 
+    def claim_of_worker(self, cluster: Cluster) -> dict[str, float]:
+        """The resources that each worker claims, by Ray's names."""
+        gpus = {"GPU": 1.0} if self.uses_gpus(cluster) else {}
+        return {"CPU": cluster.cpus_per_worker, **gpus}
+
     def check_fits(self, config: Config) -> None:
         """Raise `InputError`, with the arithmetic, for a run that this cluster cannot hold."""
         cluster, batch_size = config.cluster, config.train.batch_size
@@ -101,6 +106,11 @@ class Capacity:
         if not self.uses_gpus(cluster):
             limits.append(int(self.cpus) // members)
         return max(1, min(limits))
+
+    def holds_in_one_process(self, config: Config) -> bool:
+        """Whether a run needs no more than one process: its only worker, on the only machine."""
+        cluster = config.cluster
+        return len(self.nodes) == 1 and cluster.workers == 1 and not cluster.evaluators
 
     def data_task_cpus(self, workers: int) -> float:
         """CPUs that each data task of a run with so many workers claims.

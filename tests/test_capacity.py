@@ -153,3 +153,24 @@ def test_dead_machines_do_not_count():
 def test_runs_at_once_share_the_cores(cluster, node, threads):
     config = Config.model_validate({"cluster": cluster})
     assert with_shared_cores(config, Capacity((node,)), at_once=2).cluster.threads == threads
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cluster", "alone"),
+    [
+        ([Node(8)], {}, True),
+        ([Node(8, 1)], {"gpu": "yes"}, True),
+        ([Node(8), Node(8)], {}, False),
+        ([Node(8)], {"workers": 2}, False),
+        ([Node(8)], {"workers": 2, "min_workers": 1}, False),
+        ([Node(8)], {"evaluators": 1}, False),
+    ],
+)
+def test_a_trial_is_its_own_worker_where_that_is_the_same(nodes, cluster, alone):
+    assert Capacity(tuple(nodes)).holds_in_one_process(Config.model_validate({"cluster": cluster})) == alone
+
+
+def test_a_worker_claims_what_the_settings_say():
+    one = Config.model_validate({"cluster": {"cpus_per_worker": 1.5}}).cluster
+    assert Capacity((Node(8),)).claim_of_worker(one) == {"CPU": 1.5}
+    assert Capacity((Node(8, 1),)).claim_of_worker(one) == {"CPU": 1.5, "GPU": 1}

@@ -46,8 +46,8 @@ from mpformer.train.launch import fit, only_driver, start_ray  # noqa: E402
 from mpformer.types import InputError, RunError  # noqa: E402
 
 DRIVER_RESOURCES: dict[str, float] = {"memory": 1}
-"""A trial's driver only waits, so it claims no CPU: a run that fits alone fits as a trial, too. Tune requires
-some resource; this is one byte."""
+"""A trial's driver that only waits for its workers claims no CPU: a run that fits alone fits as a trial, too.
+Tune requires some resource; this is one byte."""
 
 
 @dataclass(frozen=True)
@@ -138,19 +138,27 @@ def run_trials(
 
     asha = _asha(search, pending[0]) if search else None
     total_steps = asha.total_steps if asha else None  # the scheduler itself must not go to the trials
+    # a scheduler needs the callbacks of a run with workers
+    in_process = asha is None and all(capacity.holds_in_one_process(config) for config in configs)
 
     def drive(settings: dict[str, int]) -> dict[str, Any]:
         callbacks = [] if total_steps is None else [_Evaluations(total_steps)]
         number = settings["trial"]
         try:
-            fit(configs[number], entry=entries[number], callbacks=callbacks)
+            fit(configs[number], entry=entries[number], callbacks=callbacks, in_process=in_process)
         except (InputError, RunError) as error:
             return {"failure": str(error), "bad_input": isinstance(error, InputError)}
         return {}
 
+    def claimed(settings: dict[str, int]) -> tune.PlacementGroupFactory:
+        cluster = configs[settings["trial"]].cluster
+        claim = capacity.claim_of_worker(cluster) if in_process else DRIVER_RESOURCES
+        return tune.PlacementGroupFactory([claim])
+
     endings = _Endings(pending, on_failure)
+    trainable = _in_its_process(drive) if in_process else drive
     tuner = tune.Tuner(
-        tune.with_resources(drive, DRIVER_RESOURCES),
+        tune.with_resources(trainable, claimed),
         param_space={"trial": tune.grid_search(list(range(len(pending))))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=at_once,
@@ -173,6 +181,28 @@ def run_trials(
     if asha:
         _mark_stopped([results[i] for i in range(len(results))], pending)
     return endings.failures
+
+
+def _in_its_process(drive: Callable[[dict[str, int]], dict[str, Any]]) -> type[tune.Trainable]:
+    """A trial whose process is its run's only worker, and then takes the next trial: nothing is started anew.
+
+    A class, the whole run its one step: in a function Tune's session forbids what workers ask of Ray Train.
+    """
+
+    class OneProcessTrial(tune.Trainable):
+        def step(self) -> dict[str, Any]:
+            return {**drive(self.config), "done": True}
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            return True
+
+        def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+            return {}  # the run's folder is its state
+
+        def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+            pass
+
+    return OneProcessTrial
 
 
 def _mark_stopped(results: Sequence[tune.Result], trials: Sequence[Trial]) -> None:

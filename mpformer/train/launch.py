@@ -106,12 +106,15 @@ def fit(
     *,
     entry: Entry | None = None,
     callbacks: Sequence[Any] = (),
+    in_process: bool = False,
 ) -> dict[str, Any]:
     """Train one run to its end and return its summary; the same settings again resume or just return it.
 
     `entry`: where it stands in MLflow, by default in an experiment of the recipe's name; `callbacks` for Ray
-    Train's RunConfig. Raises `InputError` for bad settings or data, and for other data than the run was begun
-    on (`rundata.ChangedDataError`), `RunError` where the run fails or another process is at work on it.
+    Train's RunConfig. `in_process`: this process is the run's only worker and holds what that claims (Ray
+    Train's local mode: no process to start, no callbacks, no restarts). Raises `InputError` for bad settings
+    or data, and for other data than the run was begun on (`rundata.ChangedDataError`), `RunError` where the
+    run fails or another process is at work on it.
     """
     run_dir = run_directory(config)
     mirror = open_mirror(config.cluster.mirror, run_dir)
@@ -144,7 +147,7 @@ def fit(
         init = model_file(Path(config.train.init)).resolve() if config.train.init and not begun else None
         start_ray([config])
         capacity = Capacity.of(ray.nodes())
-        scaling = _scaling(config, capacity)
+        scaling = ScalingConfig(num_workers=0) if in_process else _scaling(config, capacity)
         entry = entry or Entry(config.name)
         job = Job(
             config,
@@ -187,13 +190,12 @@ def fit(
 def _scaling(config: Config, capacity: Capacity) -> ScalingConfig:
     """Raises `InputError`, with the arithmetic, where the run does not fit into the cluster."""
     capacity.check_fits(config)
-    cluster, use_gpu = config.cluster, capacity.uses_gpus(config.cluster)
-    least = cluster.least_workers
+    cluster, least = config.cluster, config.cluster.least_workers
     workers: Any = cluster.workers if least == cluster.workers else (least, cluster.workers)
     return ScalingConfig(
         num_workers=workers,  # Ray's annotation lacks the elastic pair
-        use_gpu=use_gpu,
-        resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        use_gpu=capacity.uses_gpus(cluster),
+        resources_per_worker=capacity.claim_of_worker(cluster),
     )
 
 

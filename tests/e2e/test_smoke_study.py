@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Cluster, start
+from tests.e2e.conftest import Cluster
 from tests.e2e.faults import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -20,8 +20,7 @@ ROWS = "mask2former,all-layers,shift-noise"
 
 
 def settings(storage: Path, data: Path) -> list[str]:
-    # the head and a Ray of a command's own count different cores; with other threads sums round differently
-    threads = "cluster.threads=1"
+    threads = "cluster.threads=1"  # with other threads sums round differently
     return ["profile=smoke", f"storage={storage}", f"data.root={data}", threads, "--only", ROWS]
 
 
@@ -41,7 +40,7 @@ def test_three_kills_leave_no_trace_in_the_tables(tmp_path: Path, head: Cluster)
     ]
     folder = cut / "mpformer-table8-smoke"
     for reached in moments:
-        process = start("ablate", STUDY, *settings(cut, data))  # each with a Ray of its own
+        process = head.start("ablate", STUDY, *settings(cut, data))
         wait_for(functools.partial(reached, folder), process)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
