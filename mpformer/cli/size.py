@@ -50,8 +50,21 @@ def _count(config: Config) -> str:
     size = count_size(config.model, classes, height, width, config.data.task)
     return (
         f"{size.parameters / 1e6:.1f} M parameters, {size.flops / 1e9:.1f} G multiply-adds for an image of "
-        f"{height} x {width}, {named}"
+        f"{height} x {width}, {named}{_normalization(config)}"
     )
+
+
+def _normalization(config: Config) -> str:
+    """How images are normalised; a plug-in does that as it likes."""
+    if config.model.architecture != "mask2former":
+        return ""
+    from mpformer.model.backbone import normalization
+
+    backbone = normalization(config.model.backbone)
+    mean, std = (
+        ", ".join(f"{value:g}" for value in values or ()) for values in (backbone.mean, backbone.std)
+    )
+    return f"; channels minus {mean}, divided by {std}"
 
 
 if __name__ == "__main__":

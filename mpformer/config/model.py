@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -19,9 +19,12 @@ from pydantic import (
 from mpformer.config.nearest import nearest
 from mpformer.config.plugins import BY_NAME, PLUGIN_TAG, Options, Plugin, Reference
 from mpformer.config.plugins import kind as by_kind
-from mpformer.config.section import Count, Fraction, NonNegative, Section
+from mpformer.config.section import Count, Fraction, NonNegative, Positive, Section
 from mpformer.plugin import is_reference
 from mpformer.types import MEMORY_STRIDES
+
+Channels: TypeAlias = tuple[float, float, float]
+Scales: TypeAlias = tuple[Positive, Positive, Positive]
 
 
 class Backbone(Section):
@@ -31,12 +34,23 @@ class Backbone(Section):
     """timm's tag of the pretrained weights, a path of a weights file, or null for random weights."""
     norm: Literal["frozen_bn", "bn", "group_norm"] = "frozen_bn"
     """Normalisation of a convolutional backbone: frozen statistics (the papers), live ones, or GroupNorm."""
+    mean: Channels | None = None
+    """What is subtracted from each channel of an image (red, green, blue; 0..255); null: what the pretrained
+    weights were trained with, by timm; ImageNet's for random weights."""
+    std: Scales | None = None
+    """What each channel is then divided by; null: as for `mean`."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
     """How many stages get no gradient; a ResNet's first is its stem, Swin's first includes the embedding."""
     output_norms: bool | None = None
     """A LayerNorm on each of the four maps; null: as in the official models (Swin has them)."""
     drop_path: Fraction = 0.0
     """Stochastic depth of the last block, rising linearly from 0 at the first (Swin recipes: 0.3)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Backbone:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean, std: both or neither; images are normalised with the two")
+        return self
 
 
 class PixelDecoder(Section):
@@ -370,7 +384,11 @@ class Model(Section):
 
     def without_pretrained(self) -> Model:
         """The same model without pretrained weights: others are loaded, or none are needed."""
-        return self.model_copy(update={"backbone": self.backbone.model_copy(update={"pretrained": None})})
+        return self.with_backbone(pretrained=None)
+
+    def with_backbone(self, **settings: Any) -> Model:
+        """The same model with other settings of its backbone."""
+        return self.model_copy(update={"backbone": self.backbone.model_copy(update=settings)})
 
     def queries(self, classes: int) -> int:
         """Queries of the matching part for a data set of that many classes."""

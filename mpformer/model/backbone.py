@@ -20,7 +20,7 @@ from mpformer.model.pyramid import SimpleFeaturePyramid
 from mpformer.model.swin import PadThenShift
 from mpformer.model.weights.prefixes import unwrap
 from mpformer.model.weights.tensorfile import read_tensors, shown
-from mpformer.types import FEATURE_STRIDES, InputError
+from mpformer.types import FEATURE_STRIDES, PIXEL_MEAN, PIXEL_STD, InputError
 
 
 def _declare_missing_operators() -> torch.library.Library:
@@ -124,6 +124,28 @@ class Backbone(nn.Module):
         elif self._channels_last:
             maps = [m.permute(0, 3, 1, 2) for m in maps]
         return tuple(m.contiguous(memory_format=self.memory_format) for m in maps)
+
+
+def normalization(config: BackboneConfig) -> BackboneConfig:
+    """The settings with the `mean` and `std` that images are normalised with.
+
+    Those that are set; else what timm notes of the pretrained weights, of a file what it notes of the model's
+    default weights; ImageNet's for random weights and where timm notes nothing.
+    """
+    if config.mean is not None:
+        return config
+    mean, std = PIXEL_MEAN, PIXEL_STD
+    if config.pretrained is not None:
+        tagged = f"{config.name}.{config.pretrained}"
+        known = timm.get_pretrained_cfg(tagged if timm.is_model_pretrained(tagged) else config.name)
+        if known is not None:
+            mean, std = _of_255(known.mean), _of_255(known.std)
+    return config.model_copy(update={"mean": mean, "std": std})
+
+
+def _of_255(shares: tuple[float, ...]) -> tuple[float, float, float]:
+    red, green, blue = (round(255 * share, 3) for share in shares)  # 0.485 -> 123.675, without its rounding
+    return red, green, blue
 
 
 class _SwinBlock(PadThenShift, SwinTransformerBlock):

@@ -14,7 +14,7 @@ from mpformer.model.attention import recorded_weights
 from mpformer.model.decoder import PixelClassifier, QueryDecoder
 from mpformer.model.encoder import Encoder
 from mpformer.model.pixel_decoder import build_pixel_decoder
-from mpformer.types import PIXEL_MEAN, PIXEL_STD, STRIDE, ClassTable, InputError, Output, Pilots
+from mpformer.types import STRIDE, ClassTable, InputError, Output, Pilots
 
 
 class Segmenter(Architecture):
@@ -24,10 +24,11 @@ class Segmenter(Architecture):
     pixel_std: Tensor
 
     def __init__(self, config: ModelConfig, classes: ClassTable) -> None:
-        super().__init__(config, classes)
         # timm takes seconds to import: only where a model is built
-        from mpformer.model.backbone import Backbone
+        from mpformer.model.backbone import Backbone, normalization
 
+        backbone = normalization(config.backbone)
+        super().__init__(config.model_copy(update={"backbone": backbone}), classes)
         self.structure = structure_of(config, len(classes))
         self.backbone = Backbone(config.backbone)
         channels = config.pixel_decoder.channels
@@ -42,7 +43,7 @@ class Segmenter(Architecture):
             self.decoder = PixelClassifier(channels, len(classes))
         else:
             self.decoder = QueryDecoder(config, len(classes), coarsest)
-        for name, values in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
+        for name, values in (("pixel_mean", backbone.mean), ("pixel_std", backbone.std)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, pilots: Pilots | None = None, all_heads: bool = False) -> Output:

@@ -106,7 +106,8 @@ def restore(checkpoint: Checkpoint, model: Architecture, optimizer: torch.optim.
 
 def _write_model(path: Path, model: Architecture, config: Config) -> None:
     tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
-    save_file(tensors, path, checkpoint_metadata(config, model.classes))
+    described = config.model_copy(update={"model": model.config})  # with the normalisation of its images
+    save_file(tensors, path, checkpoint_metadata(described, model.classes))
 
 
 def _write_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -25,8 +25,8 @@ from mpformer.data.pipeline import train_batches
 from mpformer.data.records import Catalog
 from mpformer.evaluate.inference import predict_records
 from mpformer.model.architecture import Architecture, build_model
-from mpformer.model.weights.checkpoints import latest
-from mpformer.model.weights.loading import load_weights
+from mpformer.model.weights.checkpoints import MODEL_FILE, Checkpoint, latest
+from mpformer.model.weights.loading import load_weights, normalized_as
 from mpformer.ops.allocator import keep_freed_memory
 from mpformer.tracking.progress import kept_warnings
 from mpformer.tracking.run_dir import RunDir
@@ -115,7 +115,7 @@ def train(job: Job, timers: Timers) -> None:
         found, damaged = latest(job.run_dir)
         for line in damaged:
             print(line, flush=True)
-    model, init_report = _build_model(job, train_split.classes, begun=found is not None)
+    model, init_report = _build_model(job, train_split.classes, found)
     model = model.to(group.device)
     optimizer = build_optimizer(model, config.train)
     start, seconds, skipped = 0, 0.0, []
@@ -295,16 +295,18 @@ def _join(config: Config) -> Group:
     return Group(context.get_world_rank(), context.get_world_size(), device)
 
 
-def _build_model(job: Job, classes: ClassTable, *, begun: bool) -> tuple[Architecture, str | None]:
+def _build_model(job: Job, classes: ClassTable, begun: Checkpoint | None) -> tuple[Architecture, str | None]:
     """The model with the weights that a run starts from, and what was loaded from `train.init`.
 
     A run that has begun has weights of its own: none are fetched or loaded for it here.
     """
     config = job.config.model
-    if begun:
-        return build_model(config.without_pretrained(), classes), None
+    if begun is not None:
+        return build_model(normalized_as(begun.path / MODEL_FILE, config), classes), None
     if job.init is None:
         return build_model(config, classes), None
+    if config.backbone.mean is None:
+        config = normalized_as(job.init, config)
     model = build_model(config.without_pretrained(), classes)
     return model, f"{job.init}\n{load_weights(model, job.init)}\n"
 

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from mpformer.config.model import Backbone as Settings
-from mpformer.model.backbone import Backbone, timm
-from mpformer.types import InputError
+from mpformer.model.backbone import Backbone, normalization, timm
+from mpformer.types import PIXEL_MEAN, PIXEL_STD, InputError
 
 SWIN = "swin_tiny_patch4_window7_224"
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
 
 def build(name, **settings):
@@ -243,3 +244,53 @@ def test_unknown_and_unfit_models_are_named():
         build("vit_base_patch32_224")
     with pytest.raises(InputError, match="has no stages"):
         build("vit_tiny_patch16_224", frozen_stages=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean", "std"),
+    [
+        ({"name": "resnet50", "pretrained": "tv_in1k"}, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ({"name": "tf_efficientnet_lite0", "pretrained": "in1k"}, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ({"name": "tf_efficientnet_lite0", "pretrained": "my.safetensors"}, (0.5,) * 3, (0.5,) * 3),
+        ({"name": "vit_base_patch16_clip_224", "pretrained": "openai"}, OPENAI_MEAN, OPENAI_STD),
+        ({"name": "tf_efficientnet_lite0", "pretrained": None}, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        (
+            {"name": "tf_efficientnet_lite0", "pretrained": "in1k", "mean": (51.0,) * 3, "std": (102.0,) * 3},
+            (0.2,) * 3,
+            (0.4,) * 3,
+        ),
+    ],
+)
+def test_images_are_normalised_as_the_weights_were_trained(settings, mean, std):
+    found = normalization(Settings(**settings))
+    assert found.mean == pytest.approx([255 * m for m in mean], abs=1e-3)
+    assert found.std == pytest.approx([255 * s for s in std], abs=1e-3)
+
+
+def test_the_papers_normalisation_is_what_it_was_to_the_bit():
+    found = normalization(Settings())
+    assert (found.mean, found.std) == (PIXEL_MEAN, PIXEL_STD)
+
+
+def test_mean_without_std_is_refused():
+    with pytest.raises(ValueError, match="both or neither"):
+        Settings(mean=(0, 0, 0))
+
+
+def test_two_files_of_one_network_give_the_same_maps_each_with_its_normalisation(sample_data):
+    """Of one of them the difference to ImageNet's normalisation is folded into the first convolution."""
+    name, folder = "tf_efficientnet_lite0", sample_data.parent / "weights"
+    if not folder.is_dir():
+        pytest.skip(f"no pretrained weights at {folder}")
+    images = torch.randint(0, 256, (1, 3, 96, 96), generator=torch.Generator().manual_seed(0)).float()
+    maps = {}
+    for file, given in (("", {}), (".imagenet_norm", {"mean": PIXEL_MEAN, "std": PIXEL_STD})):
+        settings = Settings(name=name, pretrained=str(folder / f"{name}{file}.safetensors"), **given)
+        used = normalization(settings)
+        shown = (images - torch.tensor(used.mean).view(3, 1, 1)) / torch.tensor(used.std).view(3, 1, 1)
+        with torch.no_grad():
+            maps[file] = Backbone(settings).eval()(shown)
+    for own, folded in zip(*maps.values()):
+        # padding is of another colour, and 127.5 is 127 for the file's makers
+        inner = (..., slice(1, -1), slice(1, -1)) if own.shape[-1] > 4 else ...
+        assert float((own - folded)[inner].abs().mean() / own.abs().mean()) < 0.1

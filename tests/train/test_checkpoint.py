@@ -6,16 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mpformer.config import Plugin, Train
 from mpformer.model.architecture import build_model
 from mpformer.model.weights import checkpoints
-from mpformer.model.weights.loading import load_checkpoint, load_weights
+from mpformer.model.weights.loading import (
+    checkpoint_metadata,
+    load_checkpoint,
+    load_weights,
+    normalized_as,
+)
 from mpformer.train import checkpoint
 from mpformer.train.optim import build_optimizer
 from mpformer.train.step import train_step
 from mpformer.train.timing import Timers
-from mpformer.types import InputError, RunError
+from mpformer.types import PIXEL_MEAN, PIXEL_STD, InputError, RunError
 from tests.train.conftest import make_batch
 
 STATE = {"train_seconds": 1.5, "skipped": ["a line"]}
@@ -75,7 +81,10 @@ def test_the_newest_are_kept_and_the_file_alone_is_a_model(tmp_path, tiny_config
         checkpoint.save(tmp_path, step, model, optimizer, tiny_config, STATE)
     assert [p.name for p in checkpoints.complete(tmp_path)] == ["step-00000003", "step-00000004"]
     loaded, config = load_checkpoint(tmp_path)
-    assert config == tiny_config
+    # with the normalisation of its images, which belongs to its weights
+    assert config == tiny_config.model_copy(
+        update={"model": tiny_config.model.with_backbone(mean=PIXEL_MEAN, std=PIXEL_STD)}
+    )
     assert loaded.classes == model.classes
     image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     model.eval()
@@ -166,3 +175,19 @@ def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path: Path, content):
     with pytest.raises(InputError, match=r"weights\.safetensors") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_keeps_the_normalisation_that_its_weights_were_trained_with(tmp_path, tiny_config):
+    own = tiny_config.model.with_backbone(mean=(127.5,) * 3, std=(127.5,) * 3)
+    model, optimizer = _start(tiny_config.model_copy(update={"model": own}))
+    file = checkpoint.save(tmp_path, 1, model, optimizer, tiny_config, STATE).path / checkpoints.MODEL_FILE
+    again = build_model(normalized_as(file, tiny_config.model), model.classes)
+    assert again.pixel_mean.flatten().tolist() == again.pixel_std.flatten().tolist() == [127.5] * 3
+    assert load_checkpoint(file)[0].pixel_mean.flatten().tolist() == [127.5] * 3
+    # a file from before it was noted: whatever the backbone's weights, it was ImageNet's
+    old = tmp_path / "old.safetensors"
+    header = checkpoint_metadata(tiny_config, model.classes)
+    save_file(model.state_dict(), old, header)
+    pretrained = tiny_config.model.with_backbone(name="tf_efficientnet_lite0", pretrained="in1k")
+    assert normalized_as(old, pretrained).backbone.pretrained is None
+    assert build_model(normalized_as(old, tiny_config.model), 2).config.backbone.mean == PIXEL_MEAN

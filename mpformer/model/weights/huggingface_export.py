@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mpformer import atomic
 from mpformer.config.data import TestResize
-from mpformer.config.model import Model, Pilot
+from mpformer.config.model import Backbone, Model, Pilot
 from mpformer.model.architecture import Architecture
 from mpformer.model.segmenter import Segmenter
 from mpformer.model.weights.huggingface import RESNETS, STAGES
@@ -49,7 +49,10 @@ def write_huggingface(model: Architecture, folder: Path, resize: TestResize) -> 
         parts = tensor.chunk(len(names)) if len(names) > 1 else (tensor,)  # a number alone has no chunks
         tensors.update(zip(names, parts))
     tensors = _unused_tensors(model, tensors) | tensors
-    texts = {"config": _to_settings(model), "preprocessor_config": _to_preprocessor(resize)}
+    texts = {
+        "config": _to_settings(model),
+        "preprocessor_config": _to_preprocessor(model.config.backbone, resize),
+    }
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file: the name of a folder to write is expected")
     try:
@@ -171,7 +174,7 @@ def _to_backbone_settings(name: str) -> dict[str, Any]:
     raise InputError(f"export: transformers' Mask2Former has no backbone {name}")
 
 
-def _to_preprocessor(resize: TestResize) -> dict[str, Any]:
+def _to_preprocessor(backbone: Backbone, resize: TestResize) -> dict[str, Any]:
     if resize.short is not None:
         size = {"shortest_edge": resize.short, "longest_edge": resize.long or _NO_LIMIT}
     else:
@@ -184,6 +187,6 @@ def _to_preprocessor(resize: TestResize) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [m / 255 for m in PIXEL_MEAN],
-        "image_std": [s / 255 for s in PIXEL_STD],
+        "image_mean": [mean / 255 for mean in backbone.mean or PIXEL_MEAN],
+        "image_std": [std / 255 for std in backbone.std or PIXEL_STD],
     }

@@ -19,6 +19,8 @@ from torch import nn
 
 from mpformer import atomic
 from mpformer.config import Config
+from mpformer.config.model import Backbone
+from mpformer.config.model import Model as ModelConfig
 from mpformer.model.architecture import Architecture, build_model
 from mpformer.model.weights.checkpoints import model_file
 from mpformer.model.weights.filekind import container_of
@@ -148,6 +150,15 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
         )
     model.load_state_dict(found.loaded, strict=False)
     return model.to(device).eval(), config
+
+
+def normalized_as(file: Path, config: ModelConfig) -> ModelConfig:
+    """The settings, without pretrained weights, with the normalisation of images that a file notes.
+
+    Files of other programs and those of before it was noted are of ImageNet's.
+    """
+    stored = read_metadata(file)[0].model.backbone if _header(file) is not None else Backbone()
+    return config.without_pretrained().with_backbone(mean=stored.mean, std=stored.std)
 
 
 def _same_name(name: str) -> tuple[str, ...]:
