@@ -26,7 +26,7 @@ rows:
 search:
   row: piloted
   column: val/mIoU
-  samples: 4
+  samples: 3
   space:
     train.lr: {loguniform: [1e-5, 1e-2]}
     model.pilot.layers: {choice: [first, all]}
@@ -43,7 +43,7 @@ def test_a_search_stops_samples_and_does_not_run_any_twice(recipe: Path, head: C
     found = samples(load_study(path))
     ended = [one for one in found if one.trial.finished]
     stopped = [one for one in found if one.stopped_at is not None]
-    assert len(ended) + len(stopped) == 4
+    assert len(ended) + len(stopped) == 3
     assert ended
     assert all(one.stopped_at in (3, 6, 9) for one in stopped)
     best = max(
@@ -66,5 +66,5 @@ def test_a_search_stops_samples_and_does_not_run_any_twice(recipe: Path, head: C
     before = {p: p.stat().st_mtime_ns for p in load_study(path).folder.rglob("*.jsonl")}
     again = head.command("ablate", path)
     assert again.code == 0, again.err
-    assert "4 samples of row piloted, 0 to run" in again.out
+    assert "3 samples of row piloted, 0 to run" in again.out
     assert {p: p.stat().st_mtime_ns for p in load_study(path).folder.rglob("*.jsonl")} == before

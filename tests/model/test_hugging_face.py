@@ -258,7 +258,7 @@ def looking_at(ours, cells):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["resnet50", "swin_tiny"])
 def test_full_size_models_agree(kind, tmp_path):
-    """All heads: in float64 to 1e-5; in float32 to 1e-4 while both look at the same cells.
+    """All heads: in float64 to 1e-5; in float32 to 1e-4, at two sizes, while both look at the same cells.
 
     Masked attention is not continuous: a mask logit within rounding of the threshold opens or closes a cell.
     With a hundred queries and 6,400 cells some logit always is, so float32 is compared with the reference's
@@ -266,7 +266,7 @@ def test_full_size_models_agree(kind, tmp_path):
     """
     reference = random_mask2former(kind, gain=0.3, labels=80)
     ours, _, _ = to_ours(reference, tmp_path)
-    sizes = ((384, 384), (512, 512), (480, 640))
+    sizes = ((384, 384), (480, 640))
     images = [torch.rand(1, 3, *s, generator=torch.Generator().manual_seed(5)) * 255 for s in sizes]
     for image in images:
         cells = seen_cells(reference, image)
@@ -275,8 +275,7 @@ def test_full_size_models_agree(kind, tmp_path):
         differing = sum(int((w != c).sum()) for w, c in zip(wanted, cells))
         assert differing <= 1e-5 * sum(c.numel() for c in cells)
     ours, reference = ours.double(), reference.double()
-    for image in images:
-        assert_same_heads(ours, reference, image.double(), 1e-5)
+    assert_same_heads(ours, reference, images[0].double(), 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Compiled, or with activations computed twice: the same losses and gradients."""
 
+from functools import partialmethod
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -117,19 +119,37 @@ def test_each_part_is_one_graph_whatever_the_number_of_pilots(switch, train):
     assert len(slots) == (3 if config.model.pilot.queries else 0)
 
 
+def compared(config, batch, compiled):
+    """A step of the compiled model against one of the same model as it is."""
+    plain, expected = gradients_of_step(config, batch, model=prepared(config))
+    compiled.zero_grad()
+    result, gradients = gradients_of_step(config, batch, model=compiled)
+    assert float(result.total) == pytest.approx(float(plain.total), rel=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-3, rtol=1e-2)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # the compiler itself is slow on a busy machine
 @pytest.mark.filterwarnings("default")  # the compiler of torch calls what torch itself deprecates
-def test_compiled_steps_have_the_same_losses_and_gradients():
-    """Also with another number of pilots, which is another shape."""
+def test_traced_steps_have_the_same_losses_and_gradients(monkeypatch):
+    """All of the compiler but the making of machine code; also another number of pilots: another shape."""
     torch.compiler.reset()
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_, backend="aot_eager"))
     config = settings(backbone={"norm": "frozen_bn"}, decoder={"layers": 2})
     compiled = prepared(config, compile=True)
     for counts in ([3, 1], [5, 2]):
-        batch = make_batch(counts)
-        plain, expected = gradients_of_step(config, batch, model=prepared(config))
-        compiled.zero_grad()
-        result, gradients = gradients_of_step(config, batch, model=compiled)
-        assert float(result.total) == pytest.approx(float(plain.total), rel=1e-4)
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, expected[name], atol=1e-3, rtol=1e-2)
+        compared(config, make_batch(counts), compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # the compiler itself is slow on a busy machine
+@pytest.mark.filterwarnings("default")  # the compiler of torch calls what torch itself deprecates
+def test_a_compiled_decoder_has_the_same_losses_and_gradients(monkeypatch):
+    """With machine code: of the part with masks and pilots, which takes a minute to make."""
+    torch.compiler.reset()
+    config = settings(decoder={"layers": 1})
+    model = build_model(config.model, CLASSES)
+    monkeypatch.setattr(type(model), "compiled_parts", lambda self: [self.decoder])
+    compared(config, make_batch([3, 1]), prepared(config, compile=True))
