@@ -21,6 +21,7 @@ for _name, _value in {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune would end well at Ctrl-C, after its trials have been told
     # as in train/launch, which comes too late for this one here
     "RAY_DEDUP_LOGS_SKIP_REGEX": "worker processes have been started on node",
 }.items():
@@ -177,7 +178,11 @@ def run_trials(
             failure_config=tune.FailureConfig(max_failures=_max_failures(pending)),
         ),
     )
-    results = tuner.fit()
+    try:
+        results = tuner.fit()
+    except KeyboardInterrupt:
+        _abandon(pending)
+        raise
     if asha:
         _mark_stopped([results[i] for i in range(len(results))], pending)
     return endings.failures
@@ -203,6 +208,14 @@ def _in_its_process(drive: Callable[[dict[str, int]], dict[str, Any]]) -> type[t
             pass
 
     return OneProcessTrial
+
+
+def _abandon(trials: Sequence[Trial]) -> None:
+    """End the processes of trials at once, and tell their trackers. They go on from their checkpoints."""
+    ray.shutdown()
+    for trial in trials:
+        if not trial.finished:
+            close_run(trial.run_dir, "KILLED", only_running=True)
 
 
 def _mark_stopped(results: Sequence[tune.Result], trials: Sequence[Trial]) -> None:

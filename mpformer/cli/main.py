@@ -1,6 +1,6 @@
 """The command line: calls what a command names, and turns errors into exit codes.
 
-0: done. 1: the run failed. 2: the input is wrong. An error is one line.
+0: done. 1: the run failed. 2: the input is wrong. 130: interrupted by Ctrl-C. An error is one line.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from mpformer.cli.parser import parse
 from mpformer.home import ensure_home
 from mpformer.types import InputError, RunError
 
+_RESUMING = ("train", "ablate", "quickstart", "data_pack")
+"""Functions of the commands that, given again, go on from what is there."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: the exit code of the command that `argv` (default: the process's arguments) asks for."""
@@ -21,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_any_text(stream)
     # before torch is loaded: idle OpenMP threads that spin take the cores from other processes
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    function = None
     try:
         function, arguments = parse(sys.argv[1:] if argv is None else argv)
         if (line := ensure_home()) is not None:
@@ -31,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         return _fail(1, str(error))
     except KeyboardInterrupt:
-        return _fail(1, "interrupted; the same command goes on from the last checkpoint")
+        goes_on = getattr(function, "__name__", "") in _RESUMING
+        return _fail(130, "interrupted" + "; the same command goes on where it stopped" * goes_on)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

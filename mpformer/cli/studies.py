@@ -132,6 +132,7 @@ def _run_study(study: Study, trials: Sequence[Trial], search: Search | None = No
     from mpformer.tracking.progress import Follower
     from mpformer.tracking.record import read_summary
 
+    say("starting Ray and the first runs, which takes some seconds")
     uri = prepare_store(study.base, study.name)
     parent = open_parent(study.folder, uri, study.name, {"study": study.name}) if uri else None
     trials = [_tracked_in(trial, uri) for trial in trials]
@@ -146,10 +147,14 @@ def _run_study(study: Study, trials: Sequence[Trial], search: Search | None = No
         followers[failure.trial.run_dir].failed = True
         say(f"{failure.trial.label}  failed, the others go on: {failure.reason}")
 
-    with shown(list(followers.values()), say):
-        failures = run_trials(trials, study.folder, study.name, parent, study.bases, search, on_failure)
-    if uri and parent:
-        close_parent(uri, parent, "FAILED" if failures else "FINISHED")
+    status = "KILLED"  # unless the trials end by themselves
+    try:
+        with shown(list(followers.values()), say):
+            failures = run_trials(trials, study.folder, study.name, parent, study.bases, search, on_failure)
+        status = "FAILED" if failures else "FINISHED"
+    finally:
+        if uri and parent:
+            close_parent(uri, parent, status)
     return failures
 
 

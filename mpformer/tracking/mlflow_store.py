@@ -96,7 +96,7 @@ def open_parent(folder: Path, uri: str, experiment: str, tags: Mapping[str, str]
 
 
 def close_parent(uri: str, run_id: str, status: str) -> None:
-    """Set the end state of a study's parent run: FINISHED or FAILED."""
+    """Set the end state of a study's parent run: FINISHED, FAILED or KILLED."""
     failures = mlflow_failures()
     try:
         client(uri).set_terminated(run_id, status)

@@ -11,7 +11,7 @@ from typing import Any
 from mpformer.config import Config
 from mpformer.shell import command
 from mpformer.tracking.entry import Entry
-from mpformer.tracking.feed import Feed
+from mpformer.tracking.feed import Feed, Note
 from mpformer.tracking.mlflow import Link, MlflowFeed
 from mpformer.tracking.plugins import PluginFeed, known_notes, new_feeds
 from mpformer.tracking.record import RecordWriter, record_files
@@ -111,9 +111,12 @@ def sync(run_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def close_run(run_dir: Path, status: str) -> None:
-    """Tell the trackers how a run has ended whose own process cannot do so any more: FAILED or KILLED."""
-    for feed in _known_feeds(Path(run_dir), status):
+def close_run(run_dir: Path, status: str, *, only_running: bool = False) -> None:
+    """Tell the trackers how a run has ended whose own process cannot do so any more: FAILED or KILLED.
+
+    `only_running`: not the trackers that it has told of its end.
+    """
+    for feed in _known_feeds(Path(run_dir), status, only_running):
         try:
             feed.attempt(at_once=True)
         except RunError as error:
@@ -132,11 +135,16 @@ def problems(run_dir: Path) -> list[str]:
     ]
 
 
-def _known_feeds(run_dir: Path, status: str | None) -> list[Feed[Any]]:
+def _known_feeds(run_dir: Path, status: str | None, only_running: bool = False) -> list[Feed[Any]]:
     """The feeds that earlier starts of a run have left; `status`: that of the run, if it has changed."""
+
+    def chosen(note: Note) -> bool:
+        return note.status == "RUNNING" or not only_running
+
     feeds: list[Feed[Any]] = []
-    if (link := Link.read(run_dir)) is not None:
+    if (link := Link.read(run_dir)) is not None and chosen(link):
         feeds.append(MlflowFeed(run_dir, replace(link, status=status or link.status)))
     for path, note in known_notes(run_dir):
-        feeds.append(PluginFeed(run_dir, path, replace(note, status=status or note.status)))
+        if chosen(note):
+            feeds.append(PluginFeed(run_dir, path, replace(note, status=status or note.status)))
     return feeds

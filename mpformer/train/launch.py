@@ -10,7 +10,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,14 +107,16 @@ def fit(
     entry: Entry | None = None,
     callbacks: Sequence[Any] = (),
     in_process: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Train one run to its end and return its summary; the same settings again resume or just return it.
 
     `entry`: where it stands in MLflow, by default in an experiment of the recipe's name; `callbacks` for Ray
     Train's RunConfig. `in_process`: this process is the run's only worker and holds what that claims (Ray
-    Train's local mode: no process to start, no callbacks, no restarts). Raises `InputError` for bad settings
-    or data, and for other data than the run was begun on (`rundata.ChangedDataError`), `RunError` where the
-    run fails or another process is at work on it.
+    Train's local mode: no process to start, no callbacks, no restarts). `tell` is called with a line before
+    each part of the start that takes seconds. Raises `InputError` for bad settings or data, and for other
+    data than the run was begun on (`rundata.ChangedDataError`), `RunError` where the run fails or another
+    process is at work on it.
     """
     run_dir = run_directory(config)
     mirror = open_mirror(config.cluster.mirror, run_dir)
@@ -128,6 +130,7 @@ def fit(
     plugins.check(config)
     if complete(run_dir):
         rundata.check(run_dir, version)  # before it is told what is wrong with other data
+    tell(f"reading the annotations in {config.data.root}")
     splits = {name: version.open(name) for name in SPLITS}
     if not splits["train"].records:
         raise InputError(f"{config.data.root}: the training split has no image")
@@ -145,6 +148,10 @@ def fit(
         atomic.write_text(RunDir(run_dir).config, dump_yaml(config))
         # a run that has begun does without the file, which may be gone
         init = model_file(Path(config.train.init)).resolve() if config.train.init and not begun else None
+        tell(
+            f"{len(splits['train'])} training and {len(splits['val'])} validation images; starting Ray, "
+            "which takes some seconds"
+        )
         start_ray([config])
         capacity = Capacity.of(ray.nodes())
         scaling = ScalingConfig(num_workers=0) if in_process else _scaling(config, capacity)
@@ -159,7 +166,7 @@ def fit(
             prepare_store(config, entry.experiment, len(capacity.nodes)),
             init,
         )
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             run_worker,
             train_loop_config={"job": job},
             scaling_config=scaling,
@@ -170,9 +177,12 @@ def fit(
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             ),
         )
+        workers = config.cluster.workers
+        tell(f"starting {workers} training worker{'s' if workers > 1 else ''}")
         try:
             trainer.fit()
         except KeyboardInterrupt:
+            ray.shutdown()  # the workers end at once, before the trackers are told
             close_run(run_dir, "KILLED")
             raise
         except ray.train.TrainingFailedError as error:
@@ -185,6 +195,13 @@ def fit(
     if summary is None:
         raise RunError(f"{run_dir}: the workers ended without a summary")
     return summary
+
+
+class _Trainer(TorchTrainer):
+    """Ends with `KeyboardInterrupt` at Ctrl-C, where Ray's own handler ends the process, with exit code 0."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leaves Python's handler in its place."""
 
 
 def _scaling(config: Config, capacity: Capacity) -> ScalingConfig:
