@@ -12,8 +12,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from mpformer.ablation.makespan import Interruptions, makespan
 from mpformer.ablation.spec import Study, Trial
-from mpformer.ablation.studyfile import message
 from mpformer.config import Config, duration_in_steps
+from mpformer.config.messages import described, written_keys
 from mpformer.config.section import Count, NonNegative, Positive, Section
 from mpformer.config.yamlfile import nearest, read_settings, value_of
 from mpformer.tracking.record import read_summary
@@ -52,7 +52,7 @@ class PlanOptions(Section):
                 raise InputError(
                     f"setting 'plan.{key}': no such option; nearest: plan.{nearest(key, cls.model_fields)}"
                 ) from None
-            raise InputError(f"setting 'plan.{key}': {message(first)}") from None
+            raise InputError(f"setting 'plan.{key}': {described(first, cls, key.split('.'))}") from None
 
 
 class Hours(Section):
@@ -112,7 +112,9 @@ class Costs:
             file = CostFile.model_validate(tree)
         except ValidationError as error:
             first = error.errors()[0]
-            raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {message(first)}") from None
+            keys = written_keys(first, tree)
+            told = described(first, CostFile, keys)
+            raise InputError(f"{path}: {'.'.join(keys)}: {told}") from None
         if options.instance is not None and options.instance not in file.instances:
             known = nearest(options.instance, file.instances)
             raise InputError(f"setting 'plan.instance': {path} has no '{options.instance}'; nearest: {known}")

@@ -15,8 +15,9 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from mpformer.ablation.columns import check_columns
-from mpformer.ablation.studyfile import Profile, Row, Seeds, StudyFile, check, message, split_column
+from mpformer.ablation.studyfile import Profile, Row, Seeds, StudyFile, check, split_column
 from mpformer.config import Config, build_config, flatten, inline_dataset, read_recipe, run_name
+from mpformer.config.messages import described
 from mpformer.config.section import Section
 from mpformer.config.shipped import locate
 from mpformer.config.yamlfile import Source, merge, nearest, parse_scalar, read_settings, value_of
@@ -285,7 +286,8 @@ def _split_settings(path: Path, file: StudyFile, settings: Sequence[str]) -> tup
         chosen = _Chosen.model_validate(of_study)
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputError(f"setting '{first['loc'][0]}': {message(first)}") from None
+        key = str(first["loc"][0])
+        raise InputError(f"setting '{key}': {described(first, _Chosen, [key])}") from None
     if chosen.profile is None and "paper" in file.profiles:
         chosen = chosen.model_copy(update={"profile": "paper"})
     if chosen.profile is not None and chosen.profile not in file.profiles:

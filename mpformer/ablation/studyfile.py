@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, model_validator
 
+from mpformer.config.messages import described, written_keys
 from mpformer.config.section import Section
 from mpformer.config.yamlfile import Source, nearest
 from mpformer.types import InputError, Task
@@ -255,18 +256,14 @@ _SECTIONS: dict[str, type[Section]] = {"rows": Row, "columns": Column, "profiles
 
 def _explain(error: ValidationError, source: Source) -> str:
     first = error.errors()[0]
-    keys = [str(key) for key in first["loc"] if key != "[key]"]
+    keys = written_keys(first, source.tree)
     place, key = source.place(keys), ".".join(keys)
     if first["type"] == "extra_forbidden":
         section = {1: StudyFile, 2: Search, 3: _SECTIONS.get(keys[0]), 4: PaperRow}.get(len(keys))
         known = section.model_fields if section else StudyFile.model_fields
         return f"{place}: no key '{key}' in a study; nearest: {nearest(keys[-1], known)}"
-    return f"{place}: {key}{': ' if key else ''}{message(first)}"
-
-
-def message(error: Mapping[str, Any]) -> str:
-    """pydantic's message of an error, and the value that was given."""
-    if error["type"] == "dict_type":
-        return f"lines `name: value` are expected (given: {error['input']!r})"
-    shown = "" if isinstance(error["input"], Mapping) else f" (given: {error['input']!r})"
-    return f"{error['msg'].removeprefix('Value error, ')}{shown}"
+    if "[key]" in first["loc"]:
+        return (
+            f"{place}: {key}: expected a name of letters, digits, - and _ that begins with none of these two"
+        )
+    return f"{place}: {key}{': ' if key else ''}{described(first, StudyFile, keys)}"

@@ -28,7 +28,10 @@ IMAGES = "image files or folders (a=b.png: ./a=b.png); and key=value settings, f
 
 if TYPE_CHECKING:
     _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
-VALUED, FLAGS = ("--only", "--data", "--out", "--fix"), ("--plan", "--help", "-h", "--version")
+VALUED, FLAGS = (
+    ("--only", "--data", "--out", "--fix"),
+    (*("--plan", "--help", "-h", "--version", "--help-settings", "--json-schema"),),
+)
 """The options that the next argument belongs to, and the others."""
 
 
@@ -95,10 +98,14 @@ def build_parser() -> argparse.ArgumentParser:
     help = "what is installed, which deformable-attention kernel runs here and why"
     _command(commands, "doctor", runs.doctor, help)
 
-    help = "the resolved settings of a recipe, or the difference of two"
+    help = "the resolved settings of a recipe, or the difference of two; or what settings there are"
     show = _command(commands, "show", runs.show, help)
-    show.add_argument("recipe", metavar="RECIPE", help=RECIPE)
+    show.add_argument("recipe", metavar="RECIPE", nargs="?", help=RECIPE)
     show.add_argument("other", metavar="RECIPE2", nargs="?")
+    help = "every setting, or those of one section, with default, values and meaning"
+    show.add_argument("--help-settings", metavar="KEY", nargs="?", const="", help=help)
+    help = "the JSON Schema of a recipe, a study or a data-set, for editors"
+    show.add_argument("--json-schema", metavar="KIND", nargs="?", const="recipe", help=help)
     _add_settings(show)
     return parser
 
@@ -113,6 +120,7 @@ def _add_data_commands(commands: _Commands) -> None:
     check = _command(commands, "check", data.data_check, help)
     check.add_argument("place", metavar="D", help=DATA)
     check.add_argument("--fix", metavar="OUT", help="write mended copies of COCO annotations to this folder")
+    check.add_argument("--out", metavar="DIR", help="folder for its picture; else STORAGE/data-check/NAME")
     _add_settings(check)
 
     help = "YOLO, Pascal VOC, LabelMe, VIA or Supervisely data as COCO instance annotations"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mpformer import shell
 from mpformer.ablation.plan import show_value
+from mpformer.cli import reference
 from mpformer.cli.output import say
 from mpformer.cli.rundata import ways_on
 from mpformer.cli.size import size_line
@@ -22,16 +23,17 @@ def train(recipe: str, settings: Sequence[str]) -> None:
         raise InputError(f"{recipe}: a recipe is expected, not a folder; {check} prints what trains on it")
     config = stored_absolutely(load_config(recipe, settings))
     run_dir = Path(config.storage) / run_name(config)
+    label = f"{config.name} s{config.train.seed}"
     say(f"run {run_dir}")
+    say(f"{label}  loading torch and Ray")
     from mpformer.evaluate.metrics import unmeasured
     from mpformer.tracking.progress import Follower, follow
     from mpformer.train.launch import fit
     from mpformer.train.rundata import ChangedDataError
 
-    label = f"{config.name} s{config.train.seed}"
     try:
         with follow([Follower(label, run_dir, config.train.batch_size)], say):
-            summary = fit(config)
+            summary = fit(config, tell=lambda line: say(f"{label}  {line}"))
     except ChangedDataError as error:
         raise InputError(f"{error}; {ways_on(recipe, settings, run_dir)}") from None
     tell_tracking_problems(run_dir)
@@ -64,8 +66,26 @@ def stored_absolutely(config: Config) -> Config:
     return config.model_copy(update={"storage": str(Path(config.storage).resolve())})
 
 
-def show(recipe: str, other: str | None, settings: Sequence[str]) -> None:
-    """The resolved settings of a recipe and its model's size, or the settings in which two recipes differ."""
+def show(
+    recipe: str | None,
+    other: str | None,
+    help_settings: str | None,
+    json_schema: str | None,
+    settings: Sequence[str],
+) -> None:
+    """The resolved settings of a recipe and its model's size, or the settings in which two recipes differ.
+
+    `help_settings`: instead the reference of a section's settings, of all for ""; `json_schema`: the JSON
+    Schema of that kind of file.
+    """
+    if help_settings is not None:
+        say(reference.settings_text(help_settings))
+        return
+    if json_schema is not None:
+        say(reference.schema_text(json_schema).rstrip())
+        return
+    if recipe is None:
+        raise InputError("a recipe is expected (usage: mpformer show RECIPE [RECIPE2] [key=value ...])")
     config = load_config(recipe, settings)
     if other is None:
         say(dump_yaml(config).rstrip())

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
 from mpformer.config import plugins
 from mpformer.config.plugins import PLUGIN_TAG, Options, Plugin, Reference
@@ -45,7 +53,9 @@ class DataSet(Section):
     """COCO's format; the classes are those of the JSON."""
 
     name: str = "coco"
+    """What messages, pictures and reports call the data set."""
     format: Literal["coco_instance", "coco_panoptic"] = "coco_instance"
+    """One JSON of polygons or run lengths, or one of segments with a PNG of ids for each image."""
     train: Split = Split(images="train2017", annotations="annotations/instances_train2017.json")
     val: Split = Split(images="val2017", annotations="annotations/instances_val2017.json")
     stuff: tuple[str, ...] | None = None
@@ -60,6 +70,7 @@ class ClassEntry(Section):
     """One class of a data set whose files do not name the classes."""
 
     name: str
+    """As messages, tables and pictures have it."""
     id: Annotated[int, Field(ge=0)]
     """Its value in the label maps."""
     thing: bool = False
@@ -80,28 +91,44 @@ class LabelSplit(Section):
     """Files of one split of images and label maps, relative to `data.root`."""
 
     images: str
+    """Folder of the images, which may have folders of its own."""
     labels: str
     """Folder of the label maps, whose relative paths are those of the images but for the suffix."""
     instances: str | None = None
     """Folder of separate instance maps (ADE20K)."""
     names: str | None = None
     """A file that lists the images of the split, one name per line; null: all in the folder."""
+    share: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Range [from, to) within 0..1: the part of these images that is the split, in the order of the hashes of
+    their names. So one folder gives both splits: [0, 0.8] and [0.8, 1]."""
+
+    @model_serializer(mode="wrap")
+    def _without_a_whole_share(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A default share is left out: identities of runs, and what they have stored, are older than it."""
+        found: dict[str, Any] = dump(self)
+        if self.share == (0.0, 1.0):
+            found.pop("share", None)
+        return found
 
 
 class LabelMaps(Section):
     """A folder of images and one of label maps."""
 
     name: str = "label-maps"
+    """What messages, pictures and reports call the data set."""
     format: Literal["label_maps"] = "label_maps"
     train: LabelSplit
     val: LabelSplit
     image_suffix: str = ".jpg"
+    """How the names of the images end."""
     label_suffix: str = ".png"
+    """What the names of the label maps have in the place of `image_suffix`, such as `_mask.png`."""
     encoding: Literal["classes", "cityscapes_instances", "mapillary_instances", "ade_full"] = "classes"
     """What a pixel means. classes: the class. cityscapes_instances: below 1000 a class (a crowd if it is
     countable), else class x 1000 + number. mapillary_instances: class x 256 + number. ade_full: class
     R // 10 x 256 + G, object B."""
     classes: Annotated[tuple[ClassEntry, ...], Field(min_length=1)]
+    """In the order in which they are numbered."""
     ignore: tuple[int, ...] | Literal["others"] = ()
     """Values without a class; any other value is an error. others: every value that is no class."""
 
@@ -128,26 +155,31 @@ class MaskFiles(Section):
     """One file per object, any value but 0 being the object; all objects are of one class."""
 
     name: str = "mask-files"
+    """What messages, pictures and reports call the data set."""
     format: Literal["mask_files"] = "mask_files"
     train: MaskSplit
     val: MaskSplit
     classes: Annotated[tuple[ClassEntry, ...], Field(min_length=1, max_length=1)]
+    """The one class."""
 
 
 class Packed(Section):
     """Parquet shards that `mpformer data pack` wrote; `data.root` may be `s3://...` or `gs://...`."""
 
     name: str = "packed"
+    """What messages, pictures and reports call the data set."""
     format: Literal["packed"] = "packed"
     train: str = "train"
     """Folder of the split, relative to `data.root`."""
     val: str = "val"
+    """Folder of the validation split, likewise."""
 
 
 class PluginDataSet(Section):
     """A data set that a plug-in reads: `mpformer.data.records.Reader`."""
 
     name: str = "custom"
+    """What messages, pictures and reports call the data set."""
     format: Reference
     """`package.module:Name`, importable where the command runs and on every worker."""
     options: Options = Field(default_factory=dict)
@@ -183,7 +215,9 @@ class LargeScaleJitter(Section):
     size: Size = (1024, 1024)
     """(height, width) of the crop; multiples of 32."""
     scale: tuple[Positive, Positive] = (0.1, 2.0)
+    """Smallest and largest factor."""
     flip: Fraction = 0.5
+    """Probability of a horizontal flip. 0 where left and right are classes of their own."""
 
     @model_validator(mode="after")
     def _check(self) -> LargeScaleJitter:
@@ -200,6 +234,7 @@ class ShortEdgeJitter(Section):
     short: Count = 512
     """Length of the short side at factor 1."""
     scale: tuple[Positive, Positive] = (0.5, 2.0)
+    """Smallest and largest factor on `short`."""
     steps: Annotated[int, Field(ge=2)] | None = 16
     """Number of evenly spaced factors; null: continuous."""
     long: Count = 2048
@@ -209,6 +244,7 @@ class ShortEdgeJitter(Section):
     max_category_area: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Crops in which one class has a larger share are drawn again, up to ten times; 1: never."""
     flip: Fraction = 0.5
+    """Probability of a horizontal flip. 0 where left and right are classes of their own."""
 
     @model_validator(mode="after")
     def _check(self) -> ShortEdgeJitter:
@@ -224,14 +260,17 @@ class ShortestEdge(Section):
 
     kind: Literal["shortest_edge"] = "shortest_edge"
     shorts: Annotated[tuple[Count, ...], Field(min_length=1)] = (640, 672, 704, 736, 768, 800)
+    """Lengths of the short side, one of which is drawn for each image."""
     long: Count = 1333
     """Upper limit of the long side."""
     crop: Fraction = 0.0
     """Probability of a crop first: short side to one of `crop_shorts`, then a crop within `crop_size`."""
     crop_shorts: Annotated[tuple[Count, ...], Field(min_length=1)] = (400, 500, 600)
+    """Lengths of the short side before the crop."""
     crop_size: tuple[Count, Count] = (384, 600)
     """Smallest and largest side of that crop."""
     flip: Fraction = 0.5
+    """Probability of a horizontal flip. 0 where left and right are classes of their own."""
 
 
 AnyAugment = Annotated[
@@ -251,7 +290,9 @@ class TestResize(Section):
     """
 
     short: Count | None = 800
+    """Length of the short side; null: as `long` makes it."""
     long: Count | None = 1333
+    """Upper limit of the long side, or without `short` its length; null: none."""
 
 
 class Data(Section):
@@ -260,12 +301,16 @@ class Data(Section):
     dataset: AnyDataSet = DataSet()
     """In a recipe: the path of a data-set file, relative to the recipe, or its settings in place."""
     task: Task = "instance"
+    """What is learnt and measured: objects one by one (AP), all pixels with objects apart (PQ, AP, mIoU),
+    or the class of each pixel (mIoU)."""
     augment: AnyAugment = LargeScaleJitter()
+    """How training images are resized, cropped and flipped."""
     test_resize: TestResize = TestResize()
     bits: Annotated[int, Field(ge=8, le=16)] | None = None
     """Bits in use of 16-bit image files, such as 12 of a microscope; null: 16, and `data check` finds files
     that use fewer. Values beyond them are white."""
     on_bad_sample: Literal["error", "skip"] = "error"
+    """An image or annotation that cannot be used ends the run, or is replaced by another image and listed."""
     loader: Literal["ray", "torch", "inline"] = setting("ray")
     """Ray Data, torch's DataLoader, or the training process itself; all yield identical batches."""
     loader_processes: Count = setting(2)

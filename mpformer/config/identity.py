@@ -38,6 +38,13 @@ def dump_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def dump_data_set(dataset: BaseModel) -> str:
+    """A data set as the YAML of its file, without what is at its default."""
+    chosen = dataset.model_dump(mode="json", exclude_defaults=True)
+    named = dataset.model_dump(include={"name", "format"})
+    return yaml.safe_dump(named | chosen, sort_keys=False, allow_unicode=True)
+
+
 def identity_settings(config: Config) -> dict[str, Any]:
     """Settings of model, data and train that differ from their defaults and change what is computed; for a
     plug-in, a hash of its source, too. Raises `InputError` where there is no such plug-in."""

@@ -6,19 +6,16 @@ settings and then `key.sub=value` overrides are laid over it.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
-from mpformer.config.identity import flatten
-from mpformer.config.plugins import PLUGIN_TAG, Plugin
+from mpformer.config.messages import explain
 from mpformer.config.run import Config
 from mpformer.config.shipped import DATA_SETS, locate
-from mpformer.config.yamlfile import Source, nearest, read_settings
+from mpformer.config.yamlfile import Source, read_settings
 from mpformer.types import InputError
 
 
@@ -98,53 +95,4 @@ def build_config(source: Source) -> Config:
     try:
         return Config.model_validate(source.as_written())
     except ValidationError as error:
-        raise InputError(_explain(error, source)) from None
-
-
-def _explain(error: ValidationError, source: Source) -> str:
-    # where a name or a section may stand, both are tried: an error in a section is reported as such
-    errors = error.errors()
-    first = next(e for e in errors if e["type"] != "literal_error" or not isinstance(e["input"], Mapping))
-    keys = _written_keys(first["loc"], source.tree, first["type"] == "missing")
-    if first["type"] == "union_tag_invalid":
-        keys.append(first["ctx"]["discriminator"].strip("'()"))
-    key = ".".join(keys)
-    place = source.place(keys)
-    if first["type"] == "extra_forbidden":
-        known = flatten(Config().model_dump())
-        return f"{place}: no setting '{key}'; nearest: {nearest(key, known, sections=True)}"
-    if first["type"] in ("union_tag_invalid", "literal_error"):
-        plugins = any(Plugin.__name__ in e["loc"] for e in errors)
-        return f"{place}: {_explain_choice(key, first, plugins)}"
-    message = first["msg"].removeprefix("Value error, ")
-    given = first.get("input")
-    shown = "" if isinstance(given, BaseModel | dict) else f" (given: {given!r})"
-    return f"{place}: {key + ': ' if key else ''}{message}{shown}"
-
-
-def _explain_choice(key: str, error: ErrorDetails, plugins: bool) -> str:
-    """A value that is none of the choices, with the nearest of them; `plugins`: a plug-in is one, too."""
-    context = error["ctx"]
-    given = context.get("tag", error["input"])
-    expected = context.get("expected_tags") or context["expected"] + f", '{PLUGIN_TAG}'" * plugins
-    names = re.findall(r"'([^']*)'", expected)
-    return f"{key}: {given!r} is none of {expected}; nearest: {nearest(str(given), names)}"
-
-
-def _written_keys(location: Sequence[int | str], tree: Any, missing: bool) -> list[str]:
-    """The keys of a pydantic location as they stand in the file, without the tags of its unions.
-
-    Only the last key may be absent from the file, and only if that is the error.
-    """
-    keys = []
-    for i, part in enumerate(location):
-        if isinstance(tree, Mapping):
-            if part not in tree and not (missing and i + 1 == len(location)):
-                continue
-            tree = tree.get(part)
-        elif isinstance(tree, list | tuple) and isinstance(part, int) and part < len(tree):
-            tree = tree[part]
-        else:
-            continue
-        keys.append(str(part))
-    return keys
+        raise InputError(explain(error, source)) from None

@@ -16,10 +16,11 @@ from pydantic import (
     model_validator,
 )
 
+from mpformer.config.members import words
 from mpformer.config.nearest import nearest
 from mpformer.config.plugins import BY_NAME, PLUGIN_TAG, Options, Plugin, Reference
 from mpformer.config.plugins import kind as by_kind
-from mpformer.config.section import Count, Fraction, NonNegative, Positive, Section
+from mpformer.config.section import Count, Described, Fraction, NonNegative, Positive, Section
 from mpformer.plugin import is_reference
 from mpformer.types import MEMORY_STRIDES
 
@@ -65,9 +66,11 @@ class PixelDecoder(Section):
     channels: Count = 256
     """Channels of the feature levels; also the decoder's memory and the mask features."""
     heads: Count = 8
+    """Attention heads of a layer; `channels` divides by them."""
     points: Count = 4
     """Sampling points per head and level."""
     ffn: Count = 1024
+    """Hidden units of a layer's feed-forward network."""
     last_kernel: Literal[1, 3] | None = None
     """Kernel of the last convolution, which gives the mask features. MaskFormer prints 1; its released code,
     whose FLOPs both papers print, has 3. null: 1 for deformable, 3 for the others."""
@@ -86,8 +89,11 @@ class Decoder(Section):
     layers: Annotated[int, Field(ge=0)] = 9
     """0: predictions from the supervised queries themselves; of a per-pixel model, one convolution only."""
     heads: Count = 8
+    """Attention heads of a layer; `pixel_decoder.channels` divides by them."""
     ffn: Count = 2048
+    """Hidden units of a layer's feed-forward network."""
     dropout: Fraction = 0.0
+    """Of attention and feed-forward networks; MaskFormer has 0.1."""
     attention: Annotated[Literal["masked", "cross", "smca", "mask_pooling"] | Plugin, BY_NAME] = "masked"
     """Cross-attention to the memory (Mask2Former Table 4c): within the query's predicted mask; everywhere;
     everywhere under a Gaussian of the query's own (SMCA); the mean of the mask's features (K-Net). Or a
@@ -125,6 +131,8 @@ class Decoder(Section):
 
 
 class NoNoise(Section):
+    """The ground truth as it is."""
+
     kind: Literal["none"] = "none"
 
 
@@ -160,6 +168,9 @@ Noise = Annotated[
     | Annotated[Plugin, Tag(PLUGIN_TAG)],
     Discriminator(by_kind),
 ]
+
+
+_NOISES = f"{words(Noise)}, or a list of such"
 
 
 def _as_noises(value: Any) -> Any:
@@ -222,7 +233,7 @@ class Pilot(Section):
     """n_q: pilot queries per image; floor(n_q / objects) groups. 0 switches mask piloting off."""
     layers: Literal["all", "first", "first_three"] | tuple[Count, ...] = "all"
     """Decoder layers, counted from 1, in which a pilot's attention mask is its noised ground truth."""
-    noise: Annotated[tuple[Noise, ...], BeforeValidator(_as_noises)] = (PointNoise(),)
+    noise: Annotated[tuple[Noise, ...], BeforeValidator(_as_noises), Described(_NOISES)] = (PointNoise(),)
     """Noise on the ground-truth masks: one kind, or a list of kinds that are applied one after the other. A
     plug-in is named `package.module:Name`, as `kind` where it has `options`."""
     label_noise: Fraction = 0.2
@@ -305,9 +316,13 @@ class PointCounts:
 
 class Loss(Section):
     class_weight: NonNegative = 2.0
+    """Weight of the classes' cross-entropy, in the loss and in matching."""
     mask_weight: NonNegative = 5.0
+    """Weight of `mask_loss`, in the loss and in matching."""
     dice_weight: NonNegative = 5.0
+    """Weight of the dice loss, in the loss and in matching."""
     no_object_weight: NonNegative = 0.1
+    """Weight of the class "no object" in the cross-entropy."""
     mask_loss: Literal["cross_entropy", "focal"] = "cross_entropy"
     """The loss and cost that `mask_weight` scales; focal (alpha 0.25, gamma 2): MaskFormer, DETR."""
     points: Count | None = 12544
@@ -315,6 +330,7 @@ class Loss(Section):
     match_points: Count | Literal["as_loss"] | None = "as_loss"
     """Sampled points per mask in matching; null matches on full masks (Mask2Former Table 5)."""
     oversample: Annotated[float, Field(ge=1.0)] = 3.0
+    """Random candidates, as a factor on `points`, among which the least certain are found."""
     importance: Fraction = 0.75
     """Share of the loss points taken where the prediction is least certain (PointRend)."""
     shared_pilot_points: bool = False
@@ -357,6 +373,7 @@ class Loss(Section):
 
 ARCHITECTURES = {"mask2former": "mpformer.model.segmenter:Segmenter"}
 """The class of each `model.architecture`."""
+_ARCHITECTURE = f"{', '.join(ARCHITECTURES)} or {PLUGIN_TAG}"
 
 
 def _check_architecture(value: str | Plugin) -> str | Plugin:
@@ -369,7 +386,9 @@ def _check_architecture(value: str | Plugin) -> str | Plugin:
 
 
 class Model(Section):
-    architecture: Annotated[str | Plugin, BY_NAME, AfterValidator(_check_architecture)] = "mask2former"
+    architecture: Annotated[
+        str | Plugin, BY_NAME, AfterValidator(_check_architecture), Described(_ARCHITECTURE)
+    ] = "mask2former"
     """mask2former: backbone, pixel decoder and transformer decoder, which with their settings make
     Mask2Former, MP-Former and MaskFormer. Or a plug-in: `package.module:Name`, or that as `kind` with
     `options`; the sections below are its own to read."""

@@ -16,17 +16,17 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue, StringConstraints
 
-from mpformer.config.section import Section
+from mpformer.config.section import Described, Section
 from mpformer.plugin import REFERENCE, is_reference
 
 Options = dict[str, JsonValue]
 """Keyword arguments of a plug-in: plain values, since they are stored and hashed with the settings."""
 
-Reference = Annotated[str, StringConstraints(pattern=REFERENCE)]
-"""`package.module:Name`."""
-
 PLUGIN_TAG = "package.module:Name"
 """The tag of plug-ins among the kinds of a union, as error messages list it."""
+
+Reference = Annotated[str, StringConstraints(pattern=REFERENCE), Described(PLUGIN_TAG)]
+"""`package.module:Name`."""
 
 
 class Plugin(Section):

@@ -12,7 +12,7 @@ from mpformer.config import plugins
 from mpformer.config.data import Data
 from mpformer.config.model import Model
 from mpformer.config.plugins import BY_NAME, PLUGIN_TAG, Plugin
-from mpformer.config.section import Count, Fraction, Positive, Section, setting
+from mpformer.config.section import Count, Described, Fraction, Positive, Section, setting
 from mpformer.plugin import is_reference
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?|images?)\s*$")
@@ -25,7 +25,11 @@ def _check_duration(value: Any) -> Any:
     return " ".join(value.split())
 
 
-Duration = Annotated[str, BeforeValidator(_check_duration)]
+Duration = Annotated[
+    str,
+    BeforeValidator(_check_duration),
+    Described("a length such as '50 epochs', '368750 steps' or '9600 images'"),
+]
 """A length of training: '50 epochs', '600 steps' (of the global batch) or '9600 images'."""
 
 
@@ -39,15 +43,21 @@ def duration_in_steps(duration: str, images_per_epoch: int, batch_size: int) -> 
 
 
 class StepSchedule(Section):
+    """The rate is multiplied by a factor at fractions of the run."""
+
     kind: Literal["step"] = "step"
     at: tuple[Fraction, ...] = (0.9, 0.95)
     """Fractions of the run at which the rate is multiplied by `factor`."""
     factor: Positive = 0.1
+    """What the rate is multiplied by at each of them."""
 
 
 class PolySchedule(Section):
+    """The rate falls to 0 as a power of the share of the run that is left."""
+
     kind: Literal["poly"] = "poly"
     power: Positive = 0.9
+    """1: linearly."""
 
 
 AnySchedule = Annotated[
@@ -60,22 +70,28 @@ AnySchedule = Annotated[
 
 class Train(Section):
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of all random numbers of the run: weights, order of the images, augmentation, noise, loss points."""
     init: str | None = None
     """Weights of a whole model to start from: a run, a checkpoint, or what `mpformer weights import` wrote.
     What does not fit, such as the class head for other classes, is initialised randomly and listed; at least
     half of every other part has to fit. null: a random model with the backbone of
     `model.backbone.pretrained`."""
     length: Duration = "50 epochs"
+    """Of the training, in epochs, optimiser steps or images."""
     batch_size: Count = 16
     """Images of the global batch, whatever the number of workers."""
     lr: Positive = 1e-4
+    """Learning rate, after the warm-up and before the schedule lowers it."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+    """Of all parameters but norms and embeddings."""
     backbone_lr_factor: Annotated[float, Field(ge=0.0)] = 0.1
+    """Learning rate of the backbone as a factor on `lr`; 0 keeps it as it is."""
     clip_norm: Annotated[float, Field(ge=0.0)] = 0.01
     """Largest gradient norm of the full model; 0 does not clip."""
     warmup: Fraction = 0.0
     """Fraction of the run over which the rate rises linearly from 0."""
     schedule: AnySchedule = StepSchedule()
+    """How the learning rate falls."""
     optimizer: Annotated[Literal["adamw"] | Plugin, BY_NAME] = "adamw"
     """AdamW, or any `torch.optim.Optimizer`, such as `torch.optim:SGD`. Rate and weight decay of its
     parameter groups come from `lr`, `backbone_lr_factor` and `weight_decay`, the rest from its options."""
@@ -92,7 +108,9 @@ class Train(Section):
     """Layers of the pixel decoder and the decoder keep only their inputs for the backward pass, and are
     computed again there: less memory, more time."""
     checkpoint_every: Duration = setting("1 epoch")
+    """Interval of the checkpoints from which an interrupted run goes on."""
     keep_checkpoints: Count = setting(2)
+    """How many of the newest are kept."""
     log_every: Count = setting(20)
     """Steps between points of the metrics record."""
     profile: Annotated[int, Field(ge=0)] = setting(0)

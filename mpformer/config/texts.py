@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
+
+from mpformer.config.members import Member, at, inside, members
 
 NAMES_OF_FILES = ("data.dataset",)
 """Settings that are sections, but may name a file that holds the section."""
@@ -14,9 +16,7 @@ NAMES_OF_FILES = ("data.dataset",)
 
 def declared(schema: type[BaseModel], keys: Sequence[str]) -> list[Any]:
     """The types that a setting may have: of every member of the unions on the way; empty for no setting."""
-    types: list[Any] = [schema]
-    for key in keys:
-        types = _inside(types, key)
+    types = _types(at(schema, keys))
     return [*types, str] if ".".join(keys) in NAMES_OF_FILES else types
 
 
@@ -43,15 +43,19 @@ def as_written(
     the tree still has that value, not one that was laid over it.
     """
 
-    def resolved(value: Any, types: list[Any], key: str) -> Any:
+    def resolved(value: Any, found: list[Member], key: str) -> Any:
         if isinstance(value, dict):
-            return {k: resolved(v, _inside(types, k), f"{key}.{k}" if key else k) for k, v in value.items()}
+            return {k: resolved(v, inside(found, k), f"{key}.{k}" if key else k) for k, v in value.items()}
         if isinstance(value, list):
-            return [resolved(v, _inside(types, str(i)), f"{key}.{i}") for i, v in enumerate(value)]
+            return [resolved(v, inside(found, str(i)), f"{key}.{i}") for i, v in enumerate(value)]
         text = texts.get(key)
-        return text if text and _is_text(text, value, types) and parse(text) == value else value
+        return text if text and _is_text(text, value, _types(found)) and parse(text) == value else value
 
-    return resolved(tree, [schema], "")
+    return resolved(tree, [Member(schema)], "")
+
+
+def _types(found: Iterable[Member]) -> list[Any]:
+    return [member.type for one in found for member in members(one.type, one.metadata)]
 
 
 def _is_text(text: str, value: Any, types: Sequence[Any]) -> bool:
@@ -63,31 +67,3 @@ def _is_text(text: str, value: Any, types: Sequence[Any]) -> bool:
 
 def _is_composite(member: Any) -> bool:
     return get_origin(member) is not Literal and member not in (str, int, float, bool, NoneType)
-
-
-def _members(annotation: Any) -> Iterator[Any]:
-    """The members of a union, without what annotates them; of another type, itself."""
-    if get_origin(annotation) is Annotated:
-        yield from _members(get_args(annotation)[0])
-    elif get_origin(annotation) in (Union, UnionType):
-        for member in get_args(annotation):
-            yield from _members(member)
-    else:
-        yield annotation
-
-
-def _inside(types: Sequence[Any], key: str) -> list[Any]:
-    """The types of what stands under a key, or at an index, of values of these types."""
-    found: list[Any] = []
-    for member in types:
-        arguments = get_args(member)
-        if isinstance(member, type) and issubclass(member, BaseModel):
-            if (field := member.model_fields.get(key)) is not None:
-                found += _members(field.annotation)
-        elif get_origin(member) is dict:
-            found += _members(arguments[1])
-        elif get_origin(member) in (tuple, list) and key.isdecimal():
-            same = get_origin(member) is list or Ellipsis in arguments
-            if (index := 0 if same else int(key)) < len(arguments):
-                found += _members(arguments[index])
-    return found

@@ -20,6 +20,9 @@ from mpformer.config.shipped import RECIPES, shipped_files
 from mpformer.plugin import is_reference
 from mpformer.types import InputError
 
+_OF_COMMAND_LINE = "setting '"
+"""How the place of a setting of the command line begins: `setting 'key=value'`."""
+
 
 @dataclass
 class Source:
@@ -38,6 +41,13 @@ class Source:
             if (found := self.places.get(".".join(keys[:end]))) is not None:
                 return found
         return str(self.path)
+
+    def given_below(self, keys: Sequence[str]) -> dict[str, str]:
+        """The settings of the command line that lie in a section: {dotted key: "setting 'key=value'"}."""
+        prefix = "".join(f"{key}." for key in keys)
+        return {
+            k: p for k, p in self.places.items() if k.startswith(prefix) and p.startswith(_OF_COMMAND_LINE)
+        }
 
     def laid_under(self, over: Source) -> Source:
         """This tree with another laid over it; lists and scalars are replaced whole."""
@@ -60,7 +70,7 @@ class Source:
             if not equals or not key or any(not part for part in key.split(".")):
                 raise InputError(f"setting '{text}': expected key.sub=value, for instance train.seed=1")
             parsed = value_of(text)
-            result.set(key.split("."), parsed, f"setting '{text}'")
+            result.set(key.split("."), parsed, f"{_OF_COMMAND_LINE}{text}'")
             if isinstance(parsed, dict | list) and (node := yaml.compose(value, Loader=_Loader)) is not None:
                 _collect(node, "", f"{key}.", {}, result.texts)
         return result
@@ -74,8 +84,16 @@ class Source:
             node = node[key]
         if keys[-1] == "kind" and node.get("kind", value) != value:
             node.clear()  # another kind has settings of its own, as in `merge`
+            self._forget_places(keys[:-1])
         node[keys[-1]] = value
+        self._forget_places(keys)
         self.places[".".join(keys)] = place
+
+    def _forget_places(self, keys: Sequence[str]) -> None:
+        """Of all that lies in a section which has been replaced."""
+        prefix = "".join(f"{key}." for key in keys)
+        for key in [key for key in self.places if key.startswith(prefix)]:
+            del self.places[key]
 
 
 _TEXT = "tag:yaml.org,2002:str"

@@ -58,7 +58,7 @@ def test_no_seeds(study, capsys, seeds):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ("", "study.yaml:6: rows: lines `name: value` are expected (given: None)"),
+        ("", "study.yaml:6: rows: expected lines `name: value` (given: null)"),
         (
             "  plain: {}\n  plain: {}\n",
             "study.yaml:8: not valid YAML: duplicate key 'plain'",

@@ -119,7 +119,7 @@ def test_the_paper_s_figure_knows_where_it_stands(study_file):
         (
             "power: 0.8",
             "power: -1",
-            r"study\.yaml:19: train\.schedule\.power: .*greater than 0 \(given: -1\)",
+            r"study\.yaml:19: train\.schedule\.power: expected a number above 0 \(given: -1\)",
         ),
         ("figures: {val/AP", "figures: {val/APs", r"study\.yaml:14: .*no column 'val/APs'; nearest: val/AP"),
         ("figures: {val/AP", "figures: {val/PQ", r"study\.yaml:7: columns\.val/PQ: row 'plain' has a figure"),

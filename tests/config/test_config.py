@@ -97,19 +97,19 @@ def test_a_data_set_file_of_the_command_line_is_relative_to_the_working_folder(r
     [
         ("lr: 5e-4", "lrr: 5e-4", r"recipe\.yaml:6: no setting 'train\.lrr'; nearest: train\.lr$"),
         ("lr: 5e-4", "lr: fast", r"recipe\.yaml:6: train\.lr: .*number.*\(given: 'fast'\)"),
-        ("lr: 5e-4", "lr: -1", r"recipe\.yaml:6: train\.lr: .*greater than 0 \(given: -1\)"),
-        ("at: [0.5]", "at: [1.5]", r"recipe\.yaml:9: train\.schedule\.at\.0: .*less than or equal to 1"),
+        ("lr: 5e-4", "lr: -1", r"recipe\.yaml:6: train\.lr: expected a number above 0 \(given: -1\)"),
+        ("at: [0.5]", "at: [1.5]", r"recipe\.yaml:9: train\.schedule\.at\.0: expected a number from 0 to 1"),
         (
             "kind: step",
             "kind: cosine",
             r"recipe\.yaml:8: train\.schedule\.kind: 'cosine' is none of 'step', 'poly', "
-            "'package.module:Name'; nearest: step",
+            "'package.module:Name'; nearest: poly",
         ),
         ("queries: 10", "querys: 10", r"recipe\.yaml:11: no setting .*nearest: model\.pilot\.queries$"),
         (
             "queries: 10",
             "layers: [99]",
-            r"recipe\.yaml:10: model: pilot\.layers: the decoder has layers 1 to 9",
+            r"recipe\.yaml:11: model: pilot\.layers: the decoder has layers 1 to 9",
         ),
         ("root: folder", "roots: folder", r"recipe\.yaml:4: .*nearest: data\.root$"),
         ("root: folder", "augment: {size: [100, 100]}", r"augment: size: multiples of 32 expected"),
@@ -145,7 +145,7 @@ def test_a_wrong_recipe_is_told_file_line_key_and_the_nearest_right_name(recipe,
         ("train..lr=3", r"expected key\.sub=value"),
         ("train.lr=[1", "the value is not YAML"),
         ("train.length=5 minutes", "expected a length such as"),
-        ("train.batch_size=0", r"setting 'train\.batch_size=0': .*greater than or equal to 1"),
+        ("train.batch_size=0", r"setting 'train\.batch_size=0': .*a whole number of at least 1"),
         ("modell.pilot.queries=3", r"nearest: model"),
     ],
 )
