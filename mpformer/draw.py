@@ -9,7 +9,7 @@ from __future__ import annotations
 import colorsys
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +21,8 @@ from mpformer.types import ClassTable, InputError, distinct_color, printable
 
 Color = tuple[int, int, int]
 """RGB, 0..255."""
+_Box = tuple[int, int, int, int]
+"""(top, left, bottom, right) in pixels."""
 
 _Made = TypeVar("_Made")
 _FAULTS = (
@@ -46,6 +48,11 @@ _SHEET = 1 << 25
 """Pixels of images side by side, about."""
 _LONGEST_TITLE = 200
 """Characters."""
+_OPACITY = 0.5
+"""Of the colour of a mask."""
+_FRAME: Color = (230, 30, 30)
+_SMALL = 0.5
+"""Share of a mask from which on its caption stands beside it, and no other caption on it."""
 _JPEG_SIDE = 65_500
 """Pixels of a side of a JPEG."""
 
@@ -116,13 +123,14 @@ def overlay(
     classes: ClassTable,
     scores: Sequence[float | None] | None = None,
     *,
-    opacity: float = 0.5,
     captions: bool = True,
+    framed: Collection[int] = (),
 ) -> np.ndarray:
     """The image with coloured, outlined masks and a caption "name 0.87" on each; smaller masks on top.
 
-    Objects of one class get different shades of its colour. Captions are placed best score first; one that
-    would overlap those before it is left out. A class whose name no font can draw is "class 3". An image
+    Objects of one class get different shades of its colour; `framed` ones have a red frame. Captions are
+    placed best score first, that of a small object beside it; one that would overlap those before it, or
+    cover a small object, is left out. A class whose name no font can draw is "class 3". An image
     whose short side is below 480 is enlarged by an integer factor, to at most 2048; one whose long side is
     above 8192 is reduced. Masks may have another size than the image.
     """
@@ -141,29 +149,37 @@ def overlay(
         if not areas[i]:
             continue
         inside = large[i] > 0
-        canvas[inside] = canvas[inside] * (1 - opacity) + np.array(colors[i]) * opacity
+        canvas[inside] = canvas[inside] * (1 - _OPACITY) + np.array(colors[i]) * _OPACITY
         outlines, _ = cv2.findContours(large[i], cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(canvas, outlines, -1, _blend(colors[i], 255, 0.35), line, cv2.LINE_AA)
+    for i in framed:
+        _frame(canvas, large[i], line)
     if captions:
         score_of = list(scores) if scores is not None else [None] * len(large)
-        taken: list[tuple[int, int, int, int]] = []
-        for i in sorted(range(len(large)), key=lambda i: (score_of[i] or 0.0, areas[i]), reverse=True):
-            if not areas[i]:
-                continue
-            text = _name(classes, labels[i]) + (f" {score_of[i]:.2f}" if score_of[i] is not None else "")
-            _caption(canvas, text, large[i], colors[i], taken)
+        order = sorted(range(len(large)), key=lambda i: (score_of[i] or 0.0, areas[i]), reverse=True)
+        texts = {
+            i: _name(classes, labels[i]) + (f" {score_of[i]:.2f}" if score_of[i] is not None else "")
+            for i in order
+            if areas[i]
+        }
+        _captions(canvas, texts, large, colors)
     return canvas
 
 
 def side_by_side(
-    images: Sequence[np.ndarray], titles: Sequence[str] = (), *, columns: int | None = None, gap: int = 8
+    images: Sequence[np.ndarray],
+    titles: Sequence[str] = (),
+    *,
+    columns: int | None = None,
+    gap: int = 8,
+    longest: int = LONGEST,
 ) -> np.ndarray:
     """Images on a white background, each below its title, in rows of `columns` (default: one row).
 
-    All are resized to the height of the largest, very wide ones to a limited width, and all of them together
-    to some 30 million pixels. Titles wider than their image are shortened.
+    All are resized to the height of the largest, very wide ones to a limited width, none to a side above
+    `longest`, and all of them together to some 30 million pixels. Titles wider than their image are cut.
     """
-    longest = round((_SHEET / len(images)) ** 0.5)
+    longest = min(longest, round((_SHEET / len(images)) ** 0.5))
     height = min(longest, max(i.shape[0] for i in images))
     tiles = []
     for i, image in enumerate(images):
@@ -199,9 +215,11 @@ def curves(
     path: Path,
     *,
     bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
+    measured: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> Path:
     """Plot curves of (x, y) points to a PNG at `path`, returned; they differ in colour, dash and marker.
 
+    Markers stand on points of the curves or, where these are computed from others, on those `measured`.
     `bands` shades (x, low, high) around the curve of the same name. A series without points still has an
     entry in the legend.
     """
@@ -220,7 +238,11 @@ def curves(
         every = max(1, len(x) // 12)
         [line] = axes.plot(x, y, color=color, linestyle=dashes[i % len(dashes)], linewidth=1.8)
         lines.append(line)
-        line.set(marker="osD^vP*X"[i % 8], markersize=5, markevery=every)
+        marker = "osD^vP*X"[i % 8]
+        if measured is None:
+            line.set(marker=marker, markersize=5, markevery=every)
+        elif own := measured.get(name):
+            axes.plot(*zip(*own), color=color, linestyle="", marker=marker, markersize=4, alpha=0.7)
         if bands and bands.get(name):
             bx, low, high = zip(*bands[name])
             axes.fill_between(bx, low, high, color=color, alpha=0.16, linewidth=0)
@@ -273,31 +295,86 @@ def _blend(color: Color, grey: int, share: float) -> Color:
     return red, green, blue
 
 
-def _caption(
-    canvas: np.ndarray,
-    text: str,
-    mask: np.ndarray,
-    color: Color,
-    taken: list[tuple[int, int, int, int]],
+def _captions(
+    canvas: np.ndarray, texts: Mapping[int, str], masks: Sequence[np.ndarray], colors: Sequence[Color]
 ) -> None:
-    """White text on a dark box edged in `color`, near the mask's innermost point; `taken` gains its box.
+    """Captions of masks, the first first; those of small objects beside them."""
+    size = max(11, round(min(canvas.shape[:2]) / 38))
+    glyphs = {i: _padded(rasterised(text, size)) for i, text in texts.items()}
+    small = {i: _extent(masks[i]) for i in texts if glyphs[i].size > _SMALL * int(masks[i].sum())}
+    taken: list[_Box] = []
+    for i, text in glyphs.items():
+        places = _beside(text.shape, small[i]) if i in small else _inside(text.shape, masks[i], canvas.shape)
+        _caption(canvas, text, places, colors[i], list(small.values()), taken)
 
-    Drawn only where it overlaps none of the boxes in `taken`.
-    """
-    glyphs = rasterised(text, max(11, round(min(canvas.shape[:2]) / 38)))
-    pad = max(2, glyphs.shape[0] // 5)
-    height, width = glyphs.shape[0] + 2 * pad, glyphs.shape[1] + 2 * pad
+
+def _padded(glyphs: np.ndarray) -> np.ndarray:
+    return np.pad(glyphs, max(2, glyphs.shape[0] // 5))
+
+
+def _inside(
+    shape: tuple[int, ...], mask: np.ndarray, canvas: tuple[int, ...]
+) -> Iterator[tuple[float, float]]:
+    """(top, left) of a caption of that shape at the innermost point of a mask, and near it."""
     framed = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     depth = cv2.distanceTransform(framed, cv2.DIST_L2, 3)[1:-1, 1:-1]
     cy, cx = np.unravel_index(int(depth.argmax()), depth.shape)
     steps = [(0, 0)] + [(dy, dx) for r in (1, 2, 3) for dy, dx in ((-r, 0), (r, 0), (0, -r / 2), (0, r / 2))]
     for dy, dx in steps:
-        top = round(min(max(cy - height / 2 + dy * height, 0), canvas.shape[0] - height))
-        left = round(min(max(cx - width / 2 + dx * width, 0), canvas.shape[1] - width))
+        top = min(max(cy - shape[0] / 2 + dy * shape[0], 0), canvas[0] - shape[0])
+        yield top, min(max(cx - shape[1] / 2 + dx * shape[1], 0), canvas[1] - shape[1])
+
+
+def _beside(shape: tuple[int, ...], box: _Box) -> Iterator[tuple[float, float]]:
+    """(top, left) of a caption of that shape above, below, right and left of a box; then further away."""
+    top, left, bottom, right = box
+    height, width = shape[:2]
+    for gap in (2, height, 2 * height):
+        for shift in (-0.5, 0.0, -1.0):
+            across = (left + right) / 2 + shift * width
+            yield top - gap - height, across
+            yield bottom + gap, across
+        yield (top + bottom - height) / 2, right + gap
+        yield (top + bottom - height) / 2, left - gap - width
+
+
+def _extent(mask: np.ndarray) -> _Box:
+    """The box around a mask that has a pixel."""
+    left, top, width, height = cv2.boundingRect(mask)
+    return top, left, top + height, left + width
+
+
+def _frame(canvas: np.ndarray, mask: np.ndarray, line: int) -> None:
+    """A red frame on a white one around a mask, if it has a pixel."""
+    if not mask.any():
+        return
+    top, left, bottom, right = _extent(mask)
+    corners = (left - 2 * line, top - 2 * line), (right + 2 * line - 1, bottom + 2 * line - 1)
+    first, last = (
+        (min(max(x, 0), canvas.shape[1] - 1), min(max(y, 0), canvas.shape[0] - 1)) for x, y in corners
+    )
+    cv2.rectangle(canvas, first, last, (255, 255, 255), 4 * line)
+    cv2.rectangle(canvas, first, last, _FRAME, 2 * line)
+
+
+def _caption(
+    canvas: np.ndarray,
+    glyphs: np.ndarray,
+    places: Iterator[tuple[float, float]],
+    color: Color,
+    clear: Sequence[_Box],
+    taken: list[_Box],
+) -> None:
+    """White text on a dark box edged in `color` at the first place that is free; `taken` gains its box.
+
+    Free is what lies on the canvas and overlaps none of the boxes in `taken` and in `clear`.
+    """
+    height, width = glyphs.shape
+    for at_y, at_x in places:
+        top, left = round(at_y), round(at_x)
         box = (top, left, top + height, left + width)
-        if top < 0 or left < 0:
-            return  # larger than the image
-        if not any(_overlap(box, other) for other in taken):
+        outside = top < 0 or left < 0 or box[2] > canvas.shape[0] or box[3] > canvas.shape[1]
+        if not outside and not any(_overlap(box, other) for other in (*taken, *clear)):
             break
     else:
         return
@@ -305,12 +382,11 @@ def _caption(
     region = canvas[top : top + height, left : left + width]
     region[:] = region * 0.25 + np.array(_blend(color, 0, 0.8)) * 0.75
     cv2.rectangle(canvas, (left, top), (left + width - 1, top + height - 1), color, 1)
-    inner = region[pad : pad + glyphs.shape[0], pad : pad + glyphs.shape[1]]
     alpha = glyphs[..., None] / 255
-    inner[:] = inner * (1 - alpha) + 255 * alpha
+    region[:] = region * (1 - alpha) + 255 * alpha
 
 
-def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+def _overlap(a: _Box, b: _Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 

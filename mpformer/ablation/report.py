@@ -315,10 +315,25 @@ def write_curves(study: Study, results: Results, folder: Path) -> list[Path]:
             stem = column.replace("val/", "").replace("/", "-").replace(":", "-")
             path = ReportDir(folder).curve(stem if x == study.file.x else f"{stem}-{x.replace('_', '-')}")
             title = study.file.title
-            drawing = partial(draw.curves, series, label, heading.title, title, path, bands=bands)
+            # hours differ from run to run: such a mean is interpolated between what was measured
+            measured = None if x != "gpu_hours" else _measured(study, results, column, x)
+            drawing = partial(
+                draw.curves, series, label, heading.title, title, path, bands=bands, measured=measured
+            )
             if draw.attempted(drawing, str(path)):
                 written.append(path)
     return written
+
+
+def _measured(study: Study, results: Results, column: str, x: str) -> dict[str, list[tuple[float, float]]]:
+    """By title of a row: the points of its runs."""
+    metric = split_column(column)[1]
+    return {
+        study.title(row): [
+            point for run in runs_of(results, row, column).values() for point in run.curve(metric, x)
+        ]
+        for row in study.rows
+    }
 
 
 def _joined(runs: Iterable[RunResult], column: str, x: str) -> list[tuple[float, Estimate]]:

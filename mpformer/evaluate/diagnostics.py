@@ -234,8 +234,8 @@ def draw_layers(
         logits = view_of(head, sizes).upsampler(torch.tensor([query], device=device))
         mask = (logits(slice(0, sizes.original[0]))[:, 0] >= 0).cpu().numpy()
         tiles.append(overlay(grey, [mask], [0], _HIGHLIGHT, captions=False))
-        iou = f", IoU {ious[query, index][len(tiles) - 2]:.2f}" if len(tiles) > 1 else ""
-        titles.append(f"layer {number}{iou}" if number else "before layer 1")
+        iou = f": IoU {ious[query, index][len(tiles) - 2]:.2f} to the mask before" if len(tiles) > 1 else ""
+        titles.append(f"layer {number}{iou}" if number else f"query {query} before layer 1")
     truth = (full_size.upsampler()(slice(0, sizes.original[0]))[:, 0] >= 0).cpu().numpy()
     tiles.append(overlay(grey, [truth], [0], _HIGHLIGHT, captions=False))
     titles.append(f"ground truth: {name}")

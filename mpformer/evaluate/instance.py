@@ -17,7 +17,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from pycocotools.cocoeval import COCOeval
 
-from mpformer.evaluate.panoptic import Counts
+from mpformer.evaluate.panoptic import Matches
 from mpformer.evaluate.prediction import FoundInstance, Scores
 from mpformer.types import ClassTable
 
@@ -103,30 +103,47 @@ class ImageInstances:
     found: Sequence[FoundInstance]
 
 
-def count_instances(image: ImageInstances, classes: int, *, min_score: float = 0.5) -> Counts:
+def match_instances(image: ImageInstances, *, min_score: float = 0.5) -> Matches:
     """Greedy matches of one image at IoU above 0.5, best score first, each to its best unmatched object.
 
-    Used to rank images. Instances below `min_score` are ignored, and so is one with more than half of its
-    area in a crowd region of its class.
+    Used to rank and draw images. Instances below `min_score` are ignored, and so is one with more than half
+    of its area in a crowd region of its class. Places are those in `image.truth` and `image.found`.
     """
-    truth = [t for t in image.truth if not t.crowd]
-    crowd = [t for t in image.truth if t.crowd]
-    found = sorted((f for f in image.found if f.score >= min_score), key=lambda f: -f.score)
-    counts = Counts.zero(classes)
-    free = set(range(len(truth)))
+    true = [j for j, one in enumerate(image.truth) if not one.crowd]
+    crowd = [one for one in image.truth if one.crowd]
+    kept = [i for i, one in enumerate(image.found) if one.score >= min_score]
+    kept.sort(key=lambda i: -image.found[i].score)
+    found = [image.found[i] for i in kept]
+    truth = [image.truth[j] for j in true]
     ious = _ious(found, truth, image.size, crowd=False)
     in_crowd = _ious(found, crowd, image.size, crowd=True)
+    free = set(range(len(truth)))
+    matched: list[tuple[int, int]] = []
+    others: list[int] = []
     for i, one in enumerate(found):
         best = max((j for j in free if truth[j].label == one.label), key=lambda j: ious[i, j], default=None)
         if best is not None and ious[i, best] > 0.5:
             free.remove(best)
-            counts.true_positives[one.label] += 1
-            counts.iou[one.label] += ious[i, best]
+            matched.append((best, i))
         elif not any(in_crowd[i, j] > 0.5 for j, c in enumerate(crowd) if c.label == one.label):
-            counts.false_positives[one.label] += 1
-    for j in free:
-        counts.false_negatives[truth[j].label] += 1
-    return counts
+            others.append(i)
+    missed, confused = set(free), []
+    for i in others:
+        best = max(free, key=lambda j: ious[i, j], default=None)
+        if best is not None and ious[i, best] > 0.5:
+            free.remove(best)
+            confused.append((best, i))
+    return Matches(
+        _places(matched, true, kept),
+        np.array([ious[i, j] for j, i in matched]),
+        np.array([kept[i] for i in others], np.int64),
+        np.array([true[j] for j in sorted(missed)], np.int64),
+        _places(confused, true, kept),
+    )
+
+
+def _places(pairs: Sequence[tuple[int, int]], true: Sequence[int], found: Sequence[int]) -> np.ndarray:
+    return np.array([(true[j], found[i]) for j, i in pairs], np.int64).reshape(-1, 2)
 
 
 def _ious(

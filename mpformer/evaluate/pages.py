@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,11 @@ import numpy as np
 from mpformer.data.pictures import reduced
 from mpformer.data.records import Record
 from mpformer.draw import attempted, decode_png, encode_jpeg, overlay, side_by_side
+from mpformer.evaluate.confusion import classes_csv, matrix_csv, matrix_html, total
 from mpformer.evaluate.evaluation import Evaluation
-from mpformer.evaluate.inference import to_result
-from mpformer.evaluate.instance import ImageInstances, count_instances
-from mpformer.evaluate.panoptic import Counts, count_segments
-from mpformer.evaluate.prediction import Prediction, Scores
+from mpformer.evaluate.instance import ImageInstances, decode, match_instances
+from mpformer.evaluate.panoptic import Matches, match_segments
+from mpformer.evaluate.prediction import Prediction
 from mpformer.evaluate.semantic import class_iou, confusion
 from mpformer.evaluate.truth import true_instances, true_segments
 from mpformer.types import ClassTable, printable
@@ -42,6 +42,17 @@ class Rating:
     """0..1; None if there are neither true nor predicted objects."""
     reason: str
     """The counts behind the quality, in words."""
+    outcomes: np.ndarray
+    """[N,3] int64: (true class, found class, objects or pixels); the number of classes stands for none."""
+    missed: frozenset[int] = frozenset()
+    """Segments of the record that were not found."""
+    false: frozenset[int] = frozenset()
+    """Instances or segments of the prediction that are not there."""
+
+    @property
+    def semantic(self) -> bool:
+        """Whether pixels are compared, not objects."""
+        return self.prediction.panoptic is None and self.prediction.instances is None
 
 
 def rate(prediction: Prediction, record: Record, classes: ClassTable) -> Rating:
@@ -51,31 +62,40 @@ def rate(prediction: Prediction, record: Record, classes: ClassTable) -> Rating:
     """
     if prediction.panoptic is not None:
         true, found = true_segments(record), prediction.panoptic
-        counts = count_segments(true.ids, true.labels, true.crowd, found.ids(), found.labels, len(classes))
-        return _rating(prediction, record, counts)
+        matches = match_segments(true.ids, true.labels, true.crowd, found.ids(), found.labels)
+        return _rating(prediction, record, matches, found.labels, len(classes))
     if prediction.instances is not None:
-        things = [t for t in true_instances(record) if t.label in classes.thing_labels]
-        image = ImageInstances(prediction.size, things, prediction.instances)
-        return _rating(prediction, record, count_instances(image, len(classes)))
+        every = true_instances(record)
+        things = [i for i, one in enumerate(every) if one.label in classes.thing_labels]
+        image = ImageInstances(prediction.size, [every[i] for i in things], prediction.instances)
+        matches = match_instances(image, min_score=SHOWN).renumbered(things)
+        return _rating(prediction, record, matches, [one.label for one in prediction.instances], len(classes))
     if prediction.semantic is None:
         raise ValueError(f"image {prediction.image_id} has no result: {prediction.problem}")
     labels = decode_png(prediction.semantic)
     matrix = confusion(true_segments(record).semantic(), labels, len(classes))
+    pairs = np.argwhere(matrix)
+    outcomes = np.column_stack([pairs, matrix[tuple(pairs.T)]]).astype(np.int64)
     if not matrix.any():
-        return Rating(prediction, record, None, "no annotated pixels")
+        return Rating(prediction, record, None, "no annotated pixels", outcomes)
     quality = float(np.nanmean(class_iou(matrix)))
     correct = np.trace(matrix) / matrix.sum()
-    return Rating(prediction, record, quality, f"mIoU {quality:.0%}, pixel accuracy {correct:.0%}")
+    return Rating(prediction, record, quality, f"mIoU {quality:.0%}, pixel accuracy {correct:.0%}", outcomes)
 
 
-def _rating(prediction: Prediction, record: Record, counts: Counts) -> Rating:
-    numbers = (counts.true_positives, counts.false_positives, counts.false_negatives)
-    matched, wrong, missed = (int(n.sum()) for n in numbers)
+def _rating(
+    prediction: Prediction, record: Record, matches: Matches, labels: Sequence[int], classes: int
+) -> Rating:
+    true = np.array([segment.label for segment in record.segments], np.int64)
+    found = np.asarray(labels, np.int64)
+    outcomes = matches.outcomes(true, found, classes)
+    matched, wrong, missed = len(matches.matched), len(matches.false), len(matches.missed)
     total = matched + 0.5 * (wrong + missed)
     if not total:
-        return Rating(prediction, record, None, "no objects")
+        return Rating(prediction, record, None, "no objects", outcomes)
     reason = f"{matched} of {matched + missed} found, {wrong} false positives"
-    return Rating(prediction, record, float(counts.iou.sum() / total), reason)
+    sides = (frozenset(side.tolist()) for side in (matches.missed, matches.false))
+    return Rating(prediction, record, float(matches.iou.sum() / total), reason, outcomes, *sides)
 
 
 def worst_first(evaluation: Evaluation) -> list[Rating]:
@@ -87,32 +107,67 @@ def worst_first(evaluation: Evaluation) -> list[Rating]:
     return sorted(rated, key=lambda r: (r.quality is None, r.quality or 0.0, r.record.image_id))
 
 
-def picture(prediction: Prediction, record: Record, classes: ClassTable) -> np.ndarray:
-    """Prediction and ground truth side by side, [h,w,3] uint8 RGB. `ValueError` for an image too large."""
+def picture(rating: Rating, classes: ClassTable) -> np.ndarray:
+    """Prediction and ground truth side by side, [h,w,3] uint8 RGB; what is false or missed is framed in red.
+
+    `ValueError` for an image too large.
+    """
+    prediction, record = rating.prediction, rating.record
     if record.height * record.width > _LARGEST:
         raise ValueError(f"{record.width}x{record.height} pixels are too many for a picture")
-    result = to_result(_confident(prediction), classes)
     image, masks = reduced(record, _LONGEST)
-    labels = [segment.label for segment in record.segments]
-    if result.task == "semantic":
-        on_top = np.full(image.shape[:2], -1)
-        for mask, label in zip(masks, labels):
-            on_top[mask] = label
-        labels = sorted(set(labels))
-        masks = [on_top == label for label in labels]
-    elif result.task == "instance":
-        shown = [label in classes.thing_labels for label in labels]
-        masks = [m for m, kept in zip(masks, shown) if kept]
-        labels = [k for k, kept in zip(labels, shown) if kept]
-    truth = overlay(image, masks, labels, classes)
-    return side_by_side([result.overlay(image), truth], ["prediction", "ground truth"])
+    sides = [_found(prediction, rating.false, len(classes)), _true(rating, masks, classes)]
+    titles = ["prediction", "ground truth"]
+    if not rating.semantic:
+        titles = ["prediction, false ones framed", "ground truth, missed ones framed"]
+    drawn = [overlay(image, s.masks, s.labels, classes, s.scores, framed=s.framed) for s in sides]
+    return side_by_side(drawn, titles)
 
 
-def _confident(prediction: Prediction) -> Prediction:
-    """The prediction without the instances that no picture shows: their masks would fill the memory."""
-    if prediction.instances is None:
-        return prediction
-    return replace(prediction, instances=tuple(one for one in prediction.instances if one.score >= SHOWN))
+@dataclass(frozen=True)
+class _Side:
+    """What is drawn on one of two pictures."""
+
+    masks: Sequence[np.ndarray]
+    labels: Sequence[int]
+    scores: Sequence[float] | None
+    framed: frozenset[int]
+    """Places in these lists."""
+
+
+def _found(prediction: Prediction, false: frozenset[int], classes: int) -> _Side:
+    """Segments or instances, best score first; of these the confident ones: all would fill the memory."""
+    if (panoptic := prediction.panoptic) is not None:
+        ids, labels, scores = panoptic.ids(), panoptic.labels, panoptic.scores
+        order = sorted(range(len(labels)), key=lambda i: -scores[i])
+        masks = [ids == i + 1 for i in order]
+    elif (instances := prediction.instances) is not None:
+        labels, scores = tuple(one.label for one in instances), tuple(one.score for one in instances)
+        order = [i for i, score in enumerate(scores) if score >= SHOWN]
+        masks = [decode(instances[i].counts, prediction.size) for i in order]
+    else:
+        assert prediction.semantic is not None  # `rate` has refused it
+        found = decode_png(prediction.semantic)
+        present = [k for k in range(classes) if (found == k).any()]
+        return _Side([found == k for k in present], present, None, frozenset())
+    framed = frozenset(place for place, i in enumerate(order) if i in false)
+    return _Side(masks, [labels[i] for i in order], [scores[i] for i in order], framed)
+
+
+def _true(rating: Rating, masks: Sequence[np.ndarray], classes: ClassTable) -> _Side:
+    """masks: of the segments of the record."""
+    labels = [segment.label for segment in rating.record.segments]
+    if rating.prediction.panoptic is not None:
+        return _Side(masks, labels, None, rating.missed)
+    if rating.prediction.instances is not None:
+        kept = [i for i, label in enumerate(labels) if label in classes.thing_labels]
+        framed = frozenset(place for place, i in enumerate(kept) if i in rating.missed)
+        return _Side([masks[i] for i in kept], [labels[i] for i in kept], None, framed)
+    on_top = np.full(masks[0].shape if masks else (1, 1), -1)
+    for mask, label in zip(masks, labels):
+        on_top[mask] = label
+    present = sorted(set(labels))
+    return _Side([on_top == label for label in present], present, None, frozenset())
 
 
 def write_page(
@@ -123,10 +178,12 @@ def write_page(
     count: int = 24,
     facts: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Write FOLDER/evaluation.html and its pictures FOLDER/NN-IMAGE.jpg; return the paths of all files.
+    """Write FOLDER/evaluation.html, its pictures FOLDER/NN-IMAGE.jpg, classes.csv and confusion.csv; return
+    the paths of all files.
 
-    The page is self-contained. It shows the metrics and `facts` (images per second, ...), the `count` worst
-    images, and the metrics of each class. A picture that cannot be made is left out, with a warning.
+    The page is self-contained. It shows the metrics and `facts` (images per second, ...), the metrics of each
+    class, which classes are taken for which, and the `count` worst images. A picture that cannot be made is
+    left out, with a warning.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rated, classes = worst_first(evaluation), evaluation.catalog.classes
@@ -144,9 +201,20 @@ def write_page(
             f'<figure><figcaption>{caption}</figcaption><img src="data:image/jpeg;base64,{data}" '
             f'alt="prediction beside ground truth"></figure>'
         )
+    matrix = total((one.outcomes for one in rated), len(classes))
+    tables = {
+        folder / "classes.csv": classes_csv(evaluation.scores, matrix, classes),
+        folder / "confusion.csv": matrix_csv(matrix, classes),
+    }
+    for path, text in tables.items():
+        path.write_text(text, encoding="utf-8")
+    unit = "Pixels" if rated and rated[0].semantic else "Objects"
+    confusion = matrix_html(matrix, classes, unit)
     page = folder / "evaluation.html"
-    page.write_text(_page(title, len(rated), figures, evaluation.scores, facts or {}), encoding="utf-8")
-    return [page, *files]
+    values = {name: f"{value:.1f}" for name, value in evaluation.scores.summary.items()} | dict(facts or {})
+    body = _body(len(rated), values, evaluation.scores.per_class, confusion, figures)
+    page.write_text(_page(title, body), encoding="utf-8")
+    return [page, *files, *tables]
 
 
 def file_stem(image_id: str) -> str:
@@ -157,7 +225,7 @@ def file_stem(image_id: str) -> str:
 
 def _jpeg(one: Rating, classes: ClassTable) -> bytes | None:
     what = f"picture of image {one.record.image_id}"
-    return attempted(lambda: encode_jpeg(picture(one.prediction, one.record, classes)), what)
+    return attempted(lambda: encode_jpeg(picture(one, classes)), what)
 
 
 def _text(text: str) -> str:
@@ -181,28 +249,38 @@ figcaption { margin-bottom: .3rem; overflow-wrap: anywhere; }
 """
 
 
-def _page(title: str, images: int, figures: Sequence[str], scores: Scores, facts: Mapping[str, str]) -> str:
-    values = {name: f"{value:.1f}" for name, value in scores.summary.items()} | dict(facts)
+def _body(
+    images: int,
+    values: Mapping[str, str],
+    per_class: Mapping[str, Mapping[str, float]],
+    confusion: str,
+    figures: Sequence[str],
+) -> str:
     cells = "".join(
         f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in values.items()
     )
-    columns = list(dict.fromkeys(name for row in scores.per_class.values() for name in row))
+    columns = list(dict.fromkeys(name for row in per_class.values() for name in row))
     head = "".join(f"<th>{_text(c)}</th>" for c in columns)
     rows = "".join(
         f"<tr><td>{_text(name)}</td>"
         + "".join(f"<td>{f'{row[c]:.1f}' if c in row else '–'}</td>" for c in columns)
         + "</tr>"
-        for name, row in scores.per_class.items()
+        for name, row in per_class.items()
     )
+    return f"""<p>{images} images; metrics in percent.</p>
+<dl>{cells}</dl>
+<h2>Classes</h2>
+<div class="scroll"><table><thead><tr><th>class</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>
+{confusion}
+<h2>Worst images first</h2>
+{"".join(figures) or "<p>No images.</p>"}"""
+
+
+def _page(title: str, body: str) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{_text(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{_text(title)}</h1>
-<p>{images} images; metrics in percent.</p>
-<dl>{cells}</dl>
-<h2>Worst images first</h2>
-{"".join(figures) or "<p>No images.</p>"}
-<h2>Classes</h2>
-<div class="scroll"><table><thead><tr><th>class</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>
+{body}
 </body></html>
 """

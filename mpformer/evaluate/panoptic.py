@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,14 +35,64 @@ class Counts:
         )
 
 
-def count_segments(
+@dataclass(frozen=True)
+class Matches:
+    """Which objects of one image were found. True and found ones are told by their places in the lists that
+    were compared."""
+
+    matched: np.ndarray
+    """[N,2] int64: (true, found), of the same class."""
+    iou: np.ndarray
+    """[N], above 0.5."""
+    false: np.ndarray
+    """[F] int64: found ones that match none."""
+    missed: np.ndarray
+    """[M] int64: true ones that none matches."""
+    confused: np.ndarray
+    """[C,2] int64: (missed, false) that overlap as matches do, but are of two classes."""
+
+    def counts(self, true_labels: np.ndarray, found_labels: np.ndarray, classes: int) -> Counts:
+        """By class; labels [T] and [P] int64."""
+        labels = true_labels[self.matched[:, 0]]
+        return Counts(
+            np.bincount(labels, weights=self.iou, minlength=classes),
+            np.bincount(labels, minlength=classes),
+            np.bincount(found_labels[self.false], minlength=classes),
+            np.bincount(true_labels[self.missed], minlength=classes),
+        )
+
+    def renumbered(self, places: Sequence[int]) -> Matches:
+        """With each true object told by its place in a longer list, of which those compared are a part."""
+        numbers = np.asarray(places, np.int64)
+
+        def of_pairs(pairs: np.ndarray) -> np.ndarray:
+            return np.stack([numbers[pairs[:, 0]], pairs[:, 1]], axis=1)
+
+        return replace(
+            self,
+            matched=of_pairs(self.matched),
+            missed=numbers[self.missed],
+            confused=of_pairs(self.confused),
+        )
+
+    def outcomes(self, true_labels: np.ndarray, found_labels: np.ndarray, classes: int) -> np.ndarray:
+        """[N,3] int64: (true class, found class, 1) of each object; `classes` stands for none."""
+        missed = np.setdiff1d(self.missed, self.confused[:, 0])
+        false = np.setdiff1d(self.false, self.confused[:, 1])
+        both = np.concatenate([self.matched, self.confused])
+        none = [np.full(len(one), classes) for one in (false, missed)]
+        true = np.concatenate([true_labels[both[:, 0]], true_labels[missed], none[0]])
+        found = np.concatenate([found_labels[both[:, 1]], none[1], found_labels[false]])
+        return np.stack([true, found, np.ones_like(true)], axis=1).astype(np.int64)
+
+
+def match_segments(
     true_ids: np.ndarray,
     true_labels: Sequence[int],
     crowd: Sequence[bool],
     ids: np.ndarray,
     labels: Sequence[int],
-    classes: int,
-) -> Counts:
+) -> Matches:
     """Matches of one image. Both maps [h,w]: 0 void, i the i-th entry of `true_labels` or `labels`.
 
     A pair matches if both have the same class and their IoU, without void pixels of the truth, is above 0.5.
@@ -59,19 +109,36 @@ def count_segments(
 
     same = true_classes[:, None] == found_classes[None]
     union = true_area[:, None] + area[None] - overlap - in_void[None]
-    iou = np.where(same & ~is_crowd[:, None], overlap / np.maximum(union, 1), 0.0)
+    of_any = np.where(~is_crowd[:, None], overlap / np.maximum(union, 1), 0.0)
+    iou = np.where(same, of_any, 0.0)
     t, p = np.nonzero(iou > 0.5)
     ignored = in_void + (overlap * (same & is_crowd[:, None])).sum(0)
     false_positive = (area > 0) & (ignored <= 0.5 * area)
     false_positive[p] = False
     false_negative = (true_area > 0) & ~is_crowd
     false_negative[t] = False
-    return Counts(
-        np.bincount(true_classes[t], weights=iou[t, p], minlength=classes),
-        np.bincount(true_classes[t], minlength=classes),
-        np.bincount(found_classes[false_positive], minlength=classes),
-        np.bincount(true_classes[false_negative], minlength=classes),
+    confused = (of_any > 0.5) & false_negative[:, None] & false_positive[None]
+    return Matches(
+        np.stack([t, p], axis=1),
+        iou[t, p],
+        np.flatnonzero(false_positive),
+        np.flatnonzero(false_negative),
+        np.argwhere(confused),
     )
+
+
+def count_segments(
+    true_ids: np.ndarray,
+    true_labels: Sequence[int],
+    crowd: Sequence[bool],
+    ids: np.ndarray,
+    labels: Sequence[int],
+    classes: int,
+) -> Counts:
+    """The matches of one image (`match_segments`) by class."""
+    matches = match_segments(true_ids, true_labels, crowd, ids, labels)
+    true, found = (np.asarray(side, dtype=np.int64) for side in (true_labels, labels))
+    return matches.counts(true, found, classes)
 
 
 def count_classes(truth: np.ndarray, labels: np.ndarray, classes: int) -> Counts:
