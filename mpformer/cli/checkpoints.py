@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpformer.cli.found import data_set_for, root_setting
 from mpformer.cli.output import say
 from mpformer.config import Config, build_config, inline_dataset, read_recipe
 from mpformer.config.yamlfile import Source
@@ -141,11 +142,17 @@ def _tell_changed_data(origin: _Origin, config: Config) -> str:
 
 
 def _for_evaluation(trained: Config, checkpoint: str, data: str | None, settings: Sequence[str]) -> Config:
-    """A checkpoint's settings with other data: a folder in the layout of its own, or a recipe's `data`."""
+    """A checkpoint's settings with other data: those in a folder, or a recipe's `data`.
+
+    In a folder of another layout than that of its own they are searched for, as `data check` does.
+    """
     source = Source(Path(checkpoint), trained.model_dump(mode="json"), {})
     source.set(["cluster", "workers"], 1, checkpoint)  # not the number that trained it
     if data is not None and Path(data).is_dir():
-        source.set(["data", "root"], data, f"--data {data}")
+        source.set(["data", "root"], root_setting(data), f"--data {data}")
+        chosen = any(text.startswith("data.dataset") for text in settings)
+        if not chosen and (found := data_set_for(data, trained.data)) is not None:
+            source.set(["data", "dataset"], found, f"--data {data}")
     elif data is not None:
         other = read_recipe(data).tree.get("data", {})
         if "dataset" in other:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpformer import shell
+from mpformer.cli.found import config_at, is_data
 from mpformer.cli.output import say
-from mpformer.config import Config, build_config, inline_dataset, load_config
-from mpformer.config.yamlfile import Source, nearest, quoted
+from mpformer.config import Config, Data, LabelMaps
+from mpformer.config.identity import dump_data_set
+from mpformer.config.yamlfile import nearest, quoted
 from mpformer.types import InputError
 
 if TYPE_CHECKING:
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
     from mpformer.types import Batch, ClassTable
+
+_SIDE = 512
+"""Pixels of the longer side of an image on the sheet of `data check`."""
 
 
 def data_synth(out: str, settings: Sequence[str]) -> None:
@@ -39,19 +44,18 @@ def data_synth(out: str, settings: Sequence[str]) -> None:
     )
 
 
-def data_check(place: str, fix: str | None, settings: Sequence[str]) -> None:
+def data_check(place: str, fix: str | None, out: str | None, settings: Sequence[str]) -> None:
     """What a data set holds and what is wrong with it, in words and as a picture; how to train on it.
 
-    `fix`: a folder for mended copies of COCO annotations, which are then checked in their place.
-    Raises `InputError` after all that where training would end with an error.
+    `fix`: a folder for mended copies of COCO annotations, which are then checked in their place; `out`: that
+    of what is written, by default one in `storage`. Raises `InputError` after all that where training would
+    end with an error.
     """
-    from mpformer.data.catalog import open_split
     from mpformer.data.check import check, obstacle, report_text, training_command
     from mpformer.data.fix import mend
-    from mpformer.data.pictures import catalog_sheet
-    from mpformer.draw import attempted, encode_png
 
-    data = _config_at(place, settings).data
+    config = config_at(place, settings)
+    data = config.data
     if fix is not None:
         mended = mend(data, Path(fix))
         for line in mended.lines:
@@ -60,21 +64,46 @@ def data_check(place: str, fix: str | None, settings: Sequence[str]) -> None:
         data, settings = mended.data, [*settings, *mended.settings]
     reports = check(data)
     say(report_text(reports))
-    lenient = data.model_copy(update={"on_bad_sample": "skip"})
+    folder = Path(out) if out else Path(config.storage) / "data-check" / Path(data.dataset.name).name
     if any(report.usable for report in reports.values()):
-        sheet = Path(f"{data.dataset.name}-samples.png")
-        shown = "train" if reports["train"].usable else "val"
-        png = attempted(lambda: encode_png(catalog_sheet(open_split(lenient, shown), count=16)), str(sheet))
-        if png is not None:
-            sheet.write_bytes(png)
-            say(f"\n16 samples of {shown} with their masks: {sheet}")
-    if _is_data(place):
-        command = training_command(data, "coco-tiny", settings)
+        _write_sheet(folder, data, "train" if reports["train"].usable else "val")
+    found_alone = is_data(place) and not any(text.startswith("data.dataset") for text in settings)
+    dataset = _write_data_set(folder, data) if found_alone and isinstance(data.dataset, LabelMaps) else None
+    if is_data(place):
+        command = training_command(data, "coco-tiny", settings, dataset)
     else:
         command = shell.command("train", Path(place), *settings)
     if (found := obstacle(reports, data.on_bad_sample)) is not None:
         raise InputError(f"{place}: {found}")
     say(f"train on it: {command}")
+
+
+def _write_sheet(folder: Path, data: Data, split: str) -> None:
+    """Some images of a split with their masks, in a picture that a screen shows."""
+    from mpformer.data.catalog import open_split
+    from mpformer.data.pictures import catalog_sheet
+    from mpformer.draw import attempted, encode_jpeg
+
+    lenient = data.model_copy(update={"on_bad_sample": "skip"})
+    path = folder / "samples.jpg"
+    made = attempted(lambda: encode_jpeg(catalog_sheet(open_split(lenient, split), side=_SIDE)), str(path))
+    if made is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(made)
+        say(f"\n16 samples of {split} with their masks: {path}")
+
+
+def _write_data_set(folder: Path, data: Data) -> Path:
+    """The data-set file of label maps, whose classes are to be named; one that is there is left as it is."""
+    path = folder / f"{Path(data.dataset.name).name}.yaml"
+    if path.exists():
+        say(f"the classes of the label maps are named in {path}, which was there")
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "# found by `mpformer data check`; give the classes their names here\n"
+    path.write_text(text + dump_data_set(data.dataset), encoding="utf-8")
+    say(f"name the classes in {path}")
+    return path
 
 
 def data_convert(source: str, out: str, settings: Sequence[str]) -> None:
@@ -92,7 +121,7 @@ def data_pack(place: str, out: str, settings: Sequence[str]) -> None:
     """Both splits as Parquet shards; the same command again finishes what was interrupted."""
     from mpformer.data.pack import pack
 
-    counts = pack(_config_at(place, settings).data, out)
+    counts = pack(config_at(place, settings).data, out)
     say(f"{out}: {counts['train']} training and {counts['val']} validation images")
     say(f"in a recipe: data: {{root: {quoted(out)}, dataset: {{format: packed}}}}")
 
@@ -105,7 +134,7 @@ def data_show(place: str, out: str, settings: Sequence[str]) -> None:
     from mpformer.data.pipeline import train_batches
     from mpformer.draw import side_by_side, write_png
 
-    config = _config_at(place, settings)
+    config = config_at(place, settings)
     splits = {name: open_split(config.data, name) for name in ("train", "val")}
     sheets = {name: catalog_sheet(split) for name, split in splits.items()}
     inline = config.data.model_copy(update={"loader": "inline"})
@@ -161,7 +190,7 @@ def data_bench(place: str, settings: Sequence[str]) -> None:
     from mpformer.data.bench import bench_text, stages, throughput
     from mpformer.data.catalog import open_split
 
-    config = _config_at(place, settings)
+    config = config_at(place, settings)
     split, batch = open_split(config.data, "train"), config.train.batch_size
     found = stages(config.data, split, images=4 * batch)
     if config.data.loader == "ray":
@@ -171,40 +200,3 @@ def data_bench(place: str, settings: Sequence[str]) -> None:
     through = throughput(config.data, split, batch, steps=32)
     say(f"{split.name}: {len(split)} images, {config.data.task}, one core; then batches of {batch}")
     say(bench_text(found, config.data.loader, through))
-
-
-def _is_data(place: str) -> bool:
-    """Whether it is a folder or a bucket, not a recipe."""
-    return Path(place).is_dir() or "://" in place
-
-
-def _config_at(place: str, settings: Sequence[str]) -> Config:
-    """The settings of a recipe, or for a folder those of the data found in it and defaults otherwise."""
-    if place.endswith(".json"):
-        raise InputError(
-            f"{place}: the folder that holds the data is expected, or a recipe, not a JSON of it"
-        )
-    if not _is_data(place):
-        return load_config(place, settings)
-    root = f"./{place}" if place.startswith("~") else place  # of a setting, ~ is the home folder
-    found = {"root": root, **_detected(place, settings)}
-    source = Source(Path(place), {"data": found}, {})
-    return build_config(inline_dataset(source.overridden(settings), Path()))
-
-
-def _detected(place: str, settings: Sequence[str]) -> dict[str, Any]:
-    """Task and data set as they are found in a folder, around those `settings` that choose parts of them.
-
-    Nothing is looked for where they name a whole data set, or one of another form than COCO's.
-    """
-    from mpformer.data.detect import detect
-
-    data = Source(Path(place), {}, {}).overridden(settings).as_written().get("data")
-    given = data.get("dataset", {}) if isinstance(data, dict) else {}
-    if not isinstance(given, dict) or given.get("format") not in (None, "coco_instance", "coco_panoptic"):
-        return {"task": "instance"}
-    found = detect(place, given)
-    for note in found.notes:
-        say(note)
-    task = "panoptic" if found.dataset.format == "coco_panoptic" else "instance"
-    return {"task": task, "dataset": found.dataset.model_dump()}

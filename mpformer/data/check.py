@@ -13,6 +13,7 @@ from mpformer.config import Data, DataSet, Packed
 from mpformer.data.catalog import check_same_classes, open_split
 from mpformer.data.findings import Finding, Weight, in_short
 from mpformer.data.inspection import Inspected
+from mpformer.data.mirrored import mirrored
 from mpformer.data.names import is_litter
 from mpformer.data.obstacles import inspect_all, not_held_out, obstacles
 from mpformer.data.packed import verify
@@ -80,6 +81,8 @@ def check(data: Data) -> dict[str, SplitReport]:
         reports[split] = replace(report, findings=found)
     if (shared := not_held_out(len(digests["train"] & digests["val"]), len(digests["val"]))) is not None:
         reports["val"] = replace(reports["val"], findings=(shared, *reports["val"].findings))
+    exchanged = mirrored(catalogs["train"].classes.names, data)
+    reports["train"] = replace(reports["train"], findings=(*reports["train"].findings, *exchanged))
     listed = names["train"] | names["val"]  # of one folder, an image may belong to the other split
     for split, report in reports.items():
         reports[split] = replace(report, unlisted=len(_images_beside(names[split]) - listed))
@@ -213,10 +216,13 @@ def obstacle(reports: Mapping[str, SplitReport], on_bad_sample: str) -> str | No
     return "; ".join(stops) or None
 
 
-def training_command(data: Data, recipe: str, given: Sequence[str] = ()) -> str:
+def training_command(
+    data: Data, recipe: str, given: Sequence[str] = (), data_set_file: Path | None = None
+) -> str:
     """The command that trains on data found in a folder, with a recipe for COCO's usual layout.
 
-    `given`: settings that were laid over what was found.
+    `given`: settings that were laid over what was found; `data_set_file`: what describes the data set, where
+    its settings are too many for a command.
     """
     settings = [f"data.root={data.root}"]
     if data.task != "instance":
@@ -234,5 +240,8 @@ def training_command(data: Data, recipe: str, given: Sequence[str] = ()) -> str:
                     settings.append(f"data.dataset.{split}.{key}={getattr(ours, key)}")
             if ours.share != theirs.share:
                 settings.append(f"data.dataset.{split}.share=[{ours.share[0]:g}, {ours.share[1]:g}]")
-    settings += [text for text in given if text not in settings]
+    if data_set_file is not None:
+        settings.append(f"data.dataset={data_set_file}")
+    known = {text.partition("=")[0] for text in settings}  # with the values that hold, however they are given
+    settings += [text for text in given if text.partition("=")[0] not in known]
     return command("train", recipe, *settings)

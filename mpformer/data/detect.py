@@ -1,4 +1,4 @@
-"""Finding shards, or COCO annotations and images, in a folder that no settings describe.
+"""Finding shards, COCO annotations and images, or label maps, in a folder that no settings describe.
 
 What is missing or broken is reported with every file that was looked at; nothing is put in its place.
 """
@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mpformer.config import DataSet, Packed, Split
+from mpformer.config import DataSet, LabelMaps, Packed, Split
 from mpformer.config.yamlfile import nearest_path
 from mpformer.data.coco import parse_json
 from mpformer.data.convert import recognise
 from mpformer.data.foldernames import held_by, split_of
+from mpformer.data.mapfolders import find_label_maps
 from mpformer.data.names import Files, is_litter
 from mpformer.data.packed import is_packed
 from mpformer.shell import command
@@ -39,7 +40,7 @@ _HELD_OUT = 0.2
 class Detected:
     """The data set in a folder, and what to know of how it was found."""
 
-    dataset: DataSet | Packed
+    dataset: DataSet | LabelMaps | Packed
     notes: tuple[str, ...] = ()
 
 
@@ -101,7 +102,7 @@ class _Json:
 
 
 def detect(place: str | Path, given: Mapping[str, Any] | None = None) -> Detected:
-    """The packed data set at a place, or the COCO data set in a folder.
+    """The packed data set at a place, or the data set in a folder: COCO annotations, else label maps.
 
     given: settings below `data.dataset` that are chosen already, as {"val": {"annotations": "a.json"}}.
     `format`, and of each split `annotations`, `images` and `panoptic_masks`, are taken as they are and not
@@ -129,6 +130,8 @@ def detect(place: str | Path, given: Mapping[str, Any] | None = None) -> Detecte
     train = named["train"] or _first(found, "train", form, root)
     if train is None and (val is None or val is named["val"]):
         train = _first(others, None, form, root) or _first(found, None, form, root)
+    if train is None and val is None and recognise(root) is None and (maps := find_label_maps(root)):
+        return Detected(*maps)
     if train is None:
         what = "no COCO annotations" if val is None else "no training annotations"
         raise InputError(

@@ -27,7 +27,8 @@ from mpformer.data.records import MapId, NamedRecords, Record, Records, Segment,
 from mpformer.types import ClassInfo, ClassTable, InputError, distinct_color
 
 _LITTER = "files that a system left, passed over"
-_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+"""Endings of the names of image files, in lower case."""
 
 
 def read_label_maps(
@@ -49,6 +50,7 @@ def read_label_maps(
     names = sorted(images)
     if place.names is not None:
         names = _listed(root / place.names, names, dataset.image_suffix)
+    names = _of_share(names, place.share, root / place.images)
     odd = {name: images[name] for name in names if images[name] != name + dataset.image_suffix}
     records = _LabelMapRecords(tuple(names), str(root), dataset, place, odd)
     missing: list[Finding] = []
@@ -103,13 +105,26 @@ def _with_suffix(root: Path, folder: str, suffix: str, notes: Notes) -> dict[str
         if name in found:
             raise InputError(f"{top}: '{found[name]}' and '{path}' are one image; remove or rename one")
         found[name] = path
-    others = Counter({e: n for e, n in others.items() if e.casefold() in _IMAGE_ENDINGS})
+    others = Counter({e: n for e, n in others.items() if e.casefold() in IMAGE_ENDINGS})
     shown = ", ".join(f"{count} {ending}" for ending, count in others.most_common())
     if not found:
         raise InputError(f"{top}: no file that ends in '{suffix}'{'; it holds ' + shown if shown else ''}")
     if others:
         notes.add("images with another ending, left out", f"{shown} beside {len(found)} {suffix}")
     return found
+
+
+def _of_share(names: list[str], share: tuple[float, float], folder: Path) -> list[str]:
+    """The names in a share of those in the order of their hashes, in their own order."""
+    if share == (0.0, 1.0):
+        return names
+    low, high = (int(end * len(names)) for end in share)
+    chosen = set(sorted(names, key=lambda name: (share_of(name), name))[low:high])
+    if not chosen:
+        raise InputError(
+            f"{folder}: none of {len(names)} images lies in the share {share[0]:g}..{share[1]:g}"
+        )
+    return [name for name in names if name in chosen]
 
 
 def _listed(path: Path, names: Sequence[str], suffix: str) -> list[str]:

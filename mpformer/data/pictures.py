@@ -41,10 +41,10 @@ def reduced(record: Record, longest: int) -> tuple[np.ndarray, list[np.ndarray]]
     return image, masks
 
 
-def catalog_sheet(catalog: Catalog, count: int = 16, columns: int = 4) -> np.ndarray:
+def catalog_sheet(catalog: Catalog, count: int = 16, columns: int = 4, *, side: int = _TILE) -> np.ndarray:
     """Images spread evenly over a split with their masks drawn, [h,w,3] uint8; those with objects first.
 
-    What cannot be read is left out: `check` lists it.
+    Each is reduced to `side` pixels of its longer side. What cannot be read is left out: `check` lists it.
     """
     order = np.linspace(0, len(catalog) - 1, min(len(catalog), 4 * count)).astype(int)
     pictures, titles, bare = [], [], []
@@ -53,7 +53,7 @@ def catalog_sheet(catalog: Catalog, count: int = 16, columns: int = 4) -> np.nda
         try:
             if record.problem:
                 raise InputError(record.problem)
-            image, masks = reduced(record, _TILE)
+            image, masks = reduced(record, side)
         except InputError:
             continue
         if not masks:
@@ -76,7 +76,7 @@ def catalog_sheet(catalog: Catalog, count: int = 16, columns: int = 4) -> np.nda
         titles.append(name)
     if not pictures:
         raise InputError(f"{catalog.name}: no image can be read")
-    return side_by_side(pictures, titles, columns=min(columns, len(pictures)))
+    return side_by_side(pictures, titles, columns=min(columns, len(pictures)), longest=side)
 
 
 def batch_pictures(batch: Batch, classes: ClassTable) -> list[np.ndarray]:

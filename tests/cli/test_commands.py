@@ -34,7 +34,7 @@ SURFACE = {
     "diagnose": ["CHECKPOINT", "--data D", "key=value"],
     "predict": ["CHECKPOINT", "IMAGE", "--out DIR"],
     "data synth": ["OUT", "key=value"],
-    "data check": ["D", "--fix OUT", "key=value"],
+    "data check": ["D", "--fix OUT", "--out DIR", "key=value"],
     "data convert": ["SRC", "OUT", "key=value"],
     "data pack": ["D", "OUT", "key=value"],
     "data show": ["D", "--out DIR", "key=value"],
@@ -42,7 +42,7 @@ SURFACE = {
     "weights import": ["SRC", "OUT.safetensors"],
     "weights export": ["CHECKPOINT", "DIR"],
     "doctor": [],
-    "show": ["RECIPE", "RECIPE2", "key=value"],
+    "show": ["RECIPE", "RECIPE2", "--help-settings KEY", "--json-schema KIND", "key=value"],
 }
 
 
@@ -96,7 +96,7 @@ def test_a_command_has_an_argument_for_each_parameter_of_its_function(command):
         (["train", TINY, "train.lrr=1"], "setting 'train.lrr=1': no setting 'train.lrr'; nearest: train.lr"),
         (
             ["train", TINY, "train.lr=fast"],
-            "setting 'train.lr=fast': train.lr: Input should be a valid number",
+            "setting 'train.lr=fast': train.lr: expected a number above 0 (given: 'fast')",
         ),
         (["train", "tiny.yaml"], "no file tiny.yaml"),
         (["train", TINY, "data.root=nowhere"], "nowhere"),
@@ -155,12 +155,12 @@ def test_a_folder_that_cannot_be_written_is_one_line_that_names_it(capsys, tmp_p
 
 
 def test_an_interrupted_run_says_how_it_goes_on(capsys, monkeypatch):
-    def interrupt(recipe, settings):
+    def train(recipe, settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "train", interrupt)
-    assert main(["train", TINY]) == 1
-    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(runs, "train", train)
+    assert main(["train", TINY]) == 130
+    assert capsys.readouterr().err == "mpformer: interrupted; the same command goes on where it stopped\n"
 
 
 @pytest.mark.slow
@@ -215,7 +215,12 @@ def test_data_commands_understand_a_folder(capsys, tmp_path, monkeypatch):
     told = capsys.readouterr().out
     assert "8 images" in told
     assert f"mpformer train coco-tiny data.root={folder}" in told.splitlines()[-1]
-    assert (tmp_path / "scenes-samples.png").is_file()
+    sheet = tmp_path / "runs" / "data-check" / "scenes" / "samples.jpg"
+    assert f"16 samples of train with their masks: {sheet.relative_to(tmp_path)}" in told
+    assert sheet.stat().st_size < 2e6
+    assert main(["data", "check", folder, "--out", str(tmp_path / "mine")]) == 0
+    assert capsys.readouterr().out.count(str(tmp_path / "mine" / "samples.jpg")) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "runs", "scenes"]
     images = sorted((tmp_path / "scenes" / "train2017").iterdir())
     whole = images[0].read_bytes()
     images[0].write_bytes(b"")
@@ -243,6 +248,8 @@ def test_evaluation_takes_its_data_from_the_run_a_folder_or_a_recipe(tmp_path):
     trained = load_config(TINY)
     run = checkpoints._for_evaluation(trained, "run", None, ["evaluate.limit=3"])
     assert (run.data, run.evaluate.limit) == (trained.data, 3)
+    (tmp_path / trained.data.dataset.val.annotations).parent.mkdir(parents=True)
+    (tmp_path / trained.data.dataset.val.annotations).write_text("{}")
     folder = checkpoints._for_evaluation(trained, "run", str(tmp_path), [])
     assert folder.data == trained.data.model_copy(update={"root": str(tmp_path)})
     coco = str(ROOT / "experiments/recipes/coco-panoptic-r50.yaml")

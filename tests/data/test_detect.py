@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mpformer.cli.data import _config_at
+from mpformer.cli.found import config_at
 from mpformer.data.catalog import open_split
 from mpformer.data.detect import detect
 from mpformer.types import InputError
@@ -443,7 +443,7 @@ def test_one_json_for_images_in_two_folders(tmp_path):
         detect(tmp_path)
     settings = str(error.value).partition("in its folder: ")[2].split()
     assert settings[-1] == "data.on_bad_sample=skip"
-    data = _config_at(str(tmp_path), settings).data
+    data = config_at(str(tmp_path), settings).data
     for split, usable in (("train", ["1", "2", "3"]), ("val", ["4", "5"])):
         records = open_split(data, split).records
         assert [record.image_id for record in records if not record.problem] == usable
@@ -451,7 +451,7 @@ def test_one_json_for_images_in_two_folders(tmp_path):
     write(tmp_path, "annotations.json", content(3))
     with pytest.raises(InputError, match=r"no JSON has its annotations.*train\.share='\[0, 0\.8\]'"):
         detect(tmp_path)
-    assert _config_at(str(tmp_path), ["data.dataset.train.share=[0, 0.8]"]).data.dataset.val.share == (0.8, 1)
+    assert config_at(str(tmp_path), ["data.dataset.train.share=[0, 0.8]"]).data.dataset.val.share == (0.8, 1)
 
 
 def test_settings_of_the_command_line_reach_the_search(tmp_path, capsys):
@@ -462,11 +462,11 @@ def test_settings_of_the_command_line_reach_the_search(tmp_path, capsys):
     with pytest.raises(
         InputError, match=r"are in 2024 and in 2025; name one: data\.dataset\.train\.images=2024"
     ):
-        _config_at(str(root), [])
-    assert _config_at(str(root), ["data.dataset.train.images=2024"]).data.dataset.train.images == "2024"
+        config_at(str(root), [])
+    assert config_at(str(root), ["data.dataset.train.images=2024"]).data.dataset.train.images == "2024"
     (root / "annotations/instances_val2017.json").unlink()
     with pytest.raises(InputError, match="none of 'coco_instance'"):
-        _config_at(str(root), ["data.dataset.format=coco"])
+        config_at(str(root), ["data.dataset.format=coco"])
     # a data set that is given as a whole is not searched for
-    assert _config_at(str(root), ["data.dataset=coco-instance"]).data.dataset.name == "coco"
+    assert config_at(str(root), ["data.dataset=coco-instance"]).data.dataset.name == "coco"
     assert capsys.readouterr().out == ""
