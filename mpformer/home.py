@@ -11,6 +11,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from mpformer.types import RunError
+
 _MATPLOTLIB = "MPLCONFIGDIR"
 
 
@@ -55,3 +57,17 @@ def _private_folder() -> Path:
         own = False
     # libraries built here are loaded again, so it must not be a folder that somebody else prepared
     return path if own and not path.is_symlink() else Path(tempfile.mkdtemp(prefix="mpformer-home-"))
+
+
+def cache_folder() -> Path:
+    """Where downloads, and what is made of them, are kept: $MPFORMER_CACHE, else in the cache of the user.
+
+    Compiled kernels lie there, too (mpformer/ops/build.py, which imports nothing of the package). Raises
+    `RunError` for a user without a home folder; the command line makes one.
+    """
+    if own := os.environ.get("MPFORMER_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if base.startswith("~"):
+        raise RunError("no home folder for the cache: set HOME or MPFORMER_CACHE")
+    return Path(base) / "mpformer"

@@ -31,7 +31,7 @@ ALLOWED = {
     "cores": set(),
     "shell": set(),
     "filekind": set(),
-    "home": set(),
+    "home": {"types"},
     "plugin": {"types"},
     "config": {"types", "plugin"},
     "capacity": {"types", "config"},
@@ -58,6 +58,7 @@ FENCES = {
     "mlflow": {"tracking/mlflow_store", "tracking/mlflow", "ablation/results", "cli/doctor"},
     "sqlalchemy": {"tracking/mlflow_store"},
     "timm": {"model/backbone"},
+    "huggingface_hub": {"model/backbone"},
     "torchvision": {"model/backbone"},
     "scipy": {"model/matcher", "ablation/statistics", "data/matfile"},
     "PIL": {"data/images"},
@@ -75,6 +76,7 @@ FENCES = {
 TORCH_FREE = {
     *("types", "atomic", "cores", "home", "shell", "plugin", "__main__", "__init__", "capacity"),
     *("config/*", "tracking/*", "cli/*"),
+    *(f"model/weights/{name}" for name in ("catalogue", "fetching", "hub", "named")),
     *(f"ablation/{name}" for name in ("spec", "studyfile", "plan", "cost", "search", "makespan")),
 }
 """Files, or folders, that load torch and ray, if at all, inside a function."""
@@ -203,9 +205,10 @@ STUDY = ROOT / "experiments/quickstart.yaml"
         ),
         f"from mpformer.cli.main import main\nassert main(['show', {str(RECIPE)!r}, {str(RECIPE)!r}]) == 0",
         f"from mpformer.cli.main import main\nassert main(['ablate', {str(STUDY)!r}, '--plan']) == 0",
+        "from mpformer.cli.main import main\nassert main(['weights', 'list']) == 0",
         f"from mpformer.cli.main import main\nassert main(['train', {str(RECIPE)!r}, 'train.lrr=1']) == 2",
     ],
-    ids=["import", "help", "show", "show two", "plan", "wrong setting"],
+    ids=["import", "help", "show", "show two", "plan", "weights list", "wrong setting"],
 )
 def test_what_only_talks_loads_neither_torch_nor_ray(code, tmp_path):
     heavy = {"torch", "ray", "mlflow", "matplotlib", "timm", "scipy", "cv2", "numpy"}

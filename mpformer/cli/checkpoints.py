@@ -44,6 +44,8 @@ def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
         say(f"{key:24} {value:8.2f}")
     for key, reason in unmeasured(config.data.task, found.scores.summary).items():
         say(f"{key:24} not measured: {reason}")
+    for key, value in _published_figures(checkpoint).items():
+        say(f"{'published ' + key:24} {value:8.2f}")
     for key, text in usage.facts().items():
         say(f"{key:24} {text:>8}")
     if config.evaluate.pictures:
@@ -104,13 +106,16 @@ def open_checkpoint(
     file: Path, data: str | None, settings: Sequence[str]
 ) -> tuple[Architecture, Catalog, Config, torch.device]:
     """Model, validation split, settings and device to evaluate a checkpoint with."""
-    from mpformer.data.catalog import check_same_classes, open_split
+    from mpformer.data.catalog import check_same_classes, open_split, takes_classes_of
     from mpformer.model.weights.loading import load_checkpoint
 
     device = _inference_device()
     model, trained = load_checkpoint(file, device)
     config = _for_evaluation(trained, str(file), data, settings)
     split = open_split(config.data, "val")
+    if takes_classes_of(model.classes, split.classes):
+        model.classes = split.classes
+        say(f"classes: those of {split.name}, in their order; the weights tell no ids of theirs")
     check_same_classes(model.classes, split.classes, split.name)
     images = min(len(split.records), config.evaluate.limit or len(split.records))
     say(f"{file}: {images} images of {split.name} on {device}")
@@ -210,14 +215,25 @@ class _Origin:
 
 
 def _origin(checkpoint: str) -> _Origin:
-    from mpformer.model.weights.checkpoints import model_file
+    from mpformer.model.weights.loading import weights_file
+    from mpformer.model.weights.named import is_remote
 
-    file = model_file(Path(checkpoint))
+    file = weights_file(checkpoint)
+    if is_remote(checkpoint):  # what is found of them belongs to the user, not into the cache
+        return _Origin(file, None, Path(Config().storage) / file.stem, file.stem, 0)
     folder = file.resolve().parent
     run, step = RunDir.containing(file.resolve()), step_of(folder)
     if run is None or step is None:
         return _Origin(file, None, folder, file.stem, 0)
     return _Origin(file, run.path, run.path, folder.name, step)
+
+
+def _published_figures(checkpoint: str) -> dict[str, float]:
+    """Of weights that are named in the catalogue: what was published, by metric."""
+    from mpformer.model.weights.catalogue import named_weights
+
+    known = named_weights().get(checkpoint)
+    return known.figures if known else {}
 
 
 def _attach(origin: _Origin, values: dict[str, float], folder: Path) -> None:

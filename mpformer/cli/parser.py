@@ -20,7 +20,10 @@ from mpformer.types import InputError
 RECIPE = "a recipe: a file, or the name of a shipped one, such as coco-tiny"
 STUDY = "a study: a file, or the name of a shipped one, such as mpformer-table8"
 RUN = "a run's folder, runs/NAME-HASH-sSEED"
-CHECKPOINT = "a run's folder, one of its checkpoints, or a .safetensors file of ours"
+CHECKPOINT = (
+    "a run's folder, one of its checkpoints, a .safetensors file of ours, a name of `mpformer weights list`, "
+    "hf:OWNER/NAME[@REVISION], or a URL"
+)
 DATA = "a data folder, or a recipe"
 OTHER_DATA = "a data folder, or a recipe to take the data of"
 SETTINGS = "settings to change, for instance train.lr=2e-4"
@@ -158,6 +161,9 @@ def _add_weights_commands(commands: _Commands) -> None:
     export = _command(commands, "export", weights.weights_export, "a checkpoint as a Hugging Face folder")
     export.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     export.add_argument("folder", metavar="DIR")
+
+    help = "published models that have a name: source, licence, published figure"
+    _command(commands, "list", weights.weights_list, help)
 
 
 def _command(

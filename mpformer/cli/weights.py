@@ -19,3 +19,25 @@ def weights_export(checkpoint: str, folder: str) -> None:
 
     export_huggingface(checkpoint, folder)
     say(folder)
+
+
+def weights_list() -> None:
+    """The published models that have a name: where they come from, their licence and published figures."""
+    from mpformer.model.weights.catalogue import figures_text, named_weights
+    from mpformer.model.weights.named import Remote
+
+    named = named_weights()
+    width = max(map(len, named))
+    figures = max(len(figures_text(weights)) for weights in named.values())
+    release = None
+    for name, weights in named.items():
+        if weights.release is not release:
+            release = weights.release
+            say(f"{release.title} - licence: {release.licence} - {release.page}")
+        remote = Remote.parse(name)
+        here = "  (in the cache)" if remote is not None and remote.file.exists() else ""
+        say(f"  {name:{width}}  {figures_text(weights):{figures}}  {weights.source}{here}")
+    say(
+        "A name stands wherever a checkpoint does: mpformer evaluate NAME --data FOLDER, train.init=NAME, "
+        "mpformer.load(NAME); so do hf:OWNER/NAME[@REVISION] and a URL. Figures as published, in percent."
+    )

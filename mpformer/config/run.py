@@ -72,10 +72,10 @@ class Train(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Of all random numbers of the run: weights, order of the images, augmentation, noise, loss points."""
     init: str | None = None
-    """Weights of a whole model to start from: a run, a checkpoint, or what `mpformer weights import` wrote.
-    What does not fit, such as the class head for other classes, is initialised randomly and listed; at least
-    half of every other part has to fit. null: a random model with the backbone of
-    `model.backbone.pretrained`."""
+    """Weights of a whole model to start from: a run, a checkpoint, what `mpformer weights import` wrote, a
+    name of `mpformer weights list`, `hf:OWNER/NAME[@REVISION]`, or a URL. What does not fit, such as the
+    class head for other classes, is initialised randomly and listed; at least half of every other part has to
+    fit. null: a random model with the backbone of `model.backbone.pretrained`."""
     length: Duration = "50 epochs"
     """Of the training, in epochs, optimiser steps or images."""
     batch_size: Count = 16

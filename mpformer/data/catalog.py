@@ -210,6 +210,17 @@ def check_same_classes(expected: ClassTable, found: ClassTable, where: str) -> N
         raise InputError(f"{where}: {len(found)} classes, but {len(expected)} are expected")
 
 
+def takes_classes_of(own: ClassTable, data: ClassTable) -> bool:
+    """Whether a model whose file tells less of its classes than a data set has the classes of that data set.
+
+    Files of other programs number their classes, or name them without the ids that they have in a data set:
+    `own` is then `ClassTable.numbered`, or has the names of `data` in the same order and the ids 0, 1, ...
+    """
+    without_ids = [info.source_id for info in own.classes] == list(range(len(own)))
+    numbered = own.names == ClassTable.numbered(len(own)).names
+    return own != data and len(own) == len(data) and without_ids and (numbered or own.names == data.names)
+
+
 @dataclass(frozen=True)
 class _WithBits(Records):
     """Records whose 16-bit files use fewer bits: a setting, so the fingerprint does not have it."""

@@ -21,6 +21,7 @@ from PIL import (
     GifImagePlugin,
     Image,
     ImageFile,
+    ImageOps,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -120,6 +121,25 @@ def read_image(source: str | bytes, bits: int = 16) -> np.ndarray:
     """
     name = source if isinstance(source, str) else "image"
     return _decode_rgb(read_bytes(source), name, bits)
+
+
+def pillow_image(image: object, bits: int = 16) -> np.ndarray | None:
+    """A PIL image as [h,w,3] uint8 RGB, as `read_image` gives its file; None for another object.
+
+    `bits`: those in use of a 16-bit one. `InputError` for one that is damaged, empty or of floats.
+    """
+    if not isinstance(image, Image.Image):
+        return None
+    try:
+        image = ImageOps.exif_transpose(image)
+        if 0 in image.size or image.mode == "F":
+            raise InputError(f"image: {image.size} pixels of the mode {image.mode}: no picture")
+        if image.mode.startswith("I"):  # 16 bits, which PIL itself would cut off
+            grey = np.minimum(np.asarray(image).clip(0) >> (bits - 8), 255).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=2)
+        return np.array(image.convert("RGB"))
+    except OSError as error:  # it is decoded now
+        raise InputError(f"image: cannot be decoded: {error}") from None
 
 
 def used_bits(record: Record, encoded: bytes) -> int | None:

@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mpformer import draw
-from mpformer.config import Config, Evaluate, TestResize
+from mpformer.config import Config, Data, Evaluate, TestResize
+from mpformer.config.nearest import nearest
 from mpformer.cores import usable_cores
-from mpformer.data.images import load_image, read_image
+from mpformer.data.images import load_image, pillow_image, read_image
 from mpformer.data.records import Catalog, Record
 from mpformer.evaluate import instance as rle
 from mpformer.evaluate import postprocess
@@ -36,7 +37,17 @@ from mpformer.ops.allocator import keep_freed_memory
 from mpformer.types import ClassTable, InputError, Task
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from mpformer.model.architecture import Architecture
+
+_POSSIBLE_TASKS: dict[Task, tuple[Task, ...]] = {
+    "instance": ("instance", "panoptic"),
+    "panoptic": ("instance", "panoptic", "semantic"),
+    "semantic": ("semantic",),
+}
+"""By the task that a model was trained for: without stuff the rest of an image has no label, and a model that
+finds one region per class finds no objects."""
 
 _Loaded = tuple[Record, np.ndarray | None, str]
 """A record with its image, or the reason why there is none."""
@@ -300,23 +311,56 @@ class Result:
 
 def segment(
     model: Architecture,
-    image: np.ndarray | str | Path,
-    task: Task = "panoptic",
+    image: np.ndarray | Image | str | Path,
+    task: Task | None = None,
     *,
     resize: TestResize | None = None,
     options: Evaluate | None = None,
-    bits: int = 16,
+    bits: int | None = None,
 ) -> Result:
-    """Segment one image of any size: [h,w,3] uint8 RGB, [h,w] uint8 grey, or the path of an image file.
+    """Segment one image of any size.
 
-    `resize` (default: COCO's, short side 800) should be that of the model's recipe; `options` holds the
-    thresholds; `bits` are those in use of a 16-bit file. Raises `InputError` for a file or an array that is
-    not an image.
+    model: what `mpformer.load` opens, or a model that was built.
+    image: [h,w,3] uint8 RGB or [h,w] uint8 grey, a PIL image of any mode, or the path of an image file.
+    task: "instance", "panoptic" (segments that do not overlap) or "semantic" (a class for each pixel). A
+    model for the panoptic task does all three; one for instances finds no stuff, one for semantic labels no
+    objects. Default: the task that the model was trained for; "panoptic" for a model that was built.
+    resize, options: test size, and thresholds such as `top_k`. Default: those of the model's run; for a model
+    that was built those of COCO (short side 800) and of `mpformer.config.Evaluate`.
+    bits: those in use of 16-bit images. Default: `data.bits` of the model's run, else 16.
+
+    Returns a `Result` at the size of the image: its `segments` have `name`, `label`, `score` and `mask`,
+    `label_map()` is one map of labels, `overlay(pixels)` a picture. Raises `InputError` for what is no image,
+    a task that is none, and one that the model was not trained for.
+
+    >>> result = mpformer.segment(model, "image.jpg")
+    >>> [(segment.name, round(segment.score, 2)) for segment in result.segments[:2]]
+    [("cat", 0.97), ("dog", 0.88)]
     """
-    pixels = _pixels(image, bits)
+    run = model.settings
+    task = _checked_task(task, run)
+    data = run.data if run else Data()
+    pixels = _pixels(image, bits or data.bits or 16)
+    options = options or (run.evaluate if run else Evaluate())
     device = next(model.parameters()).device
-    [found] = infer(model, [pixels], task, resize or TestResize(), options or Evaluate(), device)
+    [found] = infer(model, [pixels], task, resize or data.test_resize, options, device)
     return to_result(found.compact(""), model.classes)
+
+
+def _checked_task(task: str | None, run: Config | None) -> Task:
+    """The task to do: by default that of the model's run. Raises `InputError` for one that it cannot do."""
+    trained = run.data.task if run else "panoptic"
+    wanted = next((known for known in get_args(Task) if known == (task or trained)), None)
+    if wanted is None:
+        names = ", ".join(get_args(Task))
+        raise InputError(f"task: {task!r} is none of {names}; nearest: {nearest(str(task), get_args(Task))}")
+    possible = _POSSIBLE_TASKS[trained]
+    if wanted not in possible:
+        raise InputError(
+            f"task {wanted}: the model was trained for the task {trained}: "
+            f"{' or '.join(possible)} is expected"
+        )
+    return wanted
 
 
 def to_result(prediction: Prediction, classes: ClassTable) -> Result:
@@ -340,9 +384,13 @@ def to_result(prediction: Prediction, classes: ClassTable) -> Result:
     return Result(task, prediction.size, classes, named)
 
 
-def _pixels(image: np.ndarray | str | Path, bits: int) -> np.ndarray:
+def _pixels(image: object, bits: int) -> np.ndarray:
     if isinstance(image, str | Path):
         return read_image(str(image), bits)
+    if (picture := pillow_image(image, bits)) is not None:
+        return picture
+    if not isinstance(image, np.ndarray):
+        raise InputError(f"image: an array, a PIL image or a path is expected, not {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
         raise InputError(f"image: [h,w,3] or [h,w] uint8 is expected, not {list(image.shape)} {image.dtype}")
     if image.ndim == 2:

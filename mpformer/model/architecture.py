@@ -19,6 +19,7 @@ from mpformer import plugin
 from mpformer.config.model import ARCHITECTURES
 from mpformer.config.model import Model as ModelConfig
 from mpformer.config.plugins import Plugin
+from mpformer.config.run import Config
 from mpformer.model.noise import build_noise
 from mpformer.types import ClassTable, InputError, Output, Pilots
 
@@ -86,6 +87,8 @@ class Architecture(nn.Module, ABC):
     progress_tensor: Tensor
     """The same as a scalar on the model's device, for compiled parts, which a changing number would compile
     anew. Not in the state dict."""
+    settings: Config | None = None
+    """Those of the run that the weights are of, noted by `mpformer.load`; None for a model that was built."""
 
     def __init__(self, config: ModelConfig, classes: ClassTable) -> None:
         super().__init__()

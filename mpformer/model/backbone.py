@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
+import huggingface_hub
 import torch
 from torch import Tensor, nn
 
@@ -18,9 +19,11 @@ from mpformer.config.model import Backbone as BackboneConfig
 from mpformer.config.yamlfile import nearest
 from mpformer.model.pyramid import SimpleFeaturePyramid
 from mpformer.model.swin import PadThenShift
+from mpformer.model.weights.fetching import check_reachable
+from mpformer.model.weights.hub import WEIGHTS
 from mpformer.model.weights.prefixes import unwrap
 from mpformer.model.weights.tensorfile import read_tensors, shown
-from mpformer.types import FEATURE_STRIDES, PIXEL_MEAN, PIXEL_STD, InputError
+from mpformer.types import FEATURE_STRIDES, PIXEL_MEAN, PIXEL_STD, InputError, RunError
 
 
 def _declare_missing_operators() -> torch.library.Library:
@@ -171,13 +174,14 @@ def _create(config: BackboneConfig) -> nn.Module:
         return timm.create_model(config.name, pretrained=False, **options)
     tags = [m.partition(".")[2] for m in timm.list_pretrained(f"{config.name}.*")]
     if config.pretrained in tags:
+        name = f"{config.name}.{config.pretrained}"
         try:
-            return timm.create_model(f"{config.name}.{config.pretrained}", pretrained=True, **options)
-        except OSError as error:
+            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=_overlay(name), **options)
+        except (OSError, RunError) as error:
             raise InputError(
-                f"model.backbone.pretrained: the weights {config.name}.{config.pretrained} are neither "
-                f"cached nor reachable ({str(error).splitlines()[0]}); model.backbone.pretrained=null "
-                "starts from random weights, a path reads a file"
+                f"model.backbone.pretrained: the weights {name} are neither cached nor reachable "
+                f"({str(error).splitlines()[0]}); model.backbone.pretrained=null starts from random weights, "
+                "a path reads a file"
             ) from None
     file = Path(config.pretrained)
     if not file.is_file():
@@ -186,6 +190,26 @@ def _create(config: BackboneConfig) -> nn.Module:
             f"which has: {', '.join(tags) or 'none'}"
         )
     return _from_file(file, config, options)
+
+
+def _overlay(name: str) -> dict[str, str]:
+    """What timm is told of published weights: without a network, where the hub's cache has them.
+
+    The hub's own client would try to reach it for a minute. Raises `RunError` where they are neither here nor
+    reachable.
+    """
+    published = timm.get_pretrained_cfg(name)
+    if published is None or not published.hf_hub_id:
+        return {}
+    try:
+        check_reachable(huggingface_hub.constants.ENDPOINT)
+    except RunError:
+        names = (published.hf_hub_filename,) if published.hf_hub_filename else WEIGHTS
+        cached = (huggingface_hub.try_to_load_from_cache(published.hf_hub_id, file) for file in names)
+        if (found := next((file for file in cached if isinstance(file, str)), None)) is None:
+            raise
+        return {"file": found}
+    return {}
 
 
 def _from_file(file: Path, config: BackboneConfig, options: dict[str, Any]) -> nn.Module:

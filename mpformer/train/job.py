@@ -27,8 +27,9 @@ class Job:
     """Identifies this call of the driver: a failure that was reported to it is not tried again."""
     entry: Entry
     mlflow_uri: str | None
-    init: Path | None
-    """The file of `train.init`; None without one, or where the run has begun."""
+    init: Path | str | None
+    """The file of `train.init`, or the name of weights that lie elsewhere; None without it, or where the run
+    has begun."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from mpformer.cores import usable_cores
 from mpformer.data.catalog import check_same_classes
 from mpformer.data.obstacles import notes_of, require_usable
 from mpformer.data.version import SPLITS, DataVersion
-from mpformer.model.weights.checkpoints import complete, latest, model_file
+from mpformer.model.weights.checkpoints import complete, latest
+from mpformer.model.weights.named import is_remote
 from mpformer.plugin import inherited_folder
 from mpformer.tracking.entry import Entry
 from mpformer.tracking.mlflow_store import prepare_store
@@ -128,6 +129,7 @@ def fit(
             log.warning("%s: %s", run_dir.name, line)
         return summary
     plugins.check(config)
+    is_remote(config.train.init or "")  # a wrong address is told before it is written anywhere
     if complete(run_dir):
         rundata.check(run_dir, version)  # before it is told what is wrong with other data
     tell(f"reading the annotations in {config.data.root}")
@@ -146,8 +148,8 @@ def fit(
             log.warning("%s. The run goes on from the checkpoint before", line)
         data_tags = rundata.settle(run_dir, version, begun)
         atomic.write_text(RunDir(run_dir).config, dump_yaml(config))
-        # a run that has begun does without the file, which may be gone
-        init = model_file(Path(config.train.init)).resolve() if config.train.init and not begun else None
+        # a run that has begun does without them: they may be gone
+        init = None if begun or config.train.init is None else _start_weights(config.train.init)
         tell(
             f"{len(splits['train'])} training and {len(splits['val'])} validation images; starting Ray, "
             "which takes some seconds"
@@ -202,6 +204,17 @@ class _Trainer(TorchTrainer):
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Leaves Python's handler in its place."""
+
+
+def _start_weights(source: str) -> Path | str:
+    """What the workers load of `train.init`: a file, or the name of weights that each machine fetches.
+
+    They are fetched here first, so that what is wrong with them is told before workers start.
+    """
+    from mpformer.model.weights.loading import weights_file  # it loads what builds models
+
+    file = weights_file(source)
+    return source if is_remote(source) else file.resolve()
 
 
 def _scaling(config: Config, capacity: Capacity) -> ScalingConfig:

@@ -41,6 +41,7 @@ SURFACE = {
     "data bench": ["D", "key=value"],
     "weights import": ["SRC", "OUT.safetensors"],
     "weights export": ["CHECKPOINT", "DIR"],
+    "weights list": [],
     "doctor": [],
     "show": ["RECIPE", "RECIPE2", "--help-settings KEY", "--json-schema KIND", "key=value"],
 }

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from mpformer.config.model import Backbone as Settings
 from mpformer.model.backbone import Backbone, normalization, timm
 from mpformer.types import PIXEL_MEAN, PIXEL_STD, InputError
+from tests.servers import closed_port
 
 SWIN = "swin_tiny_patch4_window7_224"
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
@@ -294,3 +295,42 @@ def test_two_files_of_one_network_give_the_same_maps_each_with_its_normalisation
         # padding is of another colour, and 127.5 is 127 for the file's makers
         inner = (..., slice(1, -1), slice(1, -1)) if own.shape[-1] > 4 else ...
         assert float((own - folded)[inner].abs().mean() / own.abs().mean()) < 0.1
+
+
+# --- published weights without a network ------------------------------------------------------------
+
+
+@pytest.fixture
+def unreachable(monkeypatch, tmp_path):
+    """No hub, and an empty cache of it."""
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{closed_port()}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_weights_that_are_not_reachable_are_one_line_at_once(unreachable, monkeypatch):
+    """The hub's own client is not asked: it would try for a minute."""
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail("asked"))
+    with pytest.raises(InputError) as caught:
+        build("resnet18", pretrained="a1_in1k")
+    line = str(caught.value)
+    assert "resnet18.a1_in1k are neither cached nor reachable" in line
+    assert "127.0.0.1 is not reachable: Connection refused" in line
+    assert "\n" not in line
+
+
+def test_weights_in_the_hub_s_cache_need_no_network(unreachable, tmp_path):
+    stored = timm.create_model("resnet18", pretrained=False)
+    with torch.no_grad():
+        stored.conv1.weight.fill_(0.25)
+    folder = tmp_path / "hub" / "models--timm--resnet18.a1_in1k"
+    snapshot = folder / "snapshots" / ("1" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("1" * 40)
+    save_file(dict(stored.state_dict()), snapshot / "model.safetensors")
+    backbone = build("resnet18", pretrained="a1_in1k")
+    own = dict(backbone.body.state_dict())
+    assert own
+    assert all(torch.equal(stored.state_dict()[name], tensor) for name, tensor in own.items())

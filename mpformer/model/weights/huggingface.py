@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mpformer.config.data import TestResize
 from mpformer.config.model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder
 from mpformer.config.yamlfile import nearest
 from mpformer.model.weights.filekind import check_text
@@ -121,7 +122,32 @@ def read_huggingface(folder: Path) -> ForeignModel:
     unwrapped = _unwrap(_read_weights(folder), folder)
     with settings_found_in(file):
         config = to_config(settings, unwrapped.tensors)
-    return ForeignModel(unwrapped, config, class_names, names_of)
+    resize, notes = _test_resize(folder)
+    return ForeignModel(unwrapped, config, class_names, names_of, resize, notes)
+
+
+def _test_resize(folder: Path) -> tuple[TestResize | None, tuple[str, ...]]:
+    """The size that preprocessor_config.json brings images to, if it is there; a note where ours differs."""
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
+        return None, ()
+    settings = _Section(_read_json(file), file)
+    size = settings.values.get("size")
+    if settings.values.get("do_resize") is False:
+        return TestResize(short=None, long=None), ()
+    if isinstance(size, int):  # of early versions
+        size = {"shortest_edge": size, "longest_edge": settings.values.get("max_size")}
+    if not isinstance(size, dict):
+        return None, ()
+    short, long = size.get("shortest_edge"), size.get("longest_edge", size.get("max_height"))
+    if short is None and (long is None or long != size.get("max_width")):
+        told = json.dumps(size)[:80]
+        return None, (f"its test size {told} changes the aspect, which is not done here: COCO's is taken",)
+    for side in (short, long):
+        if side is not None and (not isinstance(side, int) or side < 1):
+            raise settings.wrong("size", "sides in pixels")
+    # `transformers` needs a limit where there is none
+    return TestResize(short=short, long=None if long is None or long > _LARGEST else long), ()
 
 
 def _what_lies_in(folder: Path) -> str:

@@ -8,7 +8,8 @@ classes, and at most half of any other part.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mpformer import atomic
-from mpformer.config import Config
+from mpformer.config import Config, Data
 from mpformer.config.model import Backbone
 from mpformer.config.model import Model as ModelConfig
 from mpformer.model.architecture import Architecture, build_model
+from mpformer.model.weights.catalogue import NamedWeights
 from mpformer.model.weights.checkpoints import model_file
 from mpformer.model.weights.filekind import container_of
 from mpformer.model.weights.huggingface import read_huggingface
@@ -35,10 +37,13 @@ from mpformer.model.weights.matching import (
     more_of_a_kind,
     summary,
 )
+from mpformer.model.weights.named import Remote, hint, is_remote
 from mpformer.model.weights.official import ForeignModel, read_official
 from mpformer.model.weights.prefixes import Unwrapped, unwrap
 from mpformer.model.weights.tensorfile import read_tensors
 from mpformer.types import ClassInfo, ClassTable, InputError, RunError, distinct_color
+
+log = logging.getLogger(__name__)
 
 _FORMAT = "mpformer-1"
 _IMPORT = "`mpformer weights import SRC OUT.safetensors` reads files and folders of other programs"
@@ -131,13 +136,61 @@ def _classes_of(header: dict[str, str], file: Path) -> ClassTable:
         raise InputError(f"{file}: the class table in its header is not valid: {error!r}") from None
 
 
+def weights_file(source: str | Path) -> Path:
+    """The model file that a run, one of its checkpoints, a file of ours or named weights stand for.
+
+    Named weights (a name of `mpformer weights list`, `hf:OWNER/NAME[@REVISION]`, a URL) are fetched and made
+    a file of ours once, in the cache; a file or folder of that name wins. Raises `InputError` where there are
+    no weights, and what fetching raises (`mpformer.model.weights.fetching`).
+    """
+    text = str(source)
+    if is_remote(text) and (remote := Remote.parse(text)) is not None:
+        return remote.place(_make_ours)
+    try:
+        return model_file(Path(source))
+    except InputError as error:
+        raise InputError(f"{error}{hint(text)}") from None
+
+
+def _make_ours(fetched: Path, out: Path, known: NamedWeights | None) -> None:
+    """Turn what was fetched into a checkpoint of ours, with what the catalogue knows of it."""
+    if fetched.is_file() and _header(fetched) is not None:
+        fetched.replace(out)
+        return
+    report = import_weights(fetched, out, known)
+    log.warning("%s: %s", out.stem, "; ".join([f"{len(report.loaded)} tensors imported", *report.notes]))
+
+
+def load(source: str | Path, device: torch.device | str = "cpu") -> Architecture:
+    """Open a trained model: a run, a file or published weights.
+
+    source: a run's folder, one of its checkpoints, a `.safetensors` file of ours (also what `mpformer weights
+    import` wrote), or published weights, which are fetched once: a name that `mpformer weights list` prints,
+    `hf:OWNER/NAME[@REVISION]` or a URL.
+    device: where the model goes, such as "cuda".
+
+    The model is in evaluation mode. It knows its `classes` (a `ClassTable`: names, which are countable, ids
+    at the source) and its `settings` (a `Config`): `settings.data.test_resize` is the size at which it was
+    tested, `settings.data.task` what it was trained for. `mpformer.segment` goes by them.
+
+    Raises `InputError` where there are no weights of that name, or they are damaged; `RunError` where named
+    weights can neither be found in the cache nor fetched.
+
+    >>> model = mpformer.load("runs/coco-tiny-1a2b3c4d-s0")
+    >>> model.classes.names
+    ("cat", "dog")
+    >>> result = mpformer.segment(model, "image.jpg")
+    """
+    return load_checkpoint(source, device)[0]
+
+
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[Architecture, Config]:
     """The model of a checkpoint in evaluation mode, and its settings.
 
-    `path`: a run, a checkpoint folder or its model file, whose names may have a known wrapper's prefix.
-    Raises `InputError` for anything else, and where a tensor is missing, superfluous or misfits.
+    `path`: what `weights_file` takes; tensor names may have a known wrapper's prefix. Raises `InputError` for
+    anything else, and where a tensor is missing, superfluous or misfits.
     """
-    file = model_file(Path(path))
+    file = weights_file(path)
     config, classes = read_metadata(file)
     model = build_model(config.model.without_pretrained(), classes)
     own = model.state_dict()
@@ -149,6 +202,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
             f"{found.refusal()}{surplus}"
         )
     model.load_state_dict(found.loaded, strict=False)
+    model.settings = config
     return model.to(device).eval(), config
 
 
@@ -166,19 +220,21 @@ def _same_name(name: str) -> tuple[str, ...]:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
-    """Load a file of our names into a model as far as names and shapes fit.
+    """Load weights with our names into a model as far as names and shapes fit.
 
-    A class head is taken only for the same classes: where both class tables have names, for the same names
-    in the same order, else for the same number; it may be absent. Of every other part (backbone, encoder,
-    pixel decoder, transformer decoder, mask head) at least half of the tensors have to fit, and norms have to
-    be of the same kind. Raises `InputError` otherwise, and then leaves the model as it was.
+    `path`: what `weights_file` takes, or another file with our names. A class head is taken only for the same
+    classes: where both class tables have names, for the same names in the same order, else for the same
+    number; it may be absent. Where other classes leave it as it was, the report's notes and a warning say so.
+    Of every other part (backbone, encoder, pixel decoder, transformer decoder, mask head) at least half of
+    the tensors have to fit, and norms have to be of the same kind. Raises `InputError` otherwise, and then
+    leaves the model as it was.
     """
-    file = model_file(Path(path))
+    file = weights_file(path)
     own = model.state_dict()
     unwrapped = unwrap(read_tensors(file), own.__contains__, file)
     stored = unwrapped.tensors
     taken = stored
-    if _other_classes(model, file):
+    if other := _other_classes(model, file, stored):
         taken = {k: v for k, v in stored.items() if not OF_CLASSES.intersection(k.split("."))}
     found = match(own, taken, _same_name, file)
     if not found.loaded:
@@ -192,11 +248,15 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
         )
     check_norms(found)
     model.load_state_dict(found.loaded, strict=False)
+    notes = _wrapping(unwrapped)
+    if other:
+        notes.append(f"{other}: the class head is left as it was initialised")
+        log.warning("%s: %s", path, notes[-1])
     return LoadReport(
         tuple(found.loaded),
         found.missing,
         tuple(name for name in stored if name not in own),
-        notes=tuple(_wrapping(unwrapped)),
+        notes=tuple(notes),
     )
 
 
@@ -204,17 +264,24 @@ def _backbone_alone(found: Match) -> bool:
     return {part for part, (fit, _) in found.counts().items() if fit} == {"backbone"}
 
 
-def _other_classes(model: nn.Module, file: Path) -> bool:
-    """Whether a file is known to be of other classes than the model."""
-    header = _header(file)
-    if header is None or not isinstance(model, Architecture):
-        return False
+def _other_classes(model: nn.Module, file: Path, stored: Mapping[str, torch.Tensor]) -> str:
+    """What a file's classes are where they are known to be others than the model's; else empty."""
+    if not isinstance(model, Architecture):
+        return ""
+    own, header = model.classes.names, _header(file)
+    if header is None:
+        heads = [t.shape[0] - 1 for name, t in stored.items() if name.endswith("class_embed.bias") and t.ndim]
+        return f"it has {heads[0]} classes, the model {len(own)}" if heads and heads[0] != len(own) else ""
     theirs = _classes_of(header, file).names
-    numbered = ClassTable.numbered(len(theirs)).names
-    return theirs != model.classes.names and numbered not in (theirs, model.classes.names)
+    if len(theirs) != len(own):
+        return f"it has {len(theirs)} classes, the model {len(own)}"
+    if theirs == own or ClassTable.numbered(len(theirs)).names in (theirs, own):
+        return ""
+    label = next(i for i, (a, b) in enumerate(zip(theirs, own)) if a != b)
+    return f"its class {label} is '{theirs[label]}', the model's is '{own[label]}'"
 
 
-def import_weights(source: str | Path, out: str | Path) -> LoadReport:
+def import_weights(source: str | Path, out: str | Path, known: NamedWeights | None = None) -> LoadReport:
     """Turn another program's model into a checkpoint file of ours.
 
     `source`: an official Mask2Former, MP-Former or MaskFormer file (.pkl, .pth) or a Hugging Face folder,
@@ -229,7 +296,7 @@ def import_weights(source: str | Path, out: str | Path) -> LoadReport:
     if source.is_file() and _header(source) is not None:
         raise InputError(f"{source}: is a checkpoint of mpformer already: it is used as it is")
     foreign = read_huggingface(source) if source.is_dir() else read_official(source)
-    classes, notes = _class_table(foreign, source)
+    classes, notes = _class_table(foreign, source, known)
     # the model without memory tells what has to be there; what is written is the file's tensors alone
     with torch.device("meta"):
         own = build_model(foreign.config, classes).state_dict()
@@ -240,9 +307,9 @@ def import_weights(source: str | Path, out: str | Path) -> LoadReport:
         raise InputError(
             f"{source}: has more than the model that it describes: {surplus[:200]!r} is not in it"
         )
-    config = Config(name=out.stem, model=foreign.config)
+    config = Config(name=out.stem, model=foreign.config).model_copy(update=_tested_as(foreign, known))
     _write(out, found.loaded, checkpoint_metadata(config, classes))
-    return _report(found, (*_wrapping(foreign.unwrapped), *notes))
+    return _report(found, (*_wrapping(foreign.unwrapped), *foreign.notes, *notes))
 
 
 def _write(out: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -257,12 +324,29 @@ def _write(out: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
         raise RunError(f"{out}: the weights cannot be written: {reason}") from error
 
 
-def _class_table(foreign: ForeignModel, source: Path) -> tuple[ClassTable, list[str]]:
+def _tested_as(foreign: ForeignModel, known: NamedWeights | None) -> dict[str, object]:
+    """The settings of data and evaluation that weights were published with, as far as that is known."""
+    if known is not None:
+        told = known.config()
+        return {"data": told.data, "evaluate": told.evaluate}
+    return {} if foreign.test_resize is None else {"data": Data(test_resize=foreign.test_resize)}
+
+
+def _class_table(
+    foreign: ForeignModel, source: Path, known: NamedWeights | None
+) -> tuple[ClassTable, list[str]]:
     """The classes by the names of the file, or numbered where it has none, and a note on that."""
     names, head = foreign.class_names, foreign.class_head()
     count = len(names) or 1 if head is None else head - 1  # without a head the match will fail, and say so
     if count < 1:
         raise InputError(f"{source}: its class head has {head} rows: one per class and one more are expected")
+    if known is not None and head is not None:
+        classes = known.classes()
+        if len(classes) != count:
+            raise InputError(
+                f"{source}: its class head has {count} classes, the data of {known.recipe} {len(classes)}"
+            )
+        return classes, []
     if not names:
         return ClassTable.numbered(count), [f"the file names no classes: they are numbered 0 to {count - 1}"]
     if len(names) != count:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mpformer.config.data import TestResize
 from mpformer.config.model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder
 from mpformer.model.weights.names import Names, official_names
 from mpformer.model.weights.names_maskformer import official_maskformer_names
@@ -56,6 +57,10 @@ class ForeignModel:
     """In the order of the class head's rows; empty where the file names none."""
     names: Callable[[str], Names | None]
     """Our name of a tensor to theirs."""
+    test_resize: TestResize | None = None
+    """The size at which it says that it is tested; None where it does not say it, or not in our terms."""
+    notes: tuple[str, ...] = ()
+    """What else is worth knowing, a line each."""
 
     @property
     def tensors(self) -> dict[str, Tensor]:
