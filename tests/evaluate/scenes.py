@@ -79,6 +79,8 @@ class ColourModel(nn.Module):
     box on the right, less sure of themselves; query 6 is no object.
     """
 
+    settings = None
+
     def __init__(self, classes: ClassTable = CLASSES) -> None:
         super().__init__()
         self.classes = classes
