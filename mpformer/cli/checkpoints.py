@@ -15,6 +15,8 @@ from mpformer.cli.found import data_set_for, root_setting
 from mpformer.cli.output import say
 from mpformer.config import Config, build_config, inline_dataset, read_recipe
 from mpformer.config.yamlfile import Source
+from mpformer.model.weights.catalogue import named_weights
+from mpformer.model.weights.named import is_remote, require_reachable
 from mpformer.tracking.progress import duration_text
 from mpformer.tracking.run_dir import RunDir, step_of
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None:
     """The figures of a checkpoint on the validation split of its own data, or of `data`; their page."""
+    require_reachable(checkpoint)
     from mpformer.draw import attempted
     from mpformer.evaluate import evaluation
     from mpformer.evaluate.metrics import unmeasured
@@ -62,6 +65,7 @@ def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
 
 def diagnose(checkpoint: str, data: str | None, settings: Sequence[str]) -> None:
     """The decoder's layers (Table 1 of MP-Former) and pictures of queries over the layers (Figure 1)."""
+    require_reachable(checkpoint)
     from mpformer.draw import attempted, write_png
     from mpformer.evaluate import diagnostics
     from mpformer.evaluate.pages import file_stem
@@ -93,6 +97,7 @@ def diagnose(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
 
 def predict(checkpoint: str, images: Sequence[str], out: str, settings: Sequence[str]) -> None:
     """Segment image files, or all images of folders, into overlays and COCO-style JSON."""
+    require_reachable(checkpoint)
     from mpformer.evaluate.files import predict_files
     from mpformer.model.weights.loading import load_checkpoint
 
@@ -216,7 +221,6 @@ class _Origin:
 
 def _origin(checkpoint: str) -> _Origin:
     from mpformer.model.weights.loading import weights_file
-    from mpformer.model.weights.named import is_remote
 
     file = weights_file(checkpoint)
     if is_remote(checkpoint):  # what is found of them belongs to the user, not into the cache
@@ -230,8 +234,6 @@ def _origin(checkpoint: str) -> _Origin:
 
 def _published_figures(checkpoint: str) -> dict[str, float]:
     """Of weights that are named in the catalogue: what was published, by metric."""
-    from mpformer.model.weights.catalogue import named_weights
-
     known = named_weights().get(checkpoint)
     return known.figures if known else {}
 

@@ -12,6 +12,8 @@ from mpformer.cli.output import say
 from mpformer.cli.rundata import ways_on
 from mpformer.cli.size import size_line
 from mpformer.config import Config, diff, dump_yaml, load_config, run_name
+from mpformer.model.weights.checkpoints import complete
+from mpformer.model.weights.named import require_reachable
 from mpformer.tracking.run_dir import RunDir
 from mpformer.types import InputError
 
@@ -24,6 +26,8 @@ def train(recipe: str, settings: Sequence[str]) -> None:
     config = stored_absolutely(load_config(recipe, settings))
     run_dir = Path(config.storage) / run_name(config)
     label = f"{config.name} s{config.train.seed}"
+    if config.train.init is not None and not complete(run_dir):
+        require_reachable(config.train.init)
     say(f"run {run_dir}")
     say(f"{label}  loading torch and Ray")
     from mpformer.evaluate.metrics import unmeasured

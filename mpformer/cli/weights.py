@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from mpformer.cli.output import say
+from mpformer.model.weights.catalogue import figures_text, named_weights
+from mpformer.model.weights.named import Remote, require_reachable
 
 
 def weights_import(source: str, out: str) -> None:
@@ -15,6 +17,7 @@ def weights_import(source: str, out: str) -> None:
 
 def weights_export(checkpoint: str, folder: str) -> None:
     """A checkpoint as a Hugging Face folder."""
+    require_reachable(checkpoint)
     from mpformer.model.weights.loading import export_huggingface
 
     export_huggingface(checkpoint, folder)
@@ -23,9 +26,6 @@ def weights_export(checkpoint: str, folder: str) -> None:
 
 def weights_list() -> None:
     """The published models that have a name: where they come from, their licence and published figures."""
-    from mpformer.model.weights.catalogue import figures_text, named_weights
-    from mpformer.model.weights.named import Remote
-
     named = named_weights()
     width = max(map(len, named))
     figures = max(len(figures_text(weights)) for weights in named.values())

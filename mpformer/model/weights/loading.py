@@ -206,11 +206,12 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
     return model.to(device).eval(), config
 
 
-def normalized_as(file: Path, config: ModelConfig) -> ModelConfig:
-    """The settings, without pretrained weights, with the normalisation of images that a file notes.
+def normalized_as(path: str | Path, config: ModelConfig) -> ModelConfig:
+    """The settings, without pretrained weights, with the normalisation of images that weights note.
 
-    Files of other programs and those of before it was noted are of ImageNet's.
+    `path`: as of `load_weights`. Files of other programs and those of before it was noted are of ImageNet's.
     """
+    file = weights_file(path)
     stored = read_metadata(file)[0].model.backbone if _header(file) is not None else Backbone()
     return config.without_pretrained().with_backbone(mean=stored.mean, std=stored.std)
 

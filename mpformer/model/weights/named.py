@@ -19,8 +19,8 @@ from urllib.parse import unquote, urlsplit
 
 from mpformer.home import cache_folder
 from mpformer.model.weights.catalogue import NamedWeights, named_weights, nearest_name
-from mpformer.model.weights.fetching import Checks, download
-from mpformer.model.weights.hub import Repository
+from mpformer.model.weights.fetching import Checks, check_reachable, download
+from mpformer.model.weights.hub import Repository, hub_url
 from mpformer.types import InputError, RunError
 
 _VERSION = 1
@@ -106,6 +106,15 @@ def is_remote(text: str) -> bool:
     `InputError` for a `hf:` or URL that is none.
     """
     return not os.path.exists(text) and Remote.parse(text) is not None
+
+
+def require_reachable(text: str) -> None:
+    """Raise `RunError` where a text names weights that have yet to be fetched, from nowhere reachable.
+
+    For commands, before they load what takes longer than finding this out. `InputError` as `is_remote`.
+    """
+    if is_remote(text) and (remote := Remote.parse(text)) is not None and not remote.file.exists():
+        check_reachable(f"{hub_url()}/{remote.repository.name}" if remote.repository else remote.url)
 
 
 def hint(text: str) -> str:

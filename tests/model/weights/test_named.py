@@ -62,8 +62,8 @@ def hub(published, monkeypatch, tmp_path):
             settings=("data.test_resize={short: 64, long: 96}",),
         )
         everything = {**named_weights(), NAME: small}
-        for module in ("catalogue", "named"):
-            monkeypatch.setattr(f"mpformer.model.weights.{module}.named_weights", lambda: everything)
+        for module in ("model.weights.catalogue", "model.weights.named", "cli.checkpoints", "cli.weights"):
+            monkeypatch.setattr(f"mpformer.{module}.named_weights", lambda: everything)
         yield running
 
 
@@ -92,10 +92,21 @@ def test_it_is_fetched_once_and_then_found_without_a_server(hub, monkeypatch, tm
     assert left == {f"{NAME}.safetensors", ".lock"}  # the download itself is not kept beside it
 
 
-def test_without_a_network_it_is_one_line_in_seconds(hub, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", NAME, "--data", "coco"],
+        ["diagnose", NAME],
+        ["predict", NAME, "image.jpg", "--out", "out"],
+        ["weights", "export", NAME, "out"],
+        ["train", "coco-tiny", f"train.init={NAME}"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_without_a_network_it_is_one_line_in_seconds(hub, monkeypatch, capsys, command):
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port()}")
     start = time.monotonic()
-    assert main(["evaluate", NAME, "--data", "coco"]) == 1
+    assert main(command) == 1
     assert time.monotonic() - start < 5
     line = capsys.readouterr().err
     assert line.count("\n") == 1
