@@ -6,24 +6,10 @@ import re
 from collections.abc import Iterator, Mapping
 
 from mpformer.ablation.studyfile import StudyFile, split_column
+from mpformer.config.figures import AVERAGED, FIGURES, LOSSES, PLAIN
 from mpformer.config.yamlfile import Source, nearest
-from mpformer.types import InputError
+from mpformer.types import InputError, Task
 
-_PRECISION = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-_RECALL = ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
-_INSTANCE = (*_PRECISION, *(name.replace("AP", "AP_boundary") for name in _PRECISION), *_RECALL)
-_PIXELS = ("mIoU", "pixel_accuracy", "class_accuracy")
-_QUALITY = ("PQ", "SQ", "RQ")
-FIGURES = {
-    "instance": _INSTANCE,
-    "panoptic": (
-        *(name + kind for name in _QUALITY for kind in ("", "_things", "_stuff")),
-        *_PIXELS,
-        *_INSTANCE,
-    ),
-    "semantic": (*_PIXELS, *(f"{name}_stuff" for name in _QUALITY)),
-}
-"""What an evaluation of a task measures (`mpformer.evaluate.metrics.score`), as `val/NAME`."""
 _SPEED = (
     *("images_per_second", "images_seen", "train_seconds", "gpu_hours", "clock_hours"),
     *("mfu", "peak_memory_gib"),
@@ -31,7 +17,7 @@ _SPEED = (
 _LAYERS = ("layer_iou", "query_utilization", "pilot_layer_iou", "pilot_query_utilization")
 
 
-def check_columns(source: Source, file: StudyFile, tasks: Mapping[str, str]) -> None:
+def check_columns(source: Source, file: StudyFile, tasks: Mapping[str, Task]) -> None:
     """Raise `InputError`, with the nearest right name, for a column that no run of its part would measure.
 
     `tasks`: by part, what its models are evaluated on.
@@ -47,6 +33,6 @@ def check_columns(source: Source, file: StudyFile, tasks: Mapping[str, str]) -> 
         )
 
 
-def _fixed(task: str) -> Iterator[str]:
-    yield from (f"val/{name}" for name in FIGURES[task])
+def _fixed(task: Task) -> Iterator[str]:
+    yield from (f"{kind}{name}" for kind in (PLAIN, AVERAGED) for name in (*FIGURES[task], *LOSSES))
     yield from (f"speed/{name}" for name in _SPEED)

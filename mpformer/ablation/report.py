@@ -153,6 +153,8 @@ def _notes(study: Study, table: Sequence[Cell]) -> list[str]:
         notes.append(f"{NO_SUCH} not applicable: no such figure of this model, or on these data.")
     if sources := sorted({cell.paper[1].split(", row")[0] for cell in table if cell.paper}):
         notes.append(f"Paper: {'; '.join(sources)}.")
+    if study.file.figures == "best":
+        notes.append("Figures of each run's best weights, chosen by what is measured here: they flatter.")
     if study.file.note:
         notes.append(study.file.note)
     return notes

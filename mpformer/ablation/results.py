@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mpformer.ablation.spec import Study
+from mpformer.ablation.spec import Study, Trial
 from mpformer.ablation.studyfile import split_column
+from mpformer.config.figures import ranked
 from mpformer.tracking.record import read_metrics, read_summary
 from mpformer.tracking.run_dir import RunDir
 from mpformer.types import RunError
@@ -26,14 +27,19 @@ class RunResult:
     finished: bool
     batch_size: int
     workers: int = 1
+    best: str | None = None
+    """The figure whose best evaluation counts; None: the last one does."""
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """The figures at the last step of a finished run, with its hours; empty before."""
+        """The figures at the last (or best) step of a finished run, with its hours; empty before."""
         if not self.finished or not self.history:
             return {}
-        last = self.history[-1][0]
-        final = {key: v for step, values in self.history if step == last for key, v in values.items()}
+        chosen = self.history[-1][0]
+        if self.best is not None:
+            order = ranked(self.best, ((s, v[self.best]) for s, v in self.history if self.best in v))
+            chosen = order[0][0] if order else chosen
+        final = {key: v for step, values in self.history if step == chosen for key, v in values.items()}
         if (seconds := final.get("speed/train_seconds")) is not None:
             final["speed/clock_hours"] = seconds / 3600
         return final
@@ -71,8 +77,13 @@ def collect(study: Study) -> Results:
     found: dict[tuple[str, str], dict[int, RunResult]] = {key: {} for key in study.runs}
     for trial in study.trials():
         if trial.run_dir.is_dir():
-            found[trial.row, trial.part][trial.seed] = read_run(trial.run_dir, trial.config.train.batch_size)
+            run = read_run(trial.run_dir, trial.config.train.batch_size)
+            found[trial.row, trial.part][trial.seed] = replace(run, best=_best(study, trial))
     return found
+
+
+def _best(study: Study, trial: Trial) -> str | None:
+    return trial.config.train.keep.best if study.file.figures == "best" else None
 
 
 def read_run(run_dir: Path, batch_size: int) -> RunResult:
@@ -108,7 +119,11 @@ def collect_mlflow(study: Study, uri: str) -> Results:
                 [experiment.experiment_id], query, order_by=["attributes.start_time DESC"], max_results=1
             )
             for run in runs:
-                keys = [key for key in run.data.metrics if key.split("/")[0] in ("val", "diag", "speed")]
+                keys = [
+                    key
+                    for key in run.data.metrics
+                    if key.split("/")[0] in ("val", "val_ema", "diag", "speed")
+                ]
                 points = ((key, store.get_metric_history(run.info.run_id, key)) for key in keys)
                 history = _by_step((m.step, key, m.value) for key, metrics in points for m in metrics)
                 found[trial.row, trial.part][trial.seed] = RunResult(
@@ -116,6 +131,7 @@ def collect_mlflow(study: Study, uri: str) -> Results:
                     run.info.status == "FINISHED",
                     trial.config.train.batch_size,
                     trial.config.cluster.workers,
+                    _best(study, trial),
                 )
     except mlflow_failures() as error:
         raise RunError(f"MLflow {uri}: {first_line(error)}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from mpformer import draw
 from mpformer.ablation.page import html_page
 from mpformer.ablation.tables import figure_text, markdown_table
 from mpformer.config import load_config
+from mpformer.config.figures import AVERAGED, PLAIN
+from mpformer.model.weights.checkpoints import best
+from mpformer.tracking.lineage import Parent, read_parent
 from mpformer.tracking.record import read_metrics, read_summary, record_files
 from mpformer.tracking.run_dir import RunDir
 from mpformer.types import InputError, printable
@@ -26,8 +30,9 @@ def write_run_report(run_dir: Path) -> tuple[str, list[Path]]:
         )
     config = load_config(files.config)
     history = read_metrics(run_dir)
-    evaluations = [(step, v) for step, v in history if any(key.startswith("val/") for key in v)]
-    keys = list(dict.fromkeys(key for _, v in evaluations for key in v if key.startswith("val/")))
+    kinds = (PLAIN, AVERAGED)
+    evaluations = [(step, v) for step, v in history if any(key.startswith(kinds) for key in v)]
+    keys = list(dict.fromkeys(key for _, v in evaluations for key in v if key.startswith(kinds)))
     title = f"{config.name}, seed {config.train.seed}"
     table = [["step", "images", *(key.removeprefix("val/") for key in keys)]]
     for step, values in evaluations:
@@ -41,17 +46,43 @@ def write_run_report(run_dir: Path) -> tuple[str, list[Path]]:
         speed = f"{summary['images_per_second']:.1f} images/s on {summary['device']}"
         hours = f"{summary['train_seconds'] / 3600:.2f} h of training"
         lines.append(f"{summary['steps']} steps, {speed}, {hours}.")
+        if "stopped_early" in summary:
+            lines.append(f"Ended before its length: {summary['stopped_early']}.")
+    if (parent := read_parent(run_dir)) is not None:
+        lines.append(f"Goes on from step {parent.step} of {parent.run}, whose figures up to there these are.")
+    if (kept := best(run_dir)) is not None:
+        lines.append(f"{kept.note}.")
     text = "\n".join(lines) + "\n"
     report = files.report
     report.path.mkdir(exist_ok=True)
     report.table.write_text(text, encoding="utf-8")
     curves = []
     for key in keys:
-        points = [(step * config.train.batch_size, v[key]) for step, v in evaluations if key in v]
-        path = report.curve(key.removeprefix("val/"))
-        name = key.removeprefix("val/")
-        drawing = partial(draw.curves, {title: points}, "training images seen", name, title, path)
+        points = [(step, v[key]) for step, v in evaluations if key in v]
+        name = key.removeprefix(PLAIN)
+        path = report.curve(name.replace("/", "-"))
+        series = _in_images(_joined(title, points, parent), config.train.batch_size)
+        drawing = partial(draw.curves, series, "training images seen", name, title, path)
         if draw.attempted(drawing, str(path)):
             curves.append(path)
     report.page.write_text(html_page(title, text, curves), encoding="utf-8")
     return text, [report.table, report.page, *curves]
+
+
+_Points = Sequence[tuple[int, float]]
+"""(step, value)."""
+
+
+def _joined(title: str, points: _Points, parent: Parent | None) -> dict[str, _Points]:
+    """The curve of a run; one that goes on from another begins where the curve of that one ends."""
+    if parent is None:
+        return {title: points}
+    before = [point for point in points if point[0] <= parent.step]
+    return {
+        f"{parent.run}, to step {parent.step}": before,
+        f"{title}, from there": [*before[-1:], *points[len(before) :]],
+    }
+
+
+def _in_images(series: Mapping[str, _Points], batch_size: int) -> dict[str, list[tuple[float, float]]]:
+    return {name: [(step * batch_size, value) for step, value in points] for name, points in series.items()}

@@ -147,6 +147,10 @@ def load_study(path: str | Path, settings: Sequence[str] = ()) -> Study:
         for row in file.rows
         for part in file.parts_of(row)
     }
+    for (row, _), config in runs.items():
+        if file.figures == "best" and config.train.keep.best is None:
+            place = source.place(["figures"])
+            raise InputError(f"{place}: figures: best needs train.keep.best in every row; {row} has none")
     seeds = chosen.seeds or profile.seeds or file.seeds
     return Study(path, file, chosen.profile, bases, runs, seeds, chosen.plan)
 

@@ -126,6 +126,9 @@ class StudyFile(Section):
     """What the training-speed curves are drawn against first."""
     baseline: str
     seeds: Seeds = (0,)
+    figures: Literal["last", "best"] = "last"
+    """Of which weights of a run the table's figures are: the last, or those that are best by its
+    `train.keep.best`. Choosing by the split that is measured flatters."""
     rows: Annotated[dict[Name, Row], Field(min_length=1)]
     search: Search | None = None
     profiles_from: str | None = None

@@ -86,6 +86,8 @@ def _asha(search: Search, trial: Trial) -> _Asha | None:
         return None
     if trial.config.cluster.evaluators:
         raise InputError("search.stop: asha stops a run at its evaluations, so it needs cluster.evaluators=0")
+    if trial.config.train.stop_early:
+        raise InputError("search.stop: asha stops runs itself, so train.stop_early has to be null")
     every, length = trial.config.evaluate.every, trial.config.train.length
     if every is None or "epoch" in every + length:
         raise InputError("search.stop: asha needs evaluate.every and train.length in steps or images")

@@ -43,7 +43,7 @@ def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
 
         start_ray([config])
     found, usage = evaluation.evaluate(model, split, config, device=device, report=_progress())
-    for key, value in {**found.scores.summary, **found.layers}.items():
+    for key, value in {**found.scores.summary, **found.losses, **found.layers}.items():
         say(f"{key:24} {value:8.2f}")
     for key, reason in unmeasured(config.data.task, found.scores.summary).items():
         say(f"{key:24} not measured: {reason}")
@@ -90,8 +90,8 @@ def diagnose(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
             path = folder / f"layers-{file_stem(record.image_id)}.png"
             write_png(path, picture)
             say(str(path))
-    # figures of other data would pass for the run's own
-    own = data is None and not changed
+    # figures of other data, or of the average, would pass for the run's own
+    own = data is None and not changed and not origin.averaged
     _attach(origin, {f"diag/{k}": v for k, v in found.metrics().items()} if own else {}, folder)
 
 
@@ -101,7 +101,7 @@ def predict(checkpoint: str, images: Sequence[str], out: str, settings: Sequence
     from mpformer.evaluate.files import predict_files
     from mpformer.model.weights.loading import load_checkpoint
 
-    model, trained = load_checkpoint(checkpoint, _inference_device())
+    model, trained = load_checkpoint(chosen_file(checkpoint), _inference_device())
     config = _for_evaluation(trained, checkpoint, None, settings)
     pictures = predict_files(model, images, out, config, report=say)
     say(f"{len(pictures)} pictures and predictions.json in {out}")
@@ -212,6 +212,8 @@ class _Origin:
     """Where the results go."""
     name: str
     step: int
+    averaged: bool = False
+    """Whether its weights are the average over training (`train.ema`)."""
 
     def pictures(self, what: str, split: str, changed: bool) -> Path:
         """One folder for each kind of picture, checkpoint and split; another where the data have changed."""
@@ -219,17 +221,28 @@ class _Origin:
         return RunDir(self.folder).pictures / "-".join([what, self.name, *split.split(), *marks])
 
 
-def _origin(checkpoint: str) -> _Origin:
-    from mpformer.model.weights.loading import weights_file
+def chosen_file(checkpoint: str) -> Path:
+    """The model file that the argument stands for; where it is one of several of a run, that is said."""
+    from mpformer.model.weights.loading import chosen_weights
 
-    file = weights_file(checkpoint)
+    choice = chosen_weights(checkpoint)
+    if choice.note:
+        say(choice.note)
+    return choice.file
+
+
+def _origin(checkpoint: str) -> _Origin:
+    from mpformer.model.weights.checkpoints import EMA_FILE
+
+    file = chosen_file(checkpoint)
     if is_remote(checkpoint):  # what is found of them belongs to the user, not into the cache
         return _Origin(file, None, Path(Config().storage) / file.stem, file.stem, 0)
     folder = file.resolve().parent
     run, step = RunDir.containing(file.resolve()), step_of(folder)
     if run is None or step is None:
         return _Origin(file, None, folder, file.stem, 0)
-    return _Origin(file, run.path, run.path, folder.name, step)
+    averaged = file.name == EMA_FILE
+    return _Origin(file, run.path, run.path, folder.name + "-ema" * averaged, step, averaged)
 
 
 def _published_figures(checkpoint: str) -> dict[str, float]:

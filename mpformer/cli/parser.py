@@ -21,8 +21,8 @@ RECIPE = "a recipe: a file, or the name of a shipped one, such as coco-tiny"
 STUDY = "a study: a file, or the name of a shipped one, such as mpformer-table8"
 RUN = "a run's folder, runs/NAME-HASH-sSEED"
 CHECKPOINT = (
-    "a run's folder, one of its checkpoints, a .safetensors file of ours, a name of `mpformer weights list`, "
-    "hf:OWNER/NAME[@REVISION], or a URL"
+    "a run's folder (RUN@last: not the best), one of its checkpoints, a .safetensors file of ours, a name of "
+    "`mpformer weights list`, hf:OWNER/NAME[@REVISION], or a URL"
 )
 DATA = "a data folder, or a recipe"
 OTHER_DATA = "a data folder, or a recipe to take the data of"

@@ -22,7 +22,7 @@ def ways_on(recipe: str, settings: Sequence[str], run_dir: Path) -> str:
     name = f"name={_free(run_dir.parent, stem)}"
     kept = [text for text in settings if not text.startswith("name=")]
     anew = command("train", Path(recipe), *kept, name)
-    kept = [text for text in kept if not text.startswith("train.init=")]
+    kept = [text for text in kept if not text.startswith(("train.init=", "train.resume_from="))]
     onward = command("train", Path(recipe), *kept, name, f"train.init={run_dir}")
     return f"restore them, or begin another run: {anew} - or one from this run's weights: {onward}"
 

@@ -9,6 +9,7 @@ from mpformer import shell
 from mpformer.ablation.plan import show_value
 from mpformer.cli import reference
 from mpformer.cli.output import say
+from mpformer.cli.relatives import way_on
 from mpformer.cli.rundata import ways_on
 from mpformer.cli.size import size_line
 from mpformer.config import Config, diff, dump_yaml, load_config, run_name
@@ -29,8 +30,11 @@ def train(recipe: str, settings: Sequence[str]) -> None:
     if config.train.init is not None and not complete(run_dir):
         require_reachable(config.train.init)
     say(f"run {run_dir}")
+    if (line := way_on(recipe, settings, config, run_dir)) is not None:
+        say(line)
     say(f"{label}  loading torch and Ray")
     from mpformer.evaluate.metrics import unmeasured
+    from mpformer.model.weights.checkpoints import best
     from mpformer.tracking.progress import Follower, follow
     from mpformer.train.launch import fit
     from mpformer.train.rundata import ChangedDataError
@@ -47,6 +51,10 @@ def train(recipe: str, settings: Sequence[str]) -> None:
     measured = [key.removeprefix("val/") for key in summary["metrics"]]
     for key, reason in unmeasured(config.data.task, measured).items() if measured else ():
         say(f"{'val/' + key:20} not measured: {reason}")
+    if "stopped_early" in summary:
+        say(f"ended at step {summary['steps']}: {summary['stopped_early']}")
+    if (kept := best(run_dir)) is not None:
+        say(kept.note)
     say(str(RunDir(run_dir).summary))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mpformer.cli.checkpoints import chosen_file
 from mpformer.cli.output import say
 from mpformer.model.weights.catalogue import figures_text, named_weights
 from mpformer.model.weights.named import Remote, require_reachable
@@ -20,7 +21,7 @@ def weights_export(checkpoint: str, folder: str) -> None:
     require_reachable(checkpoint)
     from mpformer.model.weights.loading import export_huggingface
 
-    export_huggingface(checkpoint, folder)
+    export_huggingface(chosen_file(checkpoint), folder)
     say(folder)
 
 

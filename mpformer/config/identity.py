@@ -47,19 +47,20 @@ def dump_data_set(dataset: BaseModel) -> str:
 
 def identity_settings(config: Config) -> dict[str, Any]:
     """Settings of model, data and train that differ from their defaults and change what is computed; for a
-    plug-in, a hash of its source, too. Raises `InputError` where there is no such plug-in."""
+    plug-in, a hash of its source, too. With `train.stop_early` those of evaluate, too, which then decide when
+    training ends. Raises `InputError` where there is no such plug-in."""
+    sections = ("model", "data", "train", *(("evaluate",) if config.train.stop_early else ()))
     neutral = set(_neutral_keys(Config))
     neutral.add("train.seed")  # a part of its own in the run's name
-    changed = {key: value for key, (value, _) in diff(config, Config()).items() if _computes(key)}
+    changed = {key: value for key, (value, _) in diff(config, Config()).items() if _in(key, sections)}
     for key, reference in references(config):
-        if _computes(key) and not is_library(reference):
+        if _in(key, sections) and not is_library(reference):
             changed[f"{key}.source"] = source_hash(reference, key)
     return {key: value for key, value in sorted(changed.items()) if key not in neutral}
 
 
-def _computes(key: str) -> bool:
-    """Whether a setting belongs to the sections that decide what a run computes."""
-    return key.split(".")[0] in ("model", "data", "train")
+def _in(key: str, sections: Iterable[str]) -> bool:
+    return key.split(".")[0] in sections
 
 
 def _neutral_keys(section: type[BaseModel], prefix: str = "") -> Iterable[str]:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from mpformer.config import plugins
 from mpformer.config.data import Data
+from mpformer.config.figures import AVERAGED, PLAIN
 from mpformer.config.model import Model
 from mpformer.config.plugins import BY_NAME, PLUGIN_TAG, Plugin
 from mpformer.config.section import Count, Described, Fraction, Positive, Section, setting
@@ -68,6 +69,36 @@ AnySchedule = Annotated[
 ]
 
 
+def _figure(value: Any) -> Any:
+    if isinstance(value, str) and not value.startswith((PLAIN, AVERAGED)):
+        raise ValueError(f"a figure of the evaluations is expected, such as {PLAIN}AP")
+    return value
+
+
+Figure = Annotated[str, BeforeValidator(_figure)]
+"""A figure of the evaluations by its key in the record: val/AP, val/PQ, val/loss, val_ema/AP, ..."""
+
+
+class Keep(Section):
+    """The checkpoints of a run that are kept."""
+
+    best: Figure | None = setting(None)
+    """Also keep the checkpoint that is best by this figure, such as val/AP or val/loss (the smallest). Every
+    evaluation then writes a checkpoint, and evaluate, predict and export take the best one by default. null:
+    none."""
+    last: Count = setting(2)
+    """The newest so many checkpoints."""
+
+
+class StopEarly(Section):
+    """When training ends before its length."""
+
+    metric: Figure
+    """The figure that has to get better, such as val/AP."""
+    patience: Count
+    """Training ends at the evaluation that is this many after the best one."""
+
+
 class Train(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Of all random numbers of the run: weights, order of the images, augmentation, noise, loss points."""
@@ -76,6 +107,10 @@ class Train(Section):
     name of `mpformer weights list`, `hf:OWNER/NAME[@REVISION]`, or a URL. What does not fit, such as the
     class head for other classes, is initialised randomly and listed; at least half of every other part has to
     fit. null: a random model with the backbone of `model.backbone.pretrained`."""
+    resume_from: str | None = None
+    """A run (its newest checkpoint) or one of its checkpoints to go on from under changed settings, such as a
+    longer `length` or another `lr`: weights, optimiser state, step and record are taken over, `init` is not
+    looked at. Model, optimiser and batch size have to be the same. null: a run of its own."""
     length: Duration = "50 epochs"
     """Of the training, in epochs, optimiser steps or images."""
     batch_size: Count = 16
@@ -109,13 +144,30 @@ class Train(Section):
     computed again there: less memory, more time."""
     checkpoint_every: Duration = setting("1 epoch")
     """Interval of the checkpoints from which an interrupted run goes on."""
-    keep_checkpoints: Count = setting(2)
-    """How many of the newest are kept."""
+    keep: Keep = Keep()
+    stop_early: StopEarly | None = None
+    """End training once a figure of the evaluations has not become better for a while. null: never."""
+    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Also keep an exponential moving average of the weights, with this decay per step, such as 0.999 (after
+    step t at most (1 + t) / (10 + t)). It is evaluated beside the weights, as val_ema/AP and so on. null:
+    none."""
     log_every: Count = setting(20)
     """Steps between points of the metrics record."""
     profile: Annotated[int, Field(ge=0)] = setting(0)
     """Steps to profile, after the first ten of each start of the run: a trace in the run's folder, which
     chrome://tracing and ui.perfetto.dev show (docs/speed.md). 0: none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, values: Any) -> Any:
+        """`keep_checkpoints` was the name of `keep.last`: recipes, run folders and checkpoints have it."""
+        if not isinstance(values, dict) or "keep_checkpoints" not in values:
+            return values
+        others = {key: value for key, value in values.items() if key != "keep_checkpoints"}
+        keep = others.get("keep", {})
+        if not isinstance(keep, dict) or "last" in keep:
+            raise ValueError("keep_checkpoints is the old name of keep.last: one of the two is expected")
+        return {**others, "keep": {**keep, "last": values["keep_checkpoints"]}}
 
 
 def _metric(value: Any) -> Any:
@@ -156,9 +208,11 @@ class Evaluate(Section):
     """Further metrics, each `package.module:Name` or {kind:, options:}; see docs/extending.md."""
     layers: bool = True
     """Also compute mIoU-L and query utilisation of the decoder layers (MP-Former section 3)."""
+    loss: bool = False
+    """Also compute the training loss of the matching part on the images of the evaluation: val/loss."""
     batch: Count = setting(1)
     """`predict`: batch size for consecutive images of one size (evaluation predicts one at a time)."""
-    pictures: Annotated[int, Field(ge=0)] = 8
+    pictures: Annotated[int, Field(ge=0)] = setting(8)
     """Images on the page of an evaluation; 0: no page."""
 
 

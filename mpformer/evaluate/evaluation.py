@@ -6,13 +6,15 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from mpformer.config import Config
+from mpformer.config.figures import PLAIN
 from mpformer.data.records import Catalog
+from mpformer.evaluate.criterion import mean_loss
 from mpformer.evaluate.inference import predict_on_workers, predict_records
 from mpformer.evaluate.layers import summarize
 from mpformer.evaluate.metrics import build_metrics, score
@@ -31,12 +33,20 @@ class Evaluation:
     scores: Scores
     layers: dict[str, float]
     """Diagnostics of the decoder layers in percent, {"layer_iou_3": 59.5, ...}."""
+    losses: dict[str, float] = field(default_factory=dict)
+    """With `evaluate.loss`: {"loss": 31.2, "loss_class": 0.4, ...}."""
 
     def values(self) -> dict[str, float]:
         """The metrics under the names that they have in a run's record: {"val/AP": ..., "diag/...": ...}."""
-        return {f"val/{name}": value for name, value in self.scores.summary.items()} | {
-            f"diag/{name}": value for name, value in self.layers.items()
-        }
+        return self.figures(PLAIN) | self.diagnostics()
+
+    def diagnostics(self) -> dict[str, float]:
+        """{"diag/layer_iou_3": ..., ...}"""
+        return {f"diag/{name}": value for name, value in self.layers.items()}
+
+    def figures(self, kind: str) -> dict[str, float]:
+        """Metrics and losses, named as those of the weights (`PLAIN`) or of their average (`AVERAGED`)."""
+        return {f"{kind}{name}": value for name, value in {**self.scores.summary, **self.losses}.items()}
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ def measure(predictions: Iterable[Prediction], catalog: Catalog, config: Config)
     options, metrics = config.evaluate, build_metrics(config.evaluate)
     found = tuple(predictions)
     scores = score(found, catalog, config.data.task, boundary=options.boundary, metrics=metrics)
-    return Evaluation(catalog, found, scores, summarize(found))
+    return Evaluation(catalog, found, scores, summarize(found), mean_loss(found))
 
 
 def evaluate(

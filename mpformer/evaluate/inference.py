@@ -27,6 +27,7 @@ from mpformer.data.images import load_image, pillow_image, read_image
 from mpformer.data.records import Catalog, Record
 from mpformer.evaluate import instance as rle
 from mpformer.evaluate import postprocess
+from mpformer.evaluate.criterion import image_loss
 from mpformer.evaluate.layers import layer_metrics
 from mpformer.evaluate.postprocess import View
 from mpformer.evaluate.postprocess_detr import detr_panoptic
@@ -101,15 +102,23 @@ def _predict(
 ) -> Prediction:
     resize, options = config.data.test_resize, config.evaluate
     with _timed(seconds, "forward", device):
-        [(views, heads)] = predict_views(model, [image], resize, options, device, all_heads=options.layers)
+        every = options.layers or options.loss
+        [(views, heads)] = predict_views(model, [image], resize, options, device, all_heads=every)
     with _timed(seconds, "results", device):
         found = postprocess_views(views, config.data.task, options, model.classes).compact(record.image_id)
-    if len(heads) == 1 or heads[-1].class_logits is None:
+    has_layers = options.layers and len(heads) > 1 and heads[-1].class_logits is not None
+    if not (has_layers or options.loss):
         return found
+    sizes = views[0].sizes
     with _timed(seconds, "layers", device):
-        target = target_of(record, views[0].sizes, config.data.task).to(device)
-        layers, _ = layer_metrics(heads, target, views[0].sizes, model)
-    return replace(found, layers=layers)
+        target = target_of(record, sizes, config.data.task).to(device)
+        if has_layers:
+            layers, _ = layer_metrics(heads, target, sizes, model)
+            found = replace(found, layers=layers)
+    if options.loss:
+        with _timed(seconds, "loss", device):
+            found = replace(found, loss=image_loss(heads, target, sizes, record.image_id, model))
+    return found
 
 
 @contextlib.contextmanager

@@ -38,6 +38,16 @@ class FoundSegments:
 
 
 @dataclass(frozen=True)
+class ImageLoss:
+    """What one image adds to the validation loss (`mpformer.evaluate.criterion`)."""
+
+    sums: dict[str, tuple[float, ...]]
+    """By term (class, mask, dice, ...) the weighted sum at each head, not normalised yet."""
+    shares: dict[str, float]
+    """By term the image's share of what the sum over all images is divided by."""
+
+
+@dataclass(frozen=True)
 class Prediction:
     """The results for one image: one kind for an instance or semantic task, all three for a panoptic task."""
 
@@ -51,6 +61,8 @@ class Prediction:
     """PNG of labels, 8 bits if they fit into 0..254, else 16; the largest value is void."""
     layers: LayerMetrics | None = None
     """Diagnostics of the decoder layers, with `evaluate.layers`."""
+    loss: ImageLoss | None = None
+    """With `evaluate.loss`."""
     problem: str = ""
     """Why there is no result, with `on_bad_sample: skip`; empty when there is one."""
 

@@ -14,14 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mpformer.config.figures import AVERAGED, PLAIN
+from mpformer.tracking.lineage import read_parent
 from mpformer.tracking.record import Point, read_entries, record_files
-from mpformer.tracking.run_dir import RunDir
+from mpformer.tracking.run_dir import INHERITED, RunDir
 from mpformer.types import RunError
 
 SECONDS_BETWEEN_LOOKS = 1.0
 LONGEST_WAIT = 0.1
 """Share of a step that waiting for data may take before a line warns of it."""
 QUALITY = ("val/AP", "val/PQ", "val/mIoU")
+_AVERAGED = tuple(key.replace(PLAIN, AVERAGED) for key in QUALITY)
 
 
 @contextmanager
@@ -82,7 +85,7 @@ class Follower:
         """One line for each start, each warning, and, with `points`, each point since the last call."""
         lines = []
         for file in record_files(self.run_dir):
-            if file in self._told:
+            if file in self._told or file.name == INHERITED:
                 continue
             if file != self._file:
                 self._told |= {self._file} if self._file else set()
@@ -109,7 +112,7 @@ class Follower:
             if not self.begun:
                 self._first_step = entry
             self.begun = True
-            return f"{self.label}  goes on from step {entry}" if entry else f"{self.label}  {self._start()}"
+            return f"{self.label}  {self._goes_on(entry) if entry else self._start()}"
         total = self.total_steps = self._read_total_steps()
         self.step, values = entry.step, entry.values
         self.values.update(values)
@@ -129,13 +132,20 @@ class Follower:
                 texts.append(f"data wait {100 * share:.0f} %{warning}")
             if self.time_left:
                 texts.append(self.time_left)
-        texts += [f"{key} {values[key]:.1f}" for key in QUALITY if key in values]
+        texts += [f"{key} {values[key]:.1f}" for key in (*QUALITY, *_AVERAGED) if key in values]
+        if (loss := values.get("val/loss")) is not None:
+            texts.append(f"val/loss {loss:.3f}")
         return "  ".join(texts)
 
     def _start(self) -> str:
         """With what became of the weights that it starts from, if it starts from any."""
         path = RunDir(self.run_dir).init
         return "starts from " + "; ".join(path.read_text().splitlines()) if path.exists() else "starts"
+
+    def _goes_on(self, step: int) -> str:
+        parent = read_parent(self.run_dir)
+        of_another = f" of {parent.run}" if parent is not None and parent.step == step else ""
+        return f"goes on from step {step}{of_another}"
 
     def _read_total_steps(self) -> int | None:
         path = RunDir(self.run_dir).progress

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpformer.tracking.run_dir import RunDir
+from mpformer import atomic
+from mpformer.tracking.run_dir import INHERITED, RunDir
 from mpformer.types import RunError
 
 
@@ -106,6 +107,24 @@ def _point(fields: dict[str, Any]) -> Point:
     return Point(step, stamp, {key: math.nan if value is None else value for key, value in fields.items()})
 
 
+def _fields(point: Point) -> dict[str, Any]:
+    finite = {key: value if math.isfinite(value) else None for key, value in point.values.items()}
+    return {"step": point.step, "time": point.time, **finite}
+
+
+def inherit(run_dir: Path, parent_dir: Path, step: int) -> None:
+    """Begin the record of a run with that of another up to a step, as `0000.jsonl`.
+
+    A reader then finds one curve. Raises `OSError`, and `RunError` where the other record is damaged.
+    """
+    points = [point for point in read_points(parent_dir) if point.step <= step]
+    start = {"start_step": 0, "time": _now(), "resumed_from": parent_dir.name, "resumed_at_step": step}
+    lines = [start, *map(_fields, points)]
+    folder = RunDir(run_dir).metrics
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(folder / INHERITED, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+
+
 class RecordWriter:
     """Writes the file of this start of a run."""
 
@@ -123,8 +142,7 @@ class RecordWriter:
     def add(self, step: int, values: Mapping[str, float]) -> Point:
         """Write one point at once. Raises `RunError` where the disk refuses."""
         point = Point(step, _now(), {key: float(value) for key, value in values.items()})
-        finite = {key: value if math.isfinite(value) else None for key, value in point.values.items()}
-        self._write({"step": step, "time": point.time, **finite})
+        self._write(_fields(point))
         return point
 
     def sync(self) -> None:

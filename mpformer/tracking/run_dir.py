@@ -8,6 +8,8 @@ from pathlib import Path
 
 CHECKPOINTS, EVALUATIONS, PICTURES, TRACKERS = "checkpoints", "evaluations", "pictures", "trackers"
 MLFLOW_FILE, SUMMARY_FILE = "mlflow.json", "summary.json"
+INHERITED = "0000.jsonl"
+"""The part of a record that a run has taken over from another (`train.resume_from`)."""
 
 _CHECKPOINT = re.compile(r"^step-(\d{8})$")
 
@@ -33,6 +35,11 @@ class RunDir:
     def data(self) -> Path:
         """What data the run was begun on (`mpformer.train.rundata`)."""
         return self.path / "data.json"
+
+    @property
+    def parent(self) -> Path:
+        """From which run, and which step of it, the run goes on (`train.resume_from`)."""
+        return self.path / "parent.json"
 
     @property
     def metrics(self) -> Path:

@@ -23,6 +23,7 @@ from mpformer.tracking.record import read_points
 from mpformer.tracking.run_dir import RunDir
 from mpformer.tracking.tracker import Tracker
 from mpformer.train import checkpoint
+from mpformer.train.judgement import check_measured
 
 
 class NoBackgroundEvaluator:
@@ -81,9 +82,11 @@ class BackgroundEvaluator:
         if not wait and not ray.wait([task], timeout=0)[0]:
             return
         try:
-            self._tracker.log(step, ray.get(task))
+            values = ray.get(task)
         except RayTaskError as error:
             raise error.cause from None
+        check_measured(self._config, values)
+        self._tracker.log(step, values)
         self._running = None
 
     def committed(self) -> None:

@@ -1,15 +1,17 @@
 """Write and restore the checkpoints of a run: safetensors and JSON, no pickle, renamed into place.
 
 `RUN/checkpoints/step-00000400/` holds `model.safetensors` (with the resolved settings and the class table in
-its header, so that the file alone can be evaluated), `optimizer.safetensors` and `state.json`. The data
-position, the schedule and all random streams are functions of (seed, step); the step is therefore the only
-state besides the tensors. Which checkpoint is read: `mpformer.model.weights.checkpoints`.
+its header, so that the file alone can be evaluated), with `train.ema` the same of the averaged weights as
+`ema.safetensors`, `optimizer.safetensors` and `state.json`. The data position, the schedule and all random
+streams are functions of (seed, step); the step is therefore the only state besides the tensors. Which
+checkpoint is read: `mpformer.model.weights.checkpoints`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,17 @@ from mpformer import atomic
 from mpformer.config import Config
 from mpformer.model.architecture import Architecture
 from mpformer.model.weights.checkpoints import (
+    EMA_FILE,
     MODEL_FILE,
     OPTIMIZER_FILE,
     STATE_FILE,
     Checkpoint,
-    complete,
     digest,
+    superseded,
 )
 from mpformer.model.weights.loading import checkpoint_metadata
 from mpformer.tracking.run_dir import RunDir, partial_checkpoint, partial_checkpoints
+from mpformer.train.ema import WeightAverage
 from mpformer.types import InputError, RunError
 
 _NUMBERS = "numbers"
@@ -44,8 +48,9 @@ def save(
     optimizer: torch.optim.Optimizer,
     config: Config,
     state: dict[str, Any],
+    average: WeightAverage | None = None,
 ) -> Checkpoint:
-    """Write the checkpoint of `step`, then delete all but the newest `train.keep_checkpoints`.
+    """Write the checkpoint of `step`, then delete those that `train.keep` does not keep.
 
     The checkpoint appears under its name only when every byte of it is on disk. Raises `RunError` where it
     cannot be written; older checkpoints are then still there.
@@ -58,7 +63,9 @@ def save(
         for leftover in partial_checkpoints(folder):
             shutil.rmtree(leftover)
         partial.mkdir()
-        _write_model(partial / MODEL_FILE, model, config)
+        _write_model(partial / MODEL_FILE, model.state_dict(), model, config)
+        if average is not None:
+            _write_model(partial / EMA_FILE, average.state_dict(), model, config)
         _write_optimizer(partial / OPTIMIZER_FILE, model, optimizer)
         content = {
             **state,
@@ -73,7 +80,7 @@ def save(
             shutil.rmtree(final)
         partial.rename(final)
         atomic.flush(folder)
-        for old in complete(run_dir)[: -config.train.keep_checkpoints]:
+        for old in superseded(run_dir, config.train.keep):
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:  # the latter is what a full disk is to safetensors
         shutil.rmtree(partial, ignore_errors=True)  # makes room for the note of the failure
@@ -87,7 +94,7 @@ def save_weights(path: Path, model: Architecture, config: Config) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(path, durable=True) as partial:
-            _write_model(partial, model, config)
+            _write_model(partial, model.state_dict(), model, config)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RunError(f"{path}: the weights cannot be written: {reason}") from error
@@ -104,10 +111,20 @@ def restore(checkpoint: Checkpoint, model: Architecture, optimizer: torch.optim.
     _read_optimizer(checkpoint.path / OPTIMIZER_FILE, model, optimizer)
 
 
-def _write_model(path: Path, model: Architecture, config: Config) -> None:
-    tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+def restored_average(checkpoint: Checkpoint | None, model: Architecture, decay: float) -> WeightAverage:
+    """The average of a model's weights, gone on with where a checkpoint has one, else begun."""
+    average = WeightAverage(model, decay)
+    if checkpoint is not None and (file := checkpoint.path / EMA_FILE).is_file():
+        average.load(load_file(file, device=str(next(model.parameters()).device)))
+    return average
+
+
+def _write_model(
+    path: Path, tensors: Mapping[str, torch.Tensor], model: Architecture, config: Config
+) -> None:
+    content = {k: v.detach().contiguous() for k, v in tensors.items()}
     described = config.model_copy(update={"model": model.config})  # with the normalisation of its images
-    save_file(tensors, path, checkpoint_metadata(described, model.classes))
+    save_file(content, path, checkpoint_metadata(described, model.classes))
 
 
 def _write_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

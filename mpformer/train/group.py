@@ -37,6 +37,13 @@ class Group:
             dist.all_reduce(summed)
         return dict(zip(values, summed.unbind()))
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any worker: the same on all of them."""
+        flags = torch.tensor(float(flag), device=self.device)
+        if self.world > 1:
+            dist.all_reduce(flags)
+        return bool(flags > 0)
+
     def in_turn(self, act: Callable[[], None]) -> None:
         """Run `act` on one worker after the other: those of one machine share its folders."""
         for rank in range(self.world):

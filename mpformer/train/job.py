@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mpformer.config import Config, duration_in_steps
 from mpformer.tracking.entry import Entry
+from mpformer.train.judgement import judged
 
 if TYPE_CHECKING:
     import ray
@@ -41,6 +42,8 @@ class StepPlan:
     checkpoint_every: int
     evaluate_every: int | None
     """None: only at the end."""
+    judged: bool = False
+    """Whether something depends on the evaluations (`mpformer.train.judgement`): each gets a checkpoint."""
 
     @classmethod
     def of(cls, config: Config, images: int) -> StepPlan:
@@ -55,6 +58,7 @@ class StepPlan:
             log_every=config.train.log_every,
             checkpoint_every=steps(config.train.checkpoint_every),
             evaluate_every=None if every is None else steps(every),
+            judged=judged(config),
         )
 
     def is_last(self, step: int) -> bool:
@@ -68,4 +72,5 @@ class StepPlan:
         return due or self.is_last(step)
 
     def saves(self, step: int) -> bool:
-        return step % self.checkpoint_every == 0 or self.is_last(step)
+        due = step % self.checkpoint_every == 0 or (self.judged and self.evaluates(step))
+        return due or self.is_last(step)

@@ -26,11 +26,12 @@ from mpformer.model.weights.checkpoints import complete, latest
 from mpformer.model.weights.named import is_remote
 from mpformer.plugin import inherited_folder
 from mpformer.tracking.entry import Entry
+from mpformer.tracking.lineage import read_parent
 from mpformer.tracking.mlflow_store import prepare_store
 from mpformer.tracking.record import read_summary
 from mpformer.tracking.run_dir import RunDir
 from mpformer.tracking.tracker import close_run
-from mpformer.train import plugins, rundata
+from mpformer.train import extension, judgement, plugins, rundata
 from mpformer.train.mirror import open_mirror
 from mpformer.types import InputError, RunError
 
@@ -130,6 +131,7 @@ def fit(
         return summary
     plugins.check(config)
     is_remote(config.train.init or "")  # a wrong address is told before it is written anywhere
+    judgement.check(config)
     if complete(run_dir):
         rundata.check(run_dir, version)  # before it is told what is wrong with other data
     tell(f"reading the annotations in {config.data.root}")
@@ -146,8 +148,13 @@ def fit(
         begun, damaged = latest(run_dir)
         for line in damaged:
             log.warning("%s. The run goes on from the checkpoint before", line)
+        if begun is None and config.train.resume_from is not None:
+            begun = extension.begin(run_dir, config, splits["train"])
+        parent = read_parent(run_dir) if config.train.resume_from is not None else None
         data_tags = rundata.settle(run_dir, version, begun)
         atomic.write_text(RunDir(run_dir).config, dump_yaml(config))
+        if parent is not None:
+            mirror.push()  # a worker on another machine finds the checkpoint there
         # a run that has begun does without them: they may be gone
         init = None if begun or config.train.init is None else _start_weights(config.train.init)
         tell(
@@ -164,7 +171,7 @@ def fit(
             ray.put(splits["train"]),
             ray.put(splits["val"]),
             uuid.uuid4().hex,
-            replace(entry, tags={**entry.tags, **data_tags}),
+            replace(entry, tags={**entry.tags, **data_tags, **(parent.tags() if parent else {})}),
             prepare_store(config, entry.experiment, len(capacity.nodes)),
             init,
         )

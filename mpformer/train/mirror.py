@@ -18,7 +18,14 @@ from pyarrow import fs
 
 from mpformer import atomic
 from mpformer.model.weights import checkpoints
-from mpformer.tracking.run_dir import CHECKPOINTS, EVALUATIONS, SUMMARY_FILE, RunDir, partial_checkpoint
+from mpformer.tracking.run_dir import (
+    CHECKPOINTS,
+    EVALUATIONS,
+    SUMMARY_FILE,
+    RunDir,
+    partial_checkpoint,
+    step_of,
+)
 from mpformer.types import InputError, RunError
 
 _T = TypeVar("_T")
@@ -114,10 +121,18 @@ class Mirror:
             if not name.startswith(f"{CHECKPOINTS}/") and name != SUMMARY_FILE:
                 self._fetch(name)
         # last: these files mark a checkpoint, or the run, as complete
-        if theirs > mine:
-            self._fetch_checkpoint(theirs, there)
+        for name in sorted({theirs, *self._best_of(complete)} - {""}) if theirs > mine else ():
+            if not (self._run.checkpoints / name).exists():
+                self._fetch_checkpoint(name, there)
         if finished:
             self._fetch(SUMMARY_FILE)
+
+    def _best_of(self, complete: list[str]) -> list[str]:
+        """Of checkpoints of the copy that which the run keeps as its best, if it does."""
+        if (figure := checkpoints.kept_best(self.run_dir)) is None:
+            return []
+        steps = {step: name for name in complete if (step := step_of(Path(name))) is not None}
+        return [steps[step] for step, _ in checkpoints.ranked(self.run_dir, figure, steps)[:1]]
 
     def _there(self) -> list[str]:
         selector = fs.FileSelector(self._base, recursive=True, allow_not_found=True)
@@ -145,7 +160,8 @@ class Mirror:
 
     def _push(self) -> None:
         kept = checkpoints.complete(self.run_dir)
-        files = [self._run.data, *self._rewritten, *sorted(self._run.metrics.glob("*.jsonl"))]
+        files = [self._run.data, self._run.parent, *self._rewritten]
+        files += sorted(self._run.metrics.glob("*.jsonl"))
         files += sorted(path for path in self._run.pictures.rglob("*") if path.is_file())
         files += (waiting := list(self._run.waiting_evaluations().values()))
         for folder in kept:
@@ -155,9 +171,10 @@ class Mirror:
                 self._send(path)
         self._delete_measured({path.name for path in waiting})
         there = fs.FileSelector(f"{self._base}/{CHECKPOINTS}", allow_not_found=True)
+        names = {folder.name for folder in kept}
         for info in self._files.get_file_info(there):
-            # only those older than all that are kept: another start of the run may be ahead of this folder
-            if kept and info.base_name < kept[0].name:
+            # none that is newer than all that are kept: another start of the run may be ahead of this folder
+            if kept and info.base_name < kept[-1].name and info.base_name not in names:
                 self._files.delete_dir(info.path)
 
     def _delete_measured(self, waiting: Set[str]) -> None:

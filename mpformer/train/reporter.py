@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mpformer import atomic
+from mpformer.config.figures import AVERAGED, PLAIN
 from mpformer.data.records import Catalog
 from mpformer.draw import attempted
 from mpformer.evaluate.evaluation import measure
@@ -19,7 +20,9 @@ from mpformer.tracking.run_dir import RunDir
 from mpformer.tracking.tracker import Tracker
 from mpformer.train import checkpoint
 from mpformer.train.background import BackgroundEvaluator, NoBackgroundEvaluator
+from mpformer.train.ema import WeightAverage
 from mpformer.train.job import Job, StepPlan
+from mpformer.train.judgement import check_measured, stops_early
 from mpformer.train.mirror import Mirror, NoMirror
 from mpformer.train.summary import write_summary
 from mpformer.train.timing import Timers
@@ -41,18 +44,30 @@ class SilentReporter:
         """Wait for the evaluation in the background."""
 
     def evaluated(
-        self, step: int, predictions: list[Prediction], values: dict[str, float]
+        self, step: int, predictions: dict[str, list[Prediction]], values: dict[str, float]
     ) -> dict[str, float]:
-        """Score the predictions of the whole split and record the figures and `values`; the metrics."""
+        """Score the predictions of the whole split and record the figures and `values`; the figures by key.
+
+        predictions: of the weights (`PLAIN`), and of their average (`AVERAGED`) if there is one.
+        """
         return {}
 
+    def stops_early(self, step: int) -> bool:
+        """Whether training ends after the evaluation of a step."""
+        return False
+
     def save(
-        self, step: int, model: Architecture, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+        self,
+        step: int,
+        model: Architecture,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        average: WeightAverage | None,
     ) -> None:
         """Write the checkpoint of a step; what was recorded up to it goes to the trackers and the mirror."""
 
-    def finish(self, timers: Timers, resources: dict[str, Any]) -> None:
-        """Write the summary and close the record of a run that has reached its last step."""
+    def finish(self, step: int, timers: Timers, resources: dict[str, Any]) -> None:
+        """Write the summary and close the record of a run that has ended after so many steps."""
 
     def fail(self) -> None:
         """Close the record of a run that has failed."""
@@ -112,26 +127,40 @@ class Reporter(SilentReporter):
         self._background.collect()
 
     def evaluated(
-        self, step: int, predictions: list[Prediction], values: dict[str, float]
+        self, step: int, predictions: dict[str, list[Prediction]], values: dict[str, float]
     ) -> dict[str, float]:
-        evaluation = measure(predictions, self._val, self._config)
-        self._tracker.log(step, {**evaluation.values(), **values})
+        evaluation = measure(predictions[PLAIN], self._val, self._config)
+        figures, diagnostics = evaluation.figures(PLAIN), evaluation.diagnostics()
+        if AVERAGED in predictions:
+            figures |= measure(predictions[AVERAGED], self._val, self._config).figures(AVERAGED)
+        check_measured(self._config, figures)
+        self._tracker.log(step, {**figures, **diagnostics, **values})
         count = self._config.evaluate.pictures
-        if self._plan.is_last(step) and count:
+        if (self._plan.is_last(step) or self.stops_early(step)) and count:
             folder, title = self._files.pictures, f"{self._config.name}, step {step}"
             attempted(lambda: write_page(folder, title, evaluation, count=count), "page of the evaluation")
-        return evaluation.scores.summary
+        return figures
+
+    def stops_early(self, step: int) -> bool:
+        return stops_early(self._job.run_dir, self._config, step) is not None
 
     def save(
-        self, step: int, model: Architecture, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+        self,
+        step: int,
+        model: Architecture,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        average: WeightAverage | None,
     ) -> None:
-        checkpoint.save(self._job.run_dir, step, model, optimizer, self._config, state)
+        checkpoint.save(self._job.run_dir, step, model, optimizer, self._config, state, average)
         self._tracker.commit(step)
         self._background.committed()
         self._mirror.push()
 
-    def finish(self, timers: Timers, resources: dict[str, Any]) -> None:
-        write_summary(self._job.run_dir, self._config, self._plan.total, timers, resources)
+    def finish(self, step: int, timers: Timers, resources: dict[str, Any]) -> None:
+        run_dir = self._job.run_dir
+        stopped = None if self._plan.is_last(step) else stops_early(run_dir, self._config, step)
+        write_summary(run_dir, self._config, step, timers, resources, stopped)
         self._tracker.finish()
 
     def fail(self) -> None:

@@ -13,8 +13,10 @@ import torch
 
 from mpformer import atomic
 from mpformer.config import Config, config_hash
+from mpformer.config.figures import AVERAGED, PLAIN
 from mpformer.evaluate.evaluation import peak_memory
 from mpformer.tracking.commit import git_commit
+from mpformer.tracking.lineage import read_parent
 from mpformer.tracking.record import read_metrics
 from mpformer.tracking.run_dir import RunDir
 from mpformer.train.group import Group
@@ -24,15 +26,21 @@ _PACKAGES = ("torch", "ray", "timm", "mlflow", "numpy", "pycocotools")
 
 
 def write_summary(
-    run_dir: Path, config: Config, steps: int, timers: Timers, resources: dict[str, Any]
+    run_dir: Path,
+    config: Config,
+    steps: int,
+    timers: Timers,
+    resources: dict[str, Any],
+    stopped: str | None = None,
 ) -> dict[str, Any]:
-    """Write the summary of a run that has reached its last step.
+    """Write the summary of a run that has ended after so many steps; stopped: why before its length.
 
     The metrics come from the run's record, so they are complete for a run interrupted after its last step.
     """
     measured = [(step, _val(values)) for step, values in read_metrics(run_dir) if _val(values)]
     first = [values for step, values in measured if step == 0]
     last = [values for step, values in measured if step == steps]
+    parent = read_parent(run_dir)
     summary = {
         "name": config.name,
         "seed": config.train.seed,
@@ -41,6 +49,8 @@ def write_summary(
         "images_seen": steps * config.train.batch_size,
         "metrics": last[-1] if last else {},
         "untrained_metrics": first[-1] if first else {},
+        **(parent.summary() if parent else {}),
+        **({"stopped_early": stopped} if stopped else {}),
         **resources,
         "timers_seconds": dict(timers.total),
         "git_commit": git_commit(),
@@ -75,4 +85,4 @@ def peak_device_memory(device: torch.device) -> int:
 
 
 def _val(values: dict[str, float]) -> dict[str, float]:
-    return {k: v for k, v in values.items() if k.startswith("val/")}
+    return {k: v for k, v in values.items() if k.startswith((PLAIN, AVERAGED))}

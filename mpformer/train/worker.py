@@ -20,10 +20,12 @@ from torch import nn
 
 from mpformer import atomic
 from mpformer.config import Config
+from mpformer.config.figures import AVERAGED, PLAIN
 from mpformer.cores import usable_cores
 from mpformer.data.pipeline import train_batches
 from mpformer.data.records import Catalog
 from mpformer.evaluate.inference import predict_records
+from mpformer.evaluate.prediction import Prediction
 from mpformer.model.architecture import Architecture, build_model
 from mpformer.model.weights.checkpoints import MODEL_FILE, Checkpoint, latest
 from mpformer.model.weights.loading import load_weights, normalized_as
@@ -32,6 +34,7 @@ from mpformer.tracking.progress import kept_warnings
 from mpformer.tracking.run_dir import RunDir
 from mpformer.train import checkpoint
 from mpformer.train.ahead import on_device
+from mpformer.train.ema import WeightAverage
 from mpformer.train.execution import prepare, use_bfloat16
 from mpformer.train.group import Group
 from mpformer.train.job import Job, StepPlan
@@ -86,6 +89,8 @@ class _Run:
     val: Catalog
     model: Architecture
     optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
+    """With `train.ema`."""
     reporter: SilentReporter
     """Rank 0's `Reporter`; on the other ranks it does nothing."""
     timers: Timers
@@ -126,6 +131,9 @@ def train(job: Job, timers: Timers) -> None:
         skipped = list(found.state["skipped"]) if group.rank == 0 else []
     prepare(model, config.train)
     wrapped = _distribute(model, group)
+    average = None
+    if config.train.ema is not None:
+        average = checkpoint.restored_average(found, model, config.train.ema)
 
     reporter = SilentReporter()
     if group.rank == 0:
@@ -138,6 +146,7 @@ def train(job: Job, timers: Timers) -> None:
         val_split,
         model,
         optimizer,
+        average,
         reporter,
         timers,
         clock,
@@ -150,17 +159,18 @@ def train(job: Job, timers: Timers) -> None:
             reporter.resume_evaluations(start)
             if start == 0 and config.evaluate.at_start:
                 _evaluate(run, 0)
-            _train_steps(run, wrapped, start)
+            end = start if start and _stops(run, start) else _train_steps(run, wrapped, start)
             skipped = group.gather(run.skipped)
-            images = plan.total * config.train.batch_size
-            reporter.finish(timers, measured_resources(group, clock.total, images, skipped))
+            images = end * config.train.batch_size
+            reporter.finish(end, timers, measured_resources(group, clock.total, images, skipped))
     except (InputError, RunError):
         reporter.fail()
         raise
     reporter.finish_mirror()
 
 
-def _train_steps(run: _Run, wrapped: nn.Module, start: int) -> None:
+def _train_steps(run: _Run, wrapped: nn.Module, start: int) -> int:
+    """Train from a step on; the step at which training has ended."""
     config, plan, group = run.config, run.plan, run.group
     autocast = use_bfloat16(config.train.precision, group.device)
     preemption = _Preemption()
@@ -184,6 +194,9 @@ def _train_steps(run: _Run, wrapped: nn.Module, start: int) -> None:
                     autocast=autocast,
                 )
             done = step + 1
+            if run.average is not None:
+                with run.timers("average"):
+                    run.average.update(done)
             if plan.logs(done):
                 _log(run, done, result)
             if plan.evaluates(done):
@@ -191,6 +204,16 @@ def _train_steps(run: _Run, wrapped: nn.Module, start: int) -> None:
             if plan.saves(done) or (done % plan.log_every == 0 and preemption.is_new()):
                 _save(run, done)
             profiler.step()
+            if _stops(run, done):
+                return done
+    return plan.total
+
+
+def _stops(run: _Run, done: int) -> bool:
+    """Whether training ends after a step, before its length (`train.stop_early`). All workers agree."""
+    if run.config.train.stop_early is None or not run.plan.evaluates(done):
+        return False
+    return run.group.any(run.reporter.stops_early(done))
 
 
 def _batches(run: _Run, start: int) -> Iterator[tuple[int, Batch]]:
@@ -246,7 +269,7 @@ def _evaluate(run: _Run, done: int) -> None:
 
     With `cluster.evaluators` they do that instead while training goes on, except for the last evaluation.
     """
-    config, group, model = run.config, run.group, run.model
+    config, model = run.config, run.model
     with run.clock.paused(), run.timers("evaluate"):
         if config.cluster.evaluators and not run.plan.is_last(done):
             run.reporter.evaluate_in_background(done, model, _amounts(run, done))
@@ -254,19 +277,28 @@ def _evaluate(run: _Run, done: int) -> None:
         training = model.training
         model.eval()
         run.reporter.finish_evaluations()
-        images = len(run.val.records[: config.evaluate.limit])
-        mine = predict_records(model, run.val, config, range(group.rank, images, group.world), group.device)
-        predictions = group.gather(list(mine))
-        metrics = run.reporter.evaluated(done, predictions, _amounts(run, done))
+        predictions = {PLAIN: _predict(run)}
+        if run.average is not None:
+            with run.average.in_place():
+                predictions[AVERAGED] = _predict(run)
+        figures = run.reporter.evaluated(done, predictions, _amounts(run, done))
         model.train(training)
-        ray.train.report({"step": done, **{f"val/{name}": value for name, value in metrics.items()}})
+        ray.train.report({"step": done, **figures})
+
+
+def _predict(run: _Run) -> list[Prediction]:
+    """The predictions of the validation split, on rank 0; each worker makes its share."""
+    config, group = run.config, run.group
+    images = len(run.val.records[: config.evaluate.limit])
+    mine = range(group.rank, images, group.world)
+    return group.gather(list(predict_records(run.model, run.val, config, mine, group.device)))
 
 
 def _save(run: _Run, done: int) -> None:
     with run.clock.paused(), run.timers("checkpoint"):
         skipped = run.group.gather(run.skipped)
         state = {"train_seconds": run.clock.total, "skipped": skipped}
-        run.reporter.save(done, run.model, run.optimizer, state)
+        run.reporter.save(done, run.model, run.optimizer, state, run.average)
 
 
 class _Preemption:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mpformer.ablation.columns import FIGURES
 from mpformer.ablation.spec import load_study
+from mpformer.config.figures import FIGURES
 from mpformer.evaluate.inference import predict_records
 from mpformer.evaluate.metrics import evaluate_predictions
 from mpformer.types import InputError

@@ -17,8 +17,9 @@ from mpformer.ablation.spec import load_study
 from mpformer.tracking.entry import Entry
 from mpformer.tracking.mlflow import attach_report
 from mpformer.tracking.mlflow_store import client, open_parent, prepare_store, store_uri
+from mpformer.tracking.record import RecordWriter
 from mpformer.tracking.tracker import Tracker
-from mpformer.types import RunError
+from mpformer.types import InputError, RunError
 
 STUDY = """\
 title: A study
@@ -133,3 +134,30 @@ def test_a_server_gives_the_same_report(tmp_path):
     finally:
         server.terminate()
         server.wait(20)
+
+
+def test_the_best_figures_are_taken_where_the_study_says_so(tmp_path):
+    folders = {}
+    for figures in ("last", "best"):
+        text = f"{STUDY}figures: {figures}\nsettings: {{train.keep.best: val/AP, tracking.mlflow: null}}\n"
+        (tmp_path / "recipe.yaml").write_text("train: {batch_size: 4}\n")
+        (tmp_path / "study.yaml").write_text(text)
+        study = load_study(tmp_path / "study.yaml", [f"storage={tmp_path / 'runs'}", "seeds=1"])
+        trial = study.trials()[0]
+        if figures == "last":
+            writer = RecordWriter(trial.run_dir, 0)
+            for step, value in ((0, 1.0), (10, 30.0), (20, 25.0)):
+                writer.add(step, {"val/AP": value, "val/AP50": 2 * step})
+            (trial.run_dir / "summary.json").write_text("{}")
+        run = collect(study)[trial.row, trial.part][trial.seed]
+        folders[figures] = run.metrics, markdown(study, cells(study, collect(study)), collect(study))
+    assert folders["last"][0] == {"val/AP": 25.0, "val/AP50": 40}
+    assert folders["best"][0] == {"val/AP": 30.0, "val/AP50": 20}
+    assert "they flatter" in folders["best"][1]
+    assert "flatter" not in folders["last"][1]
+
+    (tmp_path / "study.yaml").write_text(f"{STUDY}figures: best\n")
+    with pytest.raises(
+        InputError, match=r"study\.yaml:\d+: figures: best needs train\.keep\.best .*plain has"
+    ):
+        load_study(tmp_path / "study.yaml")

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from mpformer import draw
 from mpformer.ablation.runpage import write_run_report
 from mpformer.config import Config, dump_yaml
-from mpformer.tracking.record import RecordWriter
+from mpformer.tracking.lineage import Parent
+from mpformer.tracking.record import RecordWriter, inherit
 from mpformer.types import InputError
 
 
@@ -36,3 +38,31 @@ def test_a_run_s_folder_gives_its_table_curves_and_page(tmp_path):
 def test_another_folder_is_no_run(tmp_path):
     with pytest.raises(InputError, match="no run here"):
         write_run_report(tmp_path)
+
+
+def test_the_curve_of_a_run_that_goes_on_from_another_is_joined_to_that_one_s(tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    config = Config.model_validate({"name": "mine", "train": {"batch_size": 4, "keep": {"best": "val/AP"}}})
+    for run_dir in (first, second):
+        run_dir.mkdir()
+        (run_dir / "config.yaml").write_text(dump_yaml(config))
+    part = RecordWriter(first, 0)
+    for step, value in ((10, 5.0), (20, 8.0), (30, 7.0)):
+        part.add(step, {"val/AP": value, "val_ema/AP": value + 1})
+    inherit(second, first, 20)
+    Parent("first", 20).write(second)
+    RecordWriter(second, 20).add(40, {"val/AP": 12.0})
+    drawn, curves = {}, draw.curves
+
+    def recorded(series, xlabel, ylabel, *others):
+        drawn[ylabel] = series
+        return curves(series, xlabel, ylabel, *others)
+
+    monkeypatch.setattr(draw, "curves", recorded)
+    text, files = write_run_report(second)
+    assert "Goes on from step 20 of first, whose figures up to there these are." in text
+    assert drawn["AP"] == {
+        "first, to step 20": [(40, 5.0), (80, 8.0)],
+        "mine, seed 0, from there": [(80, 8.0), (160, 12.0)],
+    }
+    assert [path.name for path in files][2:] == ["curve-AP.png", "curve-val_ema-AP.png"]

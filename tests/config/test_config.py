@@ -147,6 +147,10 @@ def test_a_wrong_recipe_is_told_file_line_key_and_the_nearest_right_name(recipe,
         ("train.length=5 minutes", "expected a length such as"),
         ("train.batch_size=0", r"setting 'train\.batch_size=0': .*a whole number of at least 1"),
         ("modell.pilot.queries=3", r"nearest: model"),
+        ("train.keep.best=AP", r"train\.keep\.best: a figure of the evaluations is expected, such as val/AP"),
+        ("train.stop_early={metric: val/AP}", r"patience"),
+        ("train.ema=1", r"less than 1"),
+        ("train.keep.lasts=1", r"nearest: train\.keep\.last"),
     ],
 )
 def test_a_wrong_override(recipe, override, message):
@@ -165,6 +169,7 @@ def test_identity_depends_on_what_is_computed_alone(recipe):
     config = load_config(recipe)
     same = ["storage=elsewhere", "cluster.workers=4", "tracking.mlflow=null", "evaluate.every=1 steps"]
     same += ["train.log_every=1", "train.micro_batch=2", "train.checkpoint_every=1 steps", "data.prefetch=0"]
+    same += ["train.keep={best: val/AP, last: 5}", "evaluate.loss=true", "evaluate.pictures=0"]
     assert run_name(load_config(recipe, same)) == run_name(config)
     # a setting written out at its default is no difference
     assert run_name(load_config(recipe, ["train.batch_size=16"])) == run_name(config)
@@ -177,6 +182,20 @@ def test_identity_depends_on_what_is_computed_alone(recipe):
     assert run_name(load_config(recipe, ["train.seed=5"])) == run_name(config).replace("-s0", "-s5")
     assert "train.lr" in identity_settings(config)
     assert not any(key.startswith(("cluster", "tracking", "storage")) for key in identity_settings(config))
+
+
+def test_with_early_stopping_evaluation_belongs_to_the_identity(recipe):
+    """It decides then when training ends."""
+    rule = "train.stop_early={metric: val/AP, patience: 3}"
+    names = {
+        run_name(load_config(recipe, [*settings]))
+        for settings in ((), (rule,), (rule, "evaluate.every=5 steps"), (rule, "evaluate.limit=5"))
+    }
+    assert len(names) == 4
+    assert run_name(load_config(recipe, [rule, "evaluate.pictures=0"])) == run_name(
+        load_config(recipe, [rule])
+    )
+    assert len({config_hash(load_config(recipe, [s])) for s in ("train.ema=0.9", "train.ema=0.99")}) == 2
 
 
 def test_diff_names_both_values(recipe):

@@ -23,6 +23,14 @@ def tiny_config() -> Config:
     )
 
 
+@pytest.fixture
+def smallest_config(tiny_config: Config) -> Config:
+    """With a backbone of a tenth of a megabyte: for tests of files."""
+    tree = tiny_config.model_dump()
+    tree["model"]["backbone"]["name"] = "test_resnet"
+    return Config.model_validate(tree)
+
+
 def make_batch(counts: list[int], size: int = 64, classes: int = 3, first: int = 0) -> Batch:
     """One image per entry of `counts`, with that many random rectangles; the images follow from `first`."""
     images, targets = [], []

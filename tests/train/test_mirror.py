@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from pyarrow import fs
 
+from mpformer.config.run import Keep
 from mpformer.model.weights import checkpoints
+from mpformer.tracking.record import RecordWriter
 from mpformer.train import mirror
 from mpformer.train.mirror import Mirror
 from mpformer.types import InputError, RunError
@@ -71,6 +74,34 @@ def test_another_machine_fetches_what_was_copied(uri, tmp_path, request):
     assert (there / "summary.json").read_text() == "{}"
     kept = {Path(name).parent.name for name in other._there() if name.endswith("state.json")}
     assert kept == {"step-00000002", "step-00000003"}
+
+
+def test_the_best_checkpoint_is_fetched_and_stays(uri, tmp_path, request):
+    """Kept here, it lies between older ones that are gone; elsewhere it is still the best."""
+    here, there = tmp_path / "here" / request.node.name, tmp_path / "there" / request.node.name
+    copy = Mirror(uri, here)
+
+    def train(run_dir: Path, step: int, value: float) -> None:
+        folder = run_dir / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / checkpoints.STATE_FILE).write_text(json.dumps({"step": step}))
+        (run_dir / "config.yaml").write_text("train: {keep: {best: val/AP, last: 1}}\n")
+        RecordWriter(run_dir, step - 1).add(step, {"val/AP": value})
+        for old in checkpoints.superseded(run_dir, Keep(best="val/AP", last=1)):
+            shutil.rmtree(old)
+
+    for step, value in ((1, 10.0), (2, 30.0), (3, 20.0), (4, 25.0)):
+        train(here, step, value)
+        assert copy.push()
+    other = Mirror(uri, there)
+    kept = {"step-00000002", "step-00000004"}
+    assert {Path(name).parent.name for name in other._there() if name.endswith("state.json")} == kept
+    other.pull()
+    assert {path.name for path in checkpoints.complete(there)} == kept
+    train(there, 5, 27.0)
+    assert other.push()
+    kept = {"step-00000002", "step-00000005"}
+    assert {Path(name).parent.name for name in other._there() if name.endswith("state.json")} == kept
 
 
 def test_a_folder_that_is_ahead_is_not_set_back(uri, tmp_path, request):

@@ -24,7 +24,7 @@ from mpformer.config.model import Backbone
 from mpformer.config.model import Model as ModelConfig
 from mpformer.model.architecture import Architecture, build_model
 from mpformer.model.weights.catalogue import NamedWeights
-from mpformer.model.weights.checkpoints import model_file
+from mpformer.model.weights.checkpoints import Choice, choose
 from mpformer.model.weights.filekind import container_of
 from mpformer.model.weights.huggingface import read_huggingface
 from mpformer.model.weights.huggingface_export import write_huggingface
@@ -137,6 +137,11 @@ def _classes_of(header: dict[str, str], file: Path) -> ClassTable:
 
 
 def weights_file(source: str | Path) -> Path:
+    """`chosen_weights`, without the note."""
+    return chosen_weights(source).file
+
+
+def chosen_weights(source: str | Path) -> Choice:
     """The model file that a run, one of its checkpoints, a file of ours or named weights stand for.
 
     Named weights (a name of `mpformer weights list`, `hf:OWNER/NAME[@REVISION]`, a URL) are fetched and made
@@ -145,9 +150,9 @@ def weights_file(source: str | Path) -> Path:
     """
     text = str(source)
     if is_remote(text) and (remote := Remote.parse(text)) is not None:
-        return remote.place(_make_ours)
+        return Choice(remote.place(_make_ours))
     try:
-        return model_file(Path(source))
+        return choose(Path(source))
     except InputError as error:
         raise InputError(f"{error}{hint(text)}") from None
 
