@@ -26,8 +26,8 @@ class WeightAverage:
     def update(self, step: int) -> None:
         """Take in the weights after so many steps."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        averages, weights = list(self._averages.values()), list(self._model.parameters())
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        weights: list[Tensor] = list(self._model.parameters())
+        torch._foreach_lerp_(list(self._averages.values()), weights, 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state dict of the model with the averaged weights."""

@@ -159,6 +159,6 @@ def test_without_points_only_starts_and_warnings_are_told(tmp_path):
 
 def test_an_evaluation_tells_the_average_s_figures_and_the_loss_too(tmp_path):
     following = follower(tmp_path)
-    values = {"val/AP": 12.34, "val_ema/AP": 13.0, "val/loss": 31.2345, "val/loss_mask": 2.0}
+    values = {"val/AP": 12.34, "val_ema/AP": 13.0, "val/loss": 31.2341, "val/loss_mask": 2.0}
     RecordWriter(tmp_path, 0).add(50, values)
     assert following.lines()[1] == "tiny s0  step 50/100  val/AP 12.3  val_ema/AP 13.0  val/loss 31.234"
