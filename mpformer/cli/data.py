@@ -187,16 +187,19 @@ def _preference(masks: torch.Tensor) -> torch.Tensor:
 
 def data_bench(place: str, settings: Sequence[str]) -> None:
     """Milliseconds and megabytes of each stage from file to batch, and what the loader delivers."""
+    config = config_at(place, settings)
+    if with_ray := config.data.loader == "ray":
+        from mpformer.train.launch import start_ray  # sets what Ray prints, before ray is imported
     from mpformer.data.bench import bench_text, stages, throughput
     from mpformer.data.catalog import open_split
 
-    config = config_at(place, settings)
     split, batch = open_split(config.data, "train"), config.train.batch_size
+    say(f"{split.name}: each stage by itself, on one core")
     found = stages(config.data, split, images=4 * batch)
-    if config.data.loader == "ray":
-        from mpformer.train.launch import start_ray
-
+    if with_ray:
+        say("starting Ray, which takes some seconds")
         start_ray()
+    say(f"32 batches of {batch} through the {config.data.loader} loader")
     through = throughput(config.data, split, batch, steps=32)
     say(f"{split.name}: {len(split)} images, {config.data.task}, one core; then batches of {batch}")
     say(bench_text(found, config.data.loader, through))

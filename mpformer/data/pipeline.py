@@ -8,6 +8,7 @@ function of (seed, step, rank, world): resuming, or another number of workers, o
 from __future__ import annotations
 
 import functools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,9 @@ _AHEAD = 2
 """Executions prepared while one is consumed: the tasks of one run while the other starts or ends."""
 _FIRST_BLOCKS = 2
 """Blocks of the first execution; each one doubles, so that the first batch does not wait for many blocks."""
+_QUIET = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
+"""From which level on Ray Data's loggers print; below it are its plans, its statistics, and that there is no
+progress bar."""
 
 
 def rank_positions(step: int, batch_size: int, rank: int, world: int) -> range:
@@ -167,6 +171,8 @@ def _dataset(
     # known (seen with Ray 2.60): meanwhile it would run one task at a time, for most of the time of ours
     context.op_resource_reservation_enabled = False
     context.enable_progress_bars = False
+    for name, level in _QUIET.items():
+        logging.getLogger(name).setLevel(level)
     return dataset
 
 

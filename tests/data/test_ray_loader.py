@@ -20,6 +20,17 @@ def with_ray(data):
     return data.model_copy(update={"loader": "ray"})
 
 
+def test_ray_prints_no_lines_of_its_own(tmp_path, caplog):
+    """Such as its plan of execution, or that progress bars are disabled, which it says once in a process."""
+    from ray.util import debug
+
+    debug.reset_log_once("ray_data_progress_manager_disabled")
+    with caplog.at_level("INFO"):
+        data = coco_folder(tmp_path, images=3)
+        stream(with_ray(data), open_split(data, "train"), stop=1)
+    assert [r.message for r in caplog.records if r.name.startswith("ray")] == []
+
+
 def test_the_same_batches_over_several_executions(tmp_path, monkeypatch):
     """Two epochs and a bit, cut into many blocks and executions, from the start and from the middle."""
     data = coco_folder(tmp_path, images=11)
