@@ -1,12 +1,17 @@
 """Hugging Face folders whose labels, settings or tensors do not fit: one line that names what."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mpformer.config import data
+from mpformer.model.weights.huggingface_export import write_huggingface
 from mpformer.model.weights.loading import (
     import_weights,
     load_checkpoint,
+    read_metadata,
 )
 from tests.model import weights_files as files
 from tests.model.weights_files import refused
@@ -152,3 +157,45 @@ def test_tensors_of_odd_kinds(change, expected, copy, tmp_path):
         assert {t.dtype for t in load_file(tmp_path / "out.safetensors").values()} == {torch.float32}
     else:
         refused(lambda: import_weights(copy, tmp_path / "out.safetensors"), expected)
+
+
+# --- the size at which a folder says that it is tested ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "resize",
+    [
+        data.TestResize(short=64, long=96),
+        data.TestResize(short=64, long=None),
+        data.TestResize(short=None, long=96),
+        data.TestResize(short=None, long=None),
+    ],
+    ids=str,
+)
+def test_the_test_size_survives_export_and_import(resize, tmp_path):
+    write_huggingface(files.cached_model(), tmp_path / "hf", resize)
+    import_weights(tmp_path / "hf", tmp_path / "back.safetensors")
+    assert read_metadata(tmp_path / "back.safetensors")[0].data.test_resize == resize
+
+
+@pytest.mark.parametrize(
+    ("told", "expected", "note"),
+    [
+        ({"size": 480, "max_size": 640}, (480, 640), None),  # of early versions
+        ({"size": {"shortest_edge": 480}}, (480, None), None),
+        ({}, (800, 1333), None),
+        ({"size": {"height": 384, "width": 384}}, (800, 1333), "changes the aspect"),
+        ({"size": {"shortest_edge": "480"}}, None, "sides in pixels"),
+    ],
+)
+def test_test_sizes_of_other_folders(copy, tmp_path, told, expected, note):
+    (copy / "preprocessor_config.json").write_text(json.dumps(told))
+    if expected is None:
+        files.refused(
+            lambda: import_weights(copy, tmp_path / "a.safetensors"), note, "preprocessor_config.json"
+        )
+        return
+    report = import_weights(copy, tmp_path / "a.safetensors")
+    found = read_metadata(tmp_path / "a.safetensors")[0].data.test_resize
+    assert (found.short, found.long) == expected
+    assert [note in line for line in report.notes] == ([True] if note else [])
