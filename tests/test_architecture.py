@@ -52,7 +52,8 @@ ALLOWED = {
 
 FENCES = {
     "ray": {
-        *("data/pipeline", "evaluate/inference", "train/worker", "train/launch", "train/background"),
+        *("data/pipeline", "evaluate/inference", "evaluate/batch_job"),
+        *("train/worker", "train/launch", "train/background"),
         *("ablation/tune", "cli/doctor"),
     },
     "mlflow": {"tracking/mlflow_store", "tracking/mlflow", "ablation/results", "cli/doctor"},
@@ -68,6 +69,9 @@ FENCES = {
     "pydantic": {"config/*", "ablation/spec", "ablation/studyfile", "ablation/cost"},
     "yaml": {"config/identity", "config/yamlfile"},
     "safetensors": {"model/*", "train/checkpoint"},
+    "onnx": {"model/export_onnx"},
+    "onnxscript": {"model/export_onnx"},
+    "onnxruntime": {"model/export_onnx"},
     "psutil": {"cli/doctor"},
     "rich": {"cli/live"},
 }
@@ -166,7 +170,7 @@ def test_third_parties_stay_inside_their_fences(path):
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if is_among(name_of(p), TORCH_FREE)], ids=name_of)
 def test_light_modules_name_no_heavy_one_at_the_top(path):
-    heavy = {"torch", "ray", "mlflow", "matplotlib", "timm", "scipy", "cv2", "torchvision"}
+    heavy = {"torch", "ray", "mlflow", "matplotlib", "timm", "scipy", "cv2", "torchvision", "onnxruntime"}
     assert not heavy & {module.split(".")[0] for module in imports(path, at_import_time=True)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,13 @@ from mpformer.model.weights.catalogue import named_weights
 from mpformer.model.weights.named import is_remote, require_reachable
 from mpformer.tracking.progress import duration_text
 from mpformer.tracking.run_dir import RunDir, step_of
+from mpformer.types import InputError
 
 if TYPE_CHECKING:
     import torch
 
     from mpformer.data.records import Catalog
+    from mpformer.evaluate.file_results import FileResult, ImageFile
     from mpformer.model.architecture import Architecture
 
 
@@ -95,16 +97,50 @@ def diagnose(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
     _attach(origin, {f"diag/{k}": v for k, v in found.metrics().items()} if own else {}, folder)
 
 
-def predict(checkpoint: str, images: Sequence[str], out: str, settings: Sequence[str]) -> None:
-    """Segment image files, or all images of folders, into overlays and COCO-style JSON."""
+def predict(
+    checkpoint: str, images: Sequence[str], out: str, score: float | None, settings: Sequence[str]
+) -> None:
+    """Segment image files, or all images of folders, into overlays and COCO-style JSON.
+
+    `score`: the least score of a segment, by default 0.5 for instances. On a cluster, if one is given.
+    """
     require_reachable(checkpoint)
     from mpformer.evaluate.files import predict_files
     from mpformer.model.weights.loading import load_checkpoint
 
     model, trained = load_checkpoint(chosen_file(checkpoint), _inference_device())
-    config = _for_evaluation(trained, checkpoint, None, settings)
-    pictures = predict_files(model, images, out, config, report=say)
+    config = _with_least_score(_for_evaluation(trained, checkpoint, None, settings), score, settings)
+
+    def on_cluster(files: Sequence[ImageFile]) -> Iterable[FileResult]:
+        from mpformer.evaluate.batch_job import predict_on_cluster
+        from mpformer.train.launch import start_ray
+
+        start_ray([config])
+        return predict_on_cluster(model, files, config)
+
+    shared = config.cluster.workers > 1 or "RAY_ADDRESS" in os.environ
+    pictures = predict_files(model, images, out, config, predict=on_cluster if shared else None, report=say)
     say(f"{len(pictures)} pictures and predictions.json in {out}")
+
+
+_INSTANCE_SCORE = 0.5
+"""Least score of an instance that `predict` keeps, where nothing else is asked for."""
+
+
+def _with_least_score(config: Config, score: float | None, settings: Sequence[str]) -> Config:
+    """The settings with `--score` as the threshold of their task, and a default for instances."""
+    task, options = config.data.task, config.evaluate
+    if task == "semantic":
+        if score is not None:
+            raise InputError("--score: the segments of a semantic task have no score; leave it out")
+        return config
+    key = {"instance": "score_threshold", "panoptic": "class_confidence"}[task]
+    if score is None:
+        named = any(text.partition("=")[0] == f"evaluate.{key}" for text in settings)
+        if task == "panoptic" or options.score_threshold or named:
+            return config
+        score = _INSTANCE_SCORE
+    return config.model_copy(update={"evaluate": options.model_copy(update={key: score})})
 
 
 def open_checkpoint(

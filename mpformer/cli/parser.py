@@ -6,13 +6,14 @@ A command names its function and has an argument for each of the function's para
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from mpformer import __version__
-from mpformer.cli import checkpoints, data, runs, studies, weights
+from mpformer.cli import checkpoints, data, export, runs, studies, weights
 from mpformer.config.yamlfile import nearest
 from mpformer.shell import SETTING, place
 from mpformer.types import InputError
@@ -31,10 +32,8 @@ IMAGES = "image files or folders (a=b.png: ./a=b.png); and key=value settings, f
 
 if TYPE_CHECKING:
     _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
-VALUED, FLAGS = (
-    ("--only", "--data", "--out", "--fix"),
-    (*("--plan", "--help", "-h", "--version", "--help-settings", "--json-schema"),),
-)
+VALUED = ("--only", "--data", "--out", "--fix", "--score")
+FLAGS = ("--plan", "--help", "-h", "--version", "--help-settings", "--json-schema")
 """The options that the next argument belongs to, and the others."""
 
 
@@ -93,7 +92,15 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     predict.add_argument("images", metavar="IMAGE", nargs="+", help=IMAGES)
     predict.add_argument("--out", metavar="DIR", required=True)
+    help = "least score of a segment, 0 to 1 (instances 0.5, panoptic evaluate.class_confidence)"
+    predict.add_argument("--score", metavar="S", type=_share, help=help)
     predict.set_defaults(settings=[])  # key=value, too, but argparse allows one open-ended list only
+
+    help = "an ONNX file, compared with the model before it is written: size=512x768 batch=any input=uint8"
+    onnx = _command(commands, "export", export.export, help)
+    onnx.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
+    onnx.add_argument("out", metavar="OUT.onnx")
+    _add_settings(onnx)
 
     _add_data_commands(_group(commands, "data", "data sets"))
     _add_weights_commands(_group(commands, "weights", "other programs' models"))
@@ -164,6 +171,13 @@ def _add_weights_commands(commands: _Commands) -> None:
 
     help = "published models that have a name: source, licence, published figure"
     _command(commands, "list", weights.weights_list, help)
+
+
+def _share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"a number from 0 to 1 is expected, not '{text}'")
 
 
 def _command(

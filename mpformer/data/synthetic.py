@@ -126,6 +126,11 @@ def _draw_scene(random: Generator, size: int, most: int) -> tuple[np.ndarray, np
     return np.clip(image, 0, 255).astype(np.uint8), stuff, things
 
 
+def picture(size: int, seed: int = 0) -> np.ndarray:
+    """One generated image, [size,size,3] uint8 RGB, without its ground truth."""
+    return _draw_scene(generator(seed, 0, "picture"), size, 5)[0]
+
+
 def _ground(random: Generator, size: int) -> np.ndarray:
     x = np.arange(size) / size
     y = np.arange(size)[:, None] / size

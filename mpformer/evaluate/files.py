@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpformer.config import Config
-from mpformer.data.images import read_image
 from mpformer.data.names import without_litter
-from mpformer.draw import attempted, decode_png, write_png
+from mpformer.draw import decode_png, write_png
 from mpformer.evaluate import instance as rle
-from mpformer.evaluate.inference import infer, to_result
+from mpformer.evaluate.file_results import FileResult, ImageFile, predict_all
 from mpformer.evaluate.prediction import FoundInstance, FoundSegments, Prediction
 from mpformer.types import ClassTable, InputError, printable
 
 if TYPE_CHECKING:
     from mpformer.model.architecture import Architecture
 
-_LARGEST = 1 << 26
-"""Pixels of an image from which on it gets no overlay: each of its masks has as many bytes."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -73,92 +69,51 @@ def predict_files(
     out: str | Path,
     config: Config,
     *,
-    min_score: float = 0.5,
+    predict: Callable[[Sequence[ImageFile]], Iterable[FileResult]] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """Segment images of any size; write overlays and JSON into `out`; return the paths of the overlays.
 
-    Writes NAME.png, an overlay (of instances those from `min_score`; none of a huge image, with a warning);
-    predictions.json, a COCO file with one
+    Writes NAME.png, an overlay (none of a huge image, with a warning); predictions.json, a COCO file with one
     run-length-encoded annotation per segment, its score and the source's category id; for panoptic results
     panoptic.json and panoptic/NAME.png (COCO's panoptic format); for semantic ones labels/NAME.png (source
-    ids; 0 where general inference gives void). Up to `evaluate.batch` consecutive images of one size form a
-    batch. `report` is called with a line for each image, and for each file that cannot be read.
+    ids; 0 where general inference gives void). All hold the same segments, those that the thresholds of
+    `config.evaluate` leave. `predict` computes the results of files, in their order (default: `predict_all`
+    in this process). `report` is called with a line for each image, and for each file that cannot be read.
     Raises `InputError` for a path that does not exist, before anything is predicted, and for files that
     cannot be read, after the results of all others are written.
     """
     out = Path(out)
-    images = find_images(paths, report)
-    device = next(model.parameters()).device
+    files = [ImageFile(str(path), name) for path, name in find_images(paths, report)]
     writer = _CocoWriter(model.classes)
     pictures: list[Path] = []
-    unread: list[InputError] = []
-
-    def leave_out(error: InputError) -> None:
-        unread.append(error)
-        if report:
-            report(f"left out: {printable(str(error))}")
-
+    unread: list[str] = []
+    results = predict(files) if predict else predict_all(model, files, config)
     try:
-        for group in _of_one_size(images, config.evaluate.batch, config.data.bits or 16, leave_out):
-            pixels = [image for _, _, image in group]
-            results = infer(model, pixels, config.data.task, config.data.test_resize, config.evaluate, device)
-            for (path, name, image), found in zip(group, results):
-                prediction = found.compact(name)
-                segments = writer.add(prediction, str(path), out)
-                overlay = attempted(partial(_overlay, prediction, image, model.classes, min_score), str(path))
-                if overlay is not None:
-                    pictures.append(out / f"{name}.png")
-                    write_png(pictures[-1], overlay)
-                if report:
-                    drawn = _drawn(prediction, min_score)
-                    report(f"{writer.images}/{len(images)} {path}: {segments} segments{drawn}")
+        for file, result in zip(files, results, strict=True):
+            if result.prediction is None:
+                unread.append(result.problem)
+                line = f"left out: {printable(result.problem)}"
+            else:
+                segments = writer.add(result.prediction, file.path, out)
+                line = f"{writer.images}/{len(files)} {file.path}: {segments} segments"
+            if result.overlay is not None:
+                pictures.append(out / f"{file.name}.png")
+                pictures[-1].parent.mkdir(parents=True, exist_ok=True)
+                pictures[-1].write_bytes(result.overlay)
+            elif result.prediction is not None:
+                line += ", no picture"
+            if report:
+                report(line)
     finally:
         if writer.images:
             writer.write(out)
     if unread:
         rest = f"; the results of the others are in {out}" if writer.images else ""
         raise InputError(
-            f"{len(unread)} of {len(images)} files could not be read: the first: {unread[0]}{rest}"
+            f"{len(unread)} of {len(files)} files could not be read: the first: {unread[0]}{rest}"
         )
     return pictures
-
-
-def _drawn(prediction: Prediction, min_score: float) -> str:
-    """How many of an image's instances its overlay shows; "" for other tasks, of which it shows all."""
-    if prediction.instances is None or prediction.panoptic is not None:
-        return ""
-    count = sum(instance.score >= min_score for instance in prediction.instances)
-    return f", {count} of them drawn (score {min_score:g} or more)"
-
-
-def _overlay(prediction: Prediction, image: np.ndarray, classes: ClassTable, min_score: float) -> np.ndarray:
-    """The image with its segments, of instances those from `min_score`; `ValueError` if it is too large."""
-    if image.shape[0] * image.shape[1] > _LARGEST:
-        raise ValueError(f"{image.shape[1]}x{image.shape[0]} pixels are too many for an overlay")
-    return to_result(prediction, classes).overlay(image, min_score)
-
-
-_Read = tuple[Path, str, np.ndarray]
-
-
-def _of_one_size(
-    images: Sequence[tuple[Path, str]], batch: int, bits: int, leave_out: Callable[[InputError], None]
-) -> Iterator[list[_Read]]:
-    """Groups of at most `batch` consecutive images of one size; `leave_out` is told of others."""
-    group: list[_Read] = []
-    for path, name in images:
-        try:
-            image = read_image(str(path), bits)
-        except InputError as error:
-            leave_out(error)
-            continue
-        if group and (len(group) == batch or group[0][2].shape != image.shape):
-            yield group
-            group = []
-        group.append((path, name, image))
-    if group:
-        yield group
 
 
 class _CocoWriter:

@@ -34,11 +34,25 @@ def prepare(image: np.ndarray, resize: TestResize, scale: float = 1.0) -> tuple[
     height, width = (max(1, round(edge * scale)) for edge in test_size(h, w, resize))
     resized = resize_image(image, Window(0, 0, w, h, width, height))
     padded = (round_up(height, STRIDE), round_up(width, STRIDE))
-    canvas = np.empty((*padded, 3), np.uint8)
+    return _padded(resized, padded), Sizes(padded, (height, width), (h, w))
+
+
+def prepare_within(image: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """The network input [1,3,H,W] uint8 of one size for an image [h,w,3] uint8 RGB.
+
+    The image lies in the upper left corner, as large as fits with its aspect kept; the rest is padding.
+    """
+    h, w = image.shape[:2]
+    scale = min(size[0] / h, size[1] / w)
+    height, width = max(1, round(h * scale)), max(1, round(w * scale))
+    return _padded(resize_image(image, Window(0, 0, w, h, width, height)), size)
+
+
+def _padded(image: np.ndarray, size: tuple[int, int]) -> Tensor:
+    canvas = np.empty((*size, 3), np.uint8)
     canvas[:] = PAD_COLOR
-    canvas[:height, :width] = resized
-    tensor = torch.from_numpy(canvas).permute(2, 0, 1)[None].contiguous()
-    return tensor, Sizes(padded, (height, width), (h, w))
+    canvas[: image.shape[0], : image.shape[1]] = image
+    return torch.from_numpy(canvas).permute(2, 0, 1)[None].contiguous()
 
 
 def forward(model: Architecture, images: Tensor, all_heads: bool = False) -> tuple[Head, ...]:

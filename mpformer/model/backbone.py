@@ -109,6 +109,17 @@ class Backbone(nn.Module):
         """The depth of the deepest layer."""
         return max(self._depths.values())
 
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """timm's `out_indices` of the maps."""
+        indices = _feature_info(self.body).out_indices
+        return tuple(indices[i] for i in self._wanted)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the maps are timm's as they are: four, channels first, without norms or pyramid."""
+        return self.pyramid is None and self.norms is None and not self._channels_last
+
     def depth_of(self, name: str) -> int:
         """The layers up to and including the one that a parameter of that name belongs to: transformer blocks
         where there are any, else stages; 0 before the first. What is not the timm model is as deep as its

@@ -2,6 +2,7 @@
 
 Both forms are one operator of `torch.library`, `mpformer::ms_deform_attn`, with fake, autograd and autocast
 rules: `torch.compile` sees one node. Which code runs is decided per device in mpformer/ops/kernels.py.
+Programs that `torch.export` makes are for places where there is no such operator: they get `portable`.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mpformer.ops.kernels import kernel_for
+from mpformer.ops.portable import ms_deform_attn_portable
 from mpformer.ops.reference import (
     Shapes,
     ms_deform_attn_reference,
@@ -39,6 +41,8 @@ def ms_deform_attn(
     """
     shapes = _flat_shapes(spatial_shapes)
     _check(value, shapes, None, sampling_locations, attention_weights)
+    if torch.compiler.is_exporting():
+        return ms_deform_attn_portable(value, shapes, None, sampling_locations, attention_weights)
     return _operator(value, shapes, None, sampling_locations, attention_weights)
 
 
@@ -54,6 +58,8 @@ def ms_deform_attn_fused(
     """
     shapes = _flat_shapes(spatial_shapes)
     _check(value, shapes, reference_points, offsets, logits)
+    if torch.compiler.is_exporting():
+        return ms_deform_attn_portable(value, shapes, reference_points, offsets, logits)
     return _operator(value, shapes, reference_points, offsets, logits)
 
 

@@ -78,6 +78,7 @@ def test_the_value_of_an_option_is_never_a_setting(here, out):
         "checkpoint": "run",
         "images": ["1.png"],
         "out": out,
+        "score": None,
         "settings": ["train.lr=1"],
     }
     assert predicted("1.png", "--ou", out)["out"] == out, "a shortened option"

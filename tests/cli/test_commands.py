@@ -32,7 +32,8 @@ SURFACE = {
     "sync": ["RUN"],
     "evaluate": ["CHECKPOINT", "--data D", "key=value"],
     "diagnose": ["CHECKPOINT", "--data D", "key=value"],
-    "predict": ["CHECKPOINT", "IMAGE", "--out DIR"],
+    "predict": ["CHECKPOINT", "IMAGE", "--out DIR", "--score S"],
+    "export": ["CHECKPOINT", "OUT.onnx", "key=value"],
     "data synth": ["OUT", "key=value"],
     "data check": ["D", "--fix OUT", "--out DIR", "key=value"],
     "data convert": ["SRC", "OUT", "key=value"],
@@ -109,6 +110,10 @@ def test_a_command_has_an_argument_for_each_parameter_of_its_function(command):
         (["predict", "nowhere", "image.jpg", "--out", "out"], "nowhere: no checkpoint"),
         (["weights", "import", "nowhere.pkl", "out.safetensors"], "nowhere.pkl"),
         (["weights", "export", "nowhere", "out"], "nowhere: no checkpoint"),
+        (
+            ["predict", "run", "a.jpg", "--out", "o", "--score", "2"],
+            "a number from 0 to 1 is expected, not '2'",
+        ),
         (["train", TINY, "data.loader=rya"], "'rya' is none of 'ray', 'torch' or 'inline'; nearest: ray"),
         (
             ["data", "check", TINY, "data.dataset.format=coco_panoptc"],

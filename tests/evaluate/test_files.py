@@ -10,8 +10,9 @@ import pytest
 from pycocotools.coco import COCO
 
 import mpformer
+from mpformer import draw
 from mpformer.draw import decode_png
-from mpformer.evaluate import files
+from mpformer.evaluate import file_results
 from mpformer.evaluate.files import find_images, predict_files
 from mpformer.types import InputError
 from tests.evaluate.scenes import CLASSES, ColourModel, scenes, tiny_config
@@ -41,7 +42,6 @@ def test_a_folder_gives_pictures_and_a_coco_file(folder, tmp_path, task):
     assert [str(p.relative_to(tmp_path / "out")) for p in pictures] == ["deep/two.png", "one.png"]
     assert all(decode_png(p.read_bytes()).ndim == 3 for p in pictures)
     assert len(lines) == 2
-    assert all(("of them drawn (score 0.5 or more)" in line) == (task == "instance") for line in lines)
 
     file = coco(tmp_path / "out" / "predictions.json")
     assert [(i["width"], i["height"]) for i in file.dataset["images"]] == [(95, 75), (100, 72)]
@@ -60,6 +60,30 @@ def test_a_folder_gives_pictures_and_a_coco_file(folder, tmp_path, task):
         same = [s for s in result.segments if CLASSES.classes[s.label].source_id == a["category_id"]]
         assert any((file.annToMask(a) == s.mask).all() for s in same)
         assert a["area"] == file.annToMask(a).sum()
+
+
+@pytest.mark.parametrize("task", ["instance", "panoptic"])
+@pytest.mark.parametrize("least", [0.0, 0.5, 0.9, 1.0])
+def test_what_is_drawn_is_what_is_counted_and_written(folder, tmp_path, monkeypatch, task, least):
+    """One threshold for picture, count and JSON; with 1.0 nothing is left, and nothing is counted."""
+    drawn, lines = [], []
+    overlay = draw.overlay
+
+    def counting(image, masks, *rest, **options):
+        drawn.append(len(masks))
+        return overlay(image, masks, *rest, **options)
+
+    monkeypatch.setattr(draw, "overlay", counting)
+    config = tiny_config(task)
+    thresholds = {"score_threshold": least, "class_confidence": least}
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=thresholds)})
+    predict_files(ColourModel(), [folder], tmp_path / "out", config, report=lines.append)
+    written = json.loads((tmp_path / "out" / "predictions.json").read_text())["annotations"]
+    assert all(one["score"] >= least for one in written)
+    counts = [sum(one["image_id"] == image for one in written) for image in (1, 2)]
+    assert counts == drawn
+    assert [int(line.split(": ")[1].split()[0]) for line in lines] == counts
+    assert (sum(counts) == 0) == (least == 1.0 or (task, least) == ("instance", 0.9))
 
 
 def test_the_panoptic_png_and_json_describe_each_other(folder, tmp_path):
@@ -167,7 +191,7 @@ def test_what_macos_left_is_passed_over_with_a_count(folder):
 
 def test_an_image_too_large_for_an_overlay_still_has_its_results(folder, tmp_path, monkeypatch, caplog):
     """Of 95x75 and 100x72 pixels the second is above a limit of 7150."""
-    monkeypatch.setattr(files, "_LARGEST", 7150)
+    monkeypatch.setattr(file_results, "_LARGEST", 7150)
     pictures = predict_files(ColourModel(), [folder], tmp_path / "out", tiny_config("instance"))
     assert [p.name for p in pictures] == ["two.png"]
     assert [m.rsplit(": ", 2)[1:] for m in caplog.messages] == [
