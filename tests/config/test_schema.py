@@ -116,3 +116,10 @@ def test_show_prints_a_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nearest: study" in capsys.readouterr().err
     assert main(["show"]) == 2
     assert "a recipe is expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "path"), FILES, ids=[path.stem for _, path in FILES])
+def test_what_ships_names_its_schema_for_editors(kind: str, path: Path) -> None:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    named = first.removeprefix("# yaml-language-server: $schema=")
+    assert (path.parent / named).resolve() == EXPERIMENTS / "schemas" / f"{kind}.json"
