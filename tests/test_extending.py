@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
+EXAMPLES = [path for path in sorted((ROOT / "docs" / "examples").glob("*.py")) if path.stem != "run_onnx"]
 GUIDE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from mpformer.config.identity import flatten
 from mpformer.config.members import at, in_words, members, tags
 from mpformer.config.plugins import PLUGIN_TAG, Plugin
-from mpformer.config.run import Config
+from mpformer.config.run import Config, SecretError
 from mpformer.config.yamlfile import Source, nearest
 
 _LONGEST = 60
@@ -42,10 +42,13 @@ def explain(error: ValidationError, source: Source) -> str:
     if first["type"] == "union_tag_invalid" or (first["type"] == "literal_error" and _is_text(first)):
         plugins = any(Plugin.__name__ in e["loc"] for e in errors)
         return f"{source.place(keys)}: {_choice(key, first, plugins)}"
+    if isinstance(first.get("ctx", {}).get("error"), SecretError):
+        return first["msg"].removeprefix("Value error, ")
     told = described(first, Config, keys)
     if first["type"] == _OWN:
         return f"{_place(source, keys, told)}: {key + ': ' if key else ''}{told}"
-    return f"{_where(source, keys)}: {key}: {told}"
+    written = keys[:-1] if first["type"] == "missing" else keys
+    return f"{_where(source, written)}: {key}: {told}"
 
 
 def described(error: ErrorDetails, schema: type[BaseModel], keys: Sequence[str]) -> str:

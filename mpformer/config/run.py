@@ -274,12 +274,16 @@ class Tracking(Section):
         return self
 
 
+class SecretError(ValueError):
+    """A setting holds a secret; no message may repeat it."""
+
+
 def _without_password(key: str, uri: str) -> None:
     """Settings are written to run folders and to MLflow, which must not hold secrets."""
     parts = urlsplit(uri)
     secret = {"access_key", "secret_key", "password", "token", "session_token"} & set(parse_qs(parts.query))
     if parts.password is not None or secret:
-        raise ValueError(
+        raise SecretError(
             f"{key} holds a secret: leave it out, and set MLFLOW_TRACKING_USERNAME and _PASSWORD, "
             "PGPASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
         )

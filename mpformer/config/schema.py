@@ -56,7 +56,7 @@ def _of_field(section: type[BaseModel], name: str, prefix: str, whole: BaseModel
     if not kinds:
         yield Setting(key, _shown(default), words(field.annotation, field.metadata), field.description or "")
     elif len(inner.sections) == 1:
-        if below != f"{key}.":
+        if below != f"{key}." or default is None:
             yield Setting(
                 key, _shown(default), words(field.annotation, field.metadata), field.description or ""
             )

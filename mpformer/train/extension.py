@@ -68,6 +68,10 @@ def _origin(config: Config) -> tuple[Checkpoint, Path]:
 
 def _check_settings(config: Config, found: Checkpoint) -> None:
     theirs, _ = read_metadata(found.path / MODEL_FILE)
+    images = theirs.model.backbone
+    if config.model.backbone.mean is None:  # by default what belongs to the weights, which are theirs
+        own = config.model.with_backbone(mean=images.mean, std=images.std)
+        config = config.model_copy(update={"model": own})
     ours, theirs = (c.model_copy(update={"model": c.model.without_pretrained()}) for c in (config, theirs))
     for key, (own, other) in diff(ours, theirs).items():
         if key.startswith(_SAME):

@@ -149,7 +149,7 @@ def test_a_wrong_recipe_is_told_file_line_key_and_the_nearest_right_name(recipe,
         ("modell.pilot.queries=3", r"nearest: model"),
         ("train.keep.best=AP", r"train\.keep\.best: a figure of the evaluations is expected, such as val/AP"),
         ("train.stop_early={metric: val/AP}", r"patience"),
-        ("train.ema=1", r"less than 1"),
+        ("train.ema=1", r"below 1"),
         ("train.keep.lasts=1", r"nearest: train\.keep\.last"),
     ],
 )

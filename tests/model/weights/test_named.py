@@ -207,7 +207,7 @@ def test_a_run_starts_from_a_name(hub, small, published):
     told = _start_weights(NAME)
     assert told == NAME  # each machine has a cache of its own
     assert _start_weights(str(published / "ours.safetensors")) == (published / "ours.safetensors").resolve()
-    model, report = _build_model(SimpleNamespace(config=config, init=told), small.classes, begun=False)
+    model, report = _build_model(SimpleNamespace(config=config, init=told), small.classes, begun=None)
     assert files.same(dict(small.state_dict()), dict(model.state_dict()))
     assert report.startswith(f"{NAME}\n")
 
