@@ -24,6 +24,7 @@ PACKED = ("mpformer", "experiments", "pyproject.toml", "setup.py", "README.md", 
 TINY = (
     *("train.length=2 steps", "train.batch_size=2", "data.augment.size=[64, 64]", "evaluate.limit=2"),
     *("model.loss.points=64", "model.decoder.queries=5", "tracking.mlflow=null"),
+    *("model.backbone.name=test_resnet", "model.backbone.pretrained=null", "model.backbone.norm=group_norm"),
 )
 
 
@@ -94,10 +95,10 @@ def test_the_command_that_data_check_prints_trains(installed, tmp_path):
     mpformer = str(installed / "mpformer")
     run([mpformer, "data", "synth", "flowers", "train=8", "val=2", "size=64"], tmp_path)
     told = run([mpformer, "data", "check", "flowers"], tmp_path).splitlines()[-1]
-    assert told == "train on it: mpformer train coco-tiny data.root=flowers"
+    assert told == "train on it: mpformer train laptop-instance data.root=flowers"
     arguments = told.removeprefix("train on it: mpformer ").split()
     run([mpformer, *arguments, *TINY], tmp_path)
-    [summary] = tmp_path.glob("runs/coco-tiny-*/summary.json")
+    [summary] = tmp_path.glob("runs/laptop-instance-*/summary.json")
     assert summary.is_file()
 
 

@@ -70,7 +70,7 @@ def data_check(place: str, fix: str | None, out: str | None, settings: Sequence[
     found_alone = is_data(place) and not any(text.startswith("data.dataset") for text in settings)
     dataset = _write_data_set(folder, data) if found_alone and isinstance(data.dataset, LabelMaps) else None
     if is_data(place):
-        command = training_command(data, "coco-tiny", settings, dataset)
+        command = training_command(data, f"laptop-{data.task}", settings, dataset)
     else:
         command = shell.command("train", Path(place), *settings)
     if (found := obstacle(reports, data.on_bad_sample)) is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpformer.config import Data, DataSet, Packed
+from mpformer.config import Data, DataSet, Packed, load_config
 from mpformer.data.catalog import check_same_classes, open_split
 from mpformer.data.findings import Finding, Weight, in_short
 from mpformer.data.inspection import Inspected
@@ -219,22 +219,22 @@ def obstacle(reports: Mapping[str, SplitReport], on_bad_sample: str) -> str | No
 def training_command(
     data: Data, recipe: str, given: Sequence[str] = (), data_set_file: Path | None = None
 ) -> str:
-    """The command that trains on data found in a folder, with a recipe for COCO's usual layout.
+    """The command that trains on data found in a folder, with a shipped recipe for COCO's usual layout.
 
     `given`: settings that were laid over what was found; `data_set_file`: what describes the data set, where
     its settings are too many for a command.
     """
+    usual = load_config(recipe).data
     settings = [f"data.root={data.root}"]
-    if data.task != "instance":
+    if data.task != usual.task:
         settings.append(f"data.task={data.task}")
     if isinstance(data.dataset, Packed):
         settings.append("data.dataset=packed")
-    if isinstance(data.dataset, DataSet):
-        usual = DataSet()
-        if data.dataset.format != usual.format:
+    if isinstance(data.dataset, DataSet) and isinstance(usual.dataset, DataSet):
+        if data.dataset.format != usual.dataset.format:
             settings.append(f"data.dataset.format={data.dataset.format}")
         for split in ("train", "val"):
-            ours, theirs = getattr(data.dataset, split), getattr(usual, split)
+            ours, theirs = getattr(data.dataset, split), getattr(usual.dataset, split)
             for key in ("images", "annotations", "panoptic_masks"):
                 if getattr(ours, key) != getattr(theirs, key):
                     settings.append(f"data.dataset.{split}.{key}={getattr(ours, key)}")

@@ -173,5 +173,5 @@ def test_quoting_is_not_needed_for_plain_names(here, capsys):
     generate(here / "flowers", {"train": 2, "val": 1}, size=64)
     assert main(["data", "check", "flowers"]) == 0
     command = capsys.readouterr().out.partition("train on it: ")[2].strip()
-    assert command.startswith("mpformer train coco-tiny data.root=flowers")
+    assert command.startswith("mpformer train laptop-instance data.root=flowers")
     assert shlex.split(command) == command.split()

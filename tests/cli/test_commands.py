@@ -220,7 +220,7 @@ def test_data_commands_understand_a_folder(capsys, tmp_path, monkeypatch):
     assert main(["data", "check", folder]) == 0
     told = capsys.readouterr().out
     assert "8 images" in told
-    assert f"mpformer train coco-tiny data.root={folder}" in told.splitlines()[-1]
+    assert f"mpformer train laptop-instance data.root={folder}" in told.splitlines()[-1]
     sheet = tmp_path / "runs" / "data-check" / "scenes" / "samples.jpg"
     assert f"16 samples of train with their masks: {sheet.relative_to(tmp_path)}" in told
     assert sheet.stat().st_size < 2e6

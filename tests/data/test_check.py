@@ -221,8 +221,8 @@ def test_folders_are_understood(tmp_path, places, train, val):
 def test_the_printed_command_gives_the_same_data(tmp_path):
     root = moved(tmp_path, a="labels.json", images="data/images")
     data = Data(root=str(root), dataset=detect(root).dataset)
-    command = shlex.split(training_command(data, "recipe.yaml"))
-    assert command[:3] == ["mpformer", "train", "recipe.yaml"]
+    command = shlex.split(training_command(data, "laptop-instance"))
+    assert command[:3] == ["mpformer", "train", "laptop-instance"]
     tree = build_config(Source(tmp_path, {}, {}).overridden(command[3:])).data
     assert tree.model_copy(update={"dataset": data.dataset}) == data
     assert (tree.dataset.train, tree.dataset.val) == (data.dataset.train, data.dataset.val)
@@ -235,7 +235,7 @@ def test_a_packed_folder_is_understood_and_damage_is_found(tmp_path):
     packed = Data(root=str(tmp_path / "out"), dataset=Packed())
     train = check(packed)["train"]
     assert (train.images, train.findings) == (4, ())
-    assert training_command(packed, "recipe.yaml").endswith(" data.dataset=packed")
+    assert training_command(packed, "laptop-instance").endswith(" data.dataset=packed")
     shard = tmp_path / "out" / "val" / "shard-00000.parquet"
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 0xFF
