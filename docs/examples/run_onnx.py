@@ -16,7 +16,7 @@ import onnxruntime
 def find_instances(session, image, least_score=0.5):
     """[(class name, score, mask [h,w] bool)] of an image [h,w,3] uint8 RGB."""
     notes = session.get_modelmeta().custom_metadata_map
-    names = [one["name"] for one in json.loads(notes["classes"])["classes"]]
+    classes = json.loads(notes["classes"])["classes"]
     [given] = session.get_inputs()
     height, width = given.shape[2:]
     # as large as fits into the upper left corner, the aspect kept
@@ -33,12 +33,14 @@ def find_instances(session, image, least_score=0.5):
     probabilities = (exponents / exponents.sum(1, keepdims=True))[:, :-1]  # the last one is "no object"
     found = []
     for query, label in zip(*np.nonzero(probabilities >= least_score)):
+        if not classes[label]["is_thing"]:
+            continue
         logits = cv2.resize(mask_logits[0, query], (width, height), interpolation=cv2.INTER_LINEAR)
         logits = cv2.resize(logits[: size[1], : size[0]], (w, h), interpolation=cv2.INTER_LINEAR)
         mask = logits > 0
         score = probabilities[query, label] * (1 / (1 + np.exp(-logits[mask]))).mean() if mask.any() else 0
         if score >= least_score:
-            found.append((names[label], float(score), mask))
+            found.append((classes[label]["name"], float(score), mask))
     return sorted(found, key=lambda one: -one[1])
 
 

@@ -211,7 +211,8 @@ class Evaluate(Section):
     loss: bool = False
     """Also compute the training loss of the matching part on the images of the evaluation: val/loss."""
     batch: Count = setting(1)
-    """`predict`: batch size for consecutive images of one size (evaluation predicts one at a time)."""
+    """`predict`: of so many consecutive files those of one size form a batch (evaluation predicts one at a
+    time)."""
     pictures: Annotated[int, Field(ge=0)] = setting(8)
     """Images on the page of an evaluation; 0: no page."""
 

@@ -79,10 +79,7 @@ def require_onnx() -> None:
     """Raise `InputError` where a package that exporting needs is not installed."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(
-            f"export: {' and '.join(missing)} not installed: pip install 'mpformer[export]', "
-            f"or pip install {' '.join(missing)}"
-        )
+        raise InputError(f"export: not installed: {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def export_onnx(

@@ -10,7 +10,7 @@ import pytest
 import mpformer
 from mpformer.cli.export import _choices, _pictures
 from mpformer.cli.main import main
-from mpformer.config import TestResize
+from mpformer.config import data as config_data
 from mpformer.data.catalog import open_split
 from mpformer.data.images import load_image
 from mpformer.types import ClassTable
@@ -46,7 +46,11 @@ def test_the_example_finds_what_segment_finds(exported, finished_run):
     found = example.find_instances(onnxruntime.InferenceSession(exported), image, least_score=0.1)
     options = finished_run.config.evaluate.model_copy(update={"score_threshold": 0.1})
     wanted = mpformer.segment(
-        finished_run.model.eval(), image, "instance", resize=TestResize(short=64, long=64), options=options
+        finished_run.model.eval(),
+        image,
+        "instance",
+        resize=config_data.TestResize(short=64, long=64),
+        options=options,
     )
     assert len(found) > 1
     assert [name for name, *_ in found] == [one.name for one in wanted.segments]
