@@ -2,7 +2,7 @@
 
     python benchmarks/data_check.py [--images 118287] [--folder DIR]
 
-Images are 640x480 JPEGs of about 60 kB, one of 64 pictures with its number behind the end mark; each has
+Images are 640x480 JPEGs of about 160 kB, one of 64 pictures with its number behind the end mark; each has
 on average seven objects of one polygon with 24 points, about as many as COCO's. A named folder is kept.
 """
 
