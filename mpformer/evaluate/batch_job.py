@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +93,8 @@ def _to_block(indices: range, files: Sequence[ImageFile]) -> pa.Table:
 
 
 def _rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
-    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+    tables: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    for table in tables:
         for row in table.to_pylist():
             if row["refused"]:
                 raise InputError(row["refused"])

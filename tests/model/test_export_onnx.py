@@ -146,6 +146,6 @@ def test_a_missing_package_is_one_line(monkeypatch):
         importlib.util, "find_spec", lambda name, *a: None if "onnx" in name else real(name, *a)
     )
     with pytest.raises(
-        InputError, match="^export: not installed: onnx, onnxscript, onnxruntime: pip install onnx "
+        InputError, match=r"^export: not installed: onnx, onnxscript, onnxruntime: pip install onnx "
     ):
         exporting.require_onnx()
