@@ -22,12 +22,23 @@ RECIPE = ROOT / "experiments" / "recipes" / "coco-tiny.yaml"
         ("tracking.mlflow", "https://me:hunter2@mlflow.example.org"),
         ("cluster.mirror", "s3://key:hunter2@bucket/runs"),
         ("cluster.mirror", "s3://bucket/runs?secret_key=hunter2"),
+        ("data.root", "s3://key:hunter2@bucket/data"),
+        ("train.init", "https://me:hunter2@host/weights.pkl"),
+        ("train.init", "https://host/weights.pkl?X-Amz-Signature=hunter2"),
     ],
 )
 def test_a_secret_in_the_settings_is_refused_and_not_repeated(key, uri):
     with pytest.raises(InputError, match=f"{key} holds a secret") as caught:
         load_config(RECIPE, [f"{key}={uri}"])
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["tracking.mlfow", "train.lr", "model.backbone.norm"])
+def test_a_password_in_the_wrong_place_is_not_repeated(key):
+    with pytest.raises(InputError) as caught:
+        load_config(RECIPE, [f"{key}=postgresql://me:hunter2@db/mlflow"])
+    assert "hunter2" not in str(caught.value)
+    assert "me:***@db" in str(caught.value)
 
 
 def test_addresses_without_secrets_are_taken():

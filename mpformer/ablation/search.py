@@ -13,6 +13,7 @@ import numpy as np
 from mpformer.ablation.spec import Study, Trial
 from mpformer.ablation.studyfile import Choice, Integers, LogUniform, Search, Uniform, split_column
 from mpformer.ablation.tables import figure_text, markdown_table
+from mpformer.config.figures import higher_is_better
 from mpformer.tracking.run_dir import RunDir
 
 
@@ -64,12 +65,13 @@ def _sample(study: Study, search: Search, number: int, settings: Mapping[str, An
     return Sample(settings, study.varied(name, search.row, part, settings, study.seeds[0]))
 
 
-def table(found: Sequence[tuple[Sample, float | None]], metric: str) -> str:
-    """The samples and their values of a metric as Markdown, best first; a stopped one shows its last step."""
+def table(found: Sequence[tuple[Sample, float | None]], column: str, title: str) -> str:
+    """The samples and their values of a column as Markdown, best first; a stopped one shows its last step."""
     if not found:
         return "no samples yet"
-    lines = [["sample", *found[0][0].settings, metric]]
-    best_first = sorted(found, key=lambda one: -math.inf if one[1] is None else one[1], reverse=True)
+    lines = [["sample", *found[0][0].settings, title]]
+    sign = -1 if higher_is_better(split_column(column)[1]) else 1
+    best_first = sorted(found, key=lambda one: math.inf if one[1] is None else sign * one[1])
     for one, value in best_first:
         shown = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in one.settings.values()]
         stopped = value is None and one.stopped_at is not None

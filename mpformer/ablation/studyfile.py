@@ -190,7 +190,7 @@ class Search(Section):
     """By setting: {choice: [...]}, or [low, high] of `uniform`, `loguniform` or `integers`."""
     samples: Annotated[int, Field(ge=1)] = 20
     column: str
-    """The column to maximise."""
+    """The column that is to be best: the largest, of a loss the smallest."""
     row: str
     """The row that the samples vary."""
     seed: Annotated[int, Field(ge=0)] = 0

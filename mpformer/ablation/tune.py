@@ -38,11 +38,12 @@ from mpformer.ablation.spec import Trial  # noqa: E402
 from mpformer.ablation.studyfile import Search, split_column  # noqa: E402
 from mpformer.capacity import Capacity, with_shared_cores  # noqa: E402
 from mpformer.config import Config, duration_in_steps  # noqa: E402
+from mpformer.config.figures import higher_is_better  # noqa: E402
 from mpformer.data.catalog import check_root  # noqa: E402
 from mpformer.tracking.entry import Entry  # noqa: E402
 from mpformer.tracking.run_dir import RunDir  # noqa: E402
 from mpformer.tracking.tracker import close_run  # noqa: E402
-from mpformer.train import plugins  # noqa: E402
+from mpformer.train import judgement, plugins  # noqa: E402
 from mpformer.train.launch import fit, only_driver, start_ray  # noqa: E402
 from mpformer.types import InputError, RunError  # noqa: E402
 
@@ -93,10 +94,11 @@ def _asha(search: Search, trial: Trial) -> _Asha | None:
         raise InputError("search.stop: asha needs evaluate.every and train.length in steps or images")
     batch = trial.config.train.batch_size
     step, total = (duration_in_steps(duration, 0, batch) for duration in (every, length))
+    _, metric = split_column(search.column)
     scheduler = ASHAScheduler(
         time_attr="step",
-        metric=split_column(search.column)[1],
-        mode="max",
+        metric=metric,
+        mode="max" if higher_is_better(metric) else "min",
         grace_period=step * search.grace,
         max_t=total,
         reduction_factor=search.reduction,
@@ -128,6 +130,7 @@ def run_trials(
         check_root(data)
     for trial in pending:
         plugins.check(trial.config)
+        judgement.check(trial.config)
         if trial.run_dir.is_dir():
             with only_driver(trial.run_dir):  # raises, before anything starts, for another command at work
                 pass
@@ -197,11 +200,15 @@ def _in_its_process(drive: Callable[[dict[str, int]], dict[str, Any]]) -> type[t
     """
 
     class OneProcessTrial(tune.Trainable):
+        failed = False
+
         def step(self) -> dict[str, Any]:
-            return {**drive(self.config), "done": True}
+            result = drive(self.config)
+            self.failed = "failure" in result
+            return {**result, "done": True}
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
-            return True
+            return not self.failed  # what has failed, for want of memory perhaps, is left with its process
 
         def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
             return {}  # the run's folder is its state
@@ -253,7 +260,8 @@ class _Endings(TrialProgressCallback):
             self._add(trial, result["failure"], result["bad_input"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial's process ended and has no restarts left."""
+        """The trial's process ended and has no restarts left; no tracker was told."""
+        close_run(self._trials[trial.config["trial"]].run_dir, "FAILED", only_running=True)
         self._add(trial, _reason(trial.get_pickled_error() or trial.get_error()), bad_input=False)
 
     def log_result(self, *args: Any, **info: Any) -> None:

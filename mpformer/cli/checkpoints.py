@@ -283,7 +283,7 @@ def _origin(checkpoint: str) -> _Origin:
 
 def _published_figures(checkpoint: str) -> dict[str, float]:
     """Of weights that are named in the catalogue: what was published, by metric."""
-    known = named_weights().get(checkpoint)
+    known = named_weights().get(checkpoint) if is_remote(checkpoint) else None  # a path of that name wins
     return known.figures if known else {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 from mpformer import shell
 from mpformer.cli.found import config_at, is_data
 from mpformer.cli.output import say
-from mpformer.config import Config, Data, LabelMaps
+from mpformer.config import Config, Data, LabelMaps, load_config
 from mpformer.config.identity import dump_data_set
 from mpformer.config.yamlfile import nearest, quoted
 from mpformer.types import InputError
@@ -67,8 +68,10 @@ def data_check(place: str, fix: str | None, out: str | None, settings: Sequence[
     folder = Path(out) if out else Path(config.storage) / "data-check" / Path(data.dataset.name).name
     if any(report.usable for report in reports.values()):
         _write_sheet(folder, data, "train" if reports["train"].usable else "val")
-    found_alone = is_data(place) and not any(text.startswith("data.dataset") for text in settings)
-    dataset = _write_data_set(folder, data) if found_alone and isinstance(data.dataset, LabelMaps) else None
+    own_file = any(text.partition("=")[0] == "data.dataset" for text in settings)
+    dataset = None
+    if is_data(place) and isinstance(data.dataset, LabelMaps) and not own_file:
+        dataset = _write_data_set(folder, data.dataset)
     if is_data(place):
         command = training_command(data, f"laptop-{data.task}", settings, dataset)
     else:
@@ -93,17 +96,32 @@ def _write_sheet(folder: Path, data: Data, split: str) -> None:
         say(f"\n16 samples of {split} with their masks: {path}")
 
 
-def _write_data_set(folder: Path, data: Data) -> Path:
-    """The data-set file of label maps, whose classes are to be named; one that is there is left as it is."""
-    path = folder / f"{Path(data.dataset.name).name}.yaml"
-    if path.exists():
-        say(f"the classes of the label maps are named in {path}, which was there")
-        return path
+def _write_data_set(folder: Path, found: LabelMaps) -> Path:
+    """The data-set file of label maps, whose classes are to be named; one that is there for the same maps is
+    left as it is."""
+    name = Path(found.name).name
+    for number in itertools.count(1):
+        path = folder / (f"{name}.yaml" if number == 1 else f"{name}-{number}.yaml")
+        if not path.exists():
+            break
+        if _is_of(path, found):
+            say(f"the classes of the label maps are named in {path}, which was there")
+            return path
     folder.mkdir(parents=True, exist_ok=True)
     text = "# found by `mpformer data check`; give the classes their names here\n"
-    path.write_text(text + dump_data_set(data.dataset), encoding="utf-8")
+    path.write_text(text + dump_data_set(found), encoding="utf-8")
     say(f"name the classes in {path}")
     return path
+
+
+def _is_of(path: Path, found: LabelMaps) -> bool:
+    """Whether a data-set file is of the same folders, and knows every value of their maps."""
+    there = load_config("laptop-semantic", [f"data.dataset={path}"]).data.dataset
+    parts = ("train", "val", "image_suffix", "label_suffix", "encoding")
+    if not isinstance(there, LabelMaps) or any(getattr(there, p) != getattr(found, p) for p in parts):
+        return False
+    known = {c.id for c in there.classes}
+    return there.ignore == "others" or {c.id for c in found.classes} <= known | set(there.ignore)
 
 
 def data_convert(source: str, out: str, settings: Sequence[str]) -> None:

@@ -49,7 +49,10 @@ def _relatives(config: Config, run_dir: Path) -> Iterator[tuple[Path, int, str]]
             continue  # a run of another version, or without its plug-in, is none to propose
         step = step_of(found[-1]) or 0
         if theirs.train.seed == config.train.seed and differing and not _is_over(config, step):
-            yield other, step, ", ".join(key for key in differing if not key.startswith("evaluate."))
+            # those of evaluation count only for a run that they may end
+            both = config.train.stop_early and theirs.train.stop_early
+            told = [key for key in differing if both or not key.startswith("evaluate.")]
+            yield other, step, ", ".join(told)
 
 
 def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

@@ -119,7 +119,7 @@ def _search(study: Study, search: Search, ways: str) -> list[Failure]:
         else None
         for one in found
     ]
-    text = table(list(zip(found, values)), study.file.columns[search.column].title)
+    text = table(list(zip(found, values)), search.column, study.file.columns[search.column].title)
     StudyDir(study.folder).search.write_text(text + "\n", encoding="utf-8")
     say(f"\n{text}\n")
     return failures

@@ -16,7 +16,7 @@ from mpformer.config.identity import flatten
 from mpformer.config.members import at, in_words, members, tags
 from mpformer.config.plugins import PLUGIN_TAG, Plugin
 from mpformer.config.run import Config, SecretError
-from mpformer.config.yamlfile import Source, nearest
+from mpformer.config.yamlfile import Source, masked, nearest
 
 _LONGEST = 60
 """Characters of a value that are shown."""
@@ -103,7 +103,7 @@ def _is_tree(error: ErrorDetails) -> bool:
 
 def _short(value: Any) -> str:
     text = repr(value) if value is not None else "null"
-    text = str(value).lower() if isinstance(value, bool) else text
+    text = str(value).lower() if isinstance(value, bool) else masked(text)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 

@@ -75,7 +75,9 @@ def _figure(value: Any) -> Any:
     return value
 
 
-Figure = Annotated[str, BeforeValidator(_figure)]
+Figure = Annotated[
+    str, BeforeValidator(_figure), Described("a figure of the evaluations such as val/AP or val/loss")
+]
 """A figure of the evaluations by its key in the record: val/AP, val/PQ, val/loss, val_ema/AP, ..."""
 
 
@@ -84,8 +86,8 @@ class Keep(Section):
 
     best: Figure | None = setting(None)
     """Also keep the checkpoint that is best by this figure, such as val/AP or val/loss (the smallest). Every
-    evaluation then writes a checkpoint, and evaluate, predict and export take the best one by default. null:
-    none."""
+    evaluation then writes a checkpoint, and evaluate, predict, export, load and the `init` of another run
+    take the best one by default. null: none."""
     last: Count = setting(2)
     """The newest so many checkpoints."""
 
@@ -275,14 +277,19 @@ class Tracking(Section):
         return self
 
 
+_SECRETS = {"access_key", "secret_key", "password", "token", "session_token", "sig", "x-amz-signature"}
+
+
 class SecretError(ValueError):
     """A setting holds a secret; no message may repeat it."""
 
 
 def _without_password(key: str, uri: str) -> None:
     """Settings are written to run folders and to MLflow, which must not hold secrets."""
+    if "://" not in uri:
+        return
     parts = urlsplit(uri)
-    secret = {"access_key", "secret_key", "password", "token", "session_token"} & set(parse_qs(parts.query))
+    secret = _SECRETS & {name.lower() for name in parse_qs(parts.query)}
     if parts.password is not None or secret:
         raise SecretError(
             f"{key} holds a secret: leave it out, and set MLFLOW_TRACKING_USERNAME and _PASSWORD, "
@@ -306,6 +313,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        for key, place in (("data.root", self.data.root), ("train.init", self.train.init)):
+            _without_password(key, place or "")
         for asked, name in (
             (self.model.output == "per_pixel", "model.output: per_pixel"),
             (self.model.loss.assignment == "fixed", "model.loss.assignment: fixed"),

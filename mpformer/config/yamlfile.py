@@ -24,6 +24,11 @@ _OF_COMMAND_LINE = "setting '"
 """How the place of a setting of the command line begins: `setting 'key=value'`."""
 
 
+def masked(text: str) -> str:
+    """A text without the passwords of the addresses in it: messages and logs are not to repeat them."""
+    return re.sub(r"(://[^/@\s:]*:)[^/@\s]+@", r"\1***@", text)
+
+
 @dataclass
 class Source:
     """A tree of settings, and of each dotted key the file and line and what is written there."""
@@ -70,7 +75,7 @@ class Source:
             if not equals or not key or any(not part for part in key.split(".")):
                 raise InputError(f"setting '{text}': expected key.sub=value, for instance train.seed=1")
             parsed = value_of(text)
-            result.set(key.split("."), parsed, f"{_OF_COMMAND_LINE}{text}'")
+            result.set(key.split("."), parsed, f"{_OF_COMMAND_LINE}{masked(text)}'")
             if isinstance(parsed, dict | list) and (node := yaml.compose(value, Loader=_Loader)) is not None:
                 _collect(node, "", f"{key}.", {}, result.texts)
         return result

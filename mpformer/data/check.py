@@ -242,6 +242,7 @@ def training_command(
                 settings.append(f"data.dataset.{split}.share=[{ours.share[0]:g}, {ours.share[1]:g}]")
     if data_set_file is not None:
         settings.append(f"data.dataset={data_set_file}")
+        given = [text for text in given if not text.startswith("data.dataset")]  # which is in the file
     known = {text.partition("=")[0] for text in settings}  # with the values that hold, however they are given
     settings += [text for text in given if text.partition("=")[0] not in known]
     return command("train", recipe, *settings)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import ray
 import ray.data
+import ray.exceptions
 import torch
 
 from mpformer.capacity import Capacity
@@ -25,8 +26,6 @@ from mpformer.types import InputError, RunError
 if TYPE_CHECKING:
     from mpformer.model.architecture import Architecture
 
-_BLOCK = 16
-"""Files of one task, about; fewer where each actor would get only a few tasks."""
 _BLOCK = 16
 """Files of one task, about; fewer where each actor would get only a few tasks."""
 _INSTANCE = pa.struct([("label", pa.int32()), ("score", pa.float64()), ("counts", pa.binary())])
@@ -67,7 +66,7 @@ def predict_on_cluster(
     blocks = [_to_block(range(i, min(i + rows, len(files))), files) for i in range(0, len(files), rows)]
     dataset = ray.data.from_blocks(blocks).map_batches(
         _Predictor,
-        fn_constructor_args=(ray.put(copy.deepcopy(model).cpu()), config, workers),
+        fn_constructor_args=(ray.put(copy.deepcopy(model).cpu()), config, workers, use_gpu),
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=workers),
@@ -94,18 +93,27 @@ def _to_block(indices: range, files: Sequence[ImageFile]) -> pa.Table:
 
 def _rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
     tables: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    for table in tables:
+    for table in _unwrapped(tables):
         for row in table.to_pylist():
             if row["refused"]:
                 raise InputError(row["refused"])
             yield row
 
 
+def _unwrapped(tables: Iterable[Any]) -> Iterator[Any]:
+    """What an actor has raised as one line."""
+    try:
+        yield from tables
+    except ray.exceptions.RayError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise RunError(f"predict: {lines[-1].strip()}") from error
+
+
 class _Predictor:
     """An actor with a copy of the model."""
 
-    def __init__(self, model: ray.ObjectRef, config: Config, workers: int) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, model: ray.ObjectRef, config: Config, workers: int, use_gpu: bool) -> None:
+        device = torch.device("cuda" if use_gpu else "cpu")
         if device.type == "cpu":
             torch.set_num_threads(config.cluster.threads or max(1, usable_cores() // workers))
             keep_freed_memory()

@@ -151,7 +151,8 @@ def normalization(config: BackboneConfig) -> BackboneConfig:
     mean, std = PIXEL_MEAN, PIXEL_STD
     if config.pretrained is not None:
         tagged = f"{config.name}.{config.pretrained}"
-        known = timm.get_pretrained_cfg(tagged if timm.is_model_pretrained(tagged) else config.name)
+        name = tagged if timm.is_model_pretrained(tagged) else config.name.partition(".")[0]
+        known = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
         if known is not None:
             mean, std = _of_255(known.mean), _of_255(known.std)
     return config.model_copy(update={"mean": mean, "std": std})

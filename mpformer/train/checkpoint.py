@@ -123,7 +123,9 @@ def _write_model(
     path: Path, tensors: Mapping[str, torch.Tensor], model: Architecture, config: Config
 ) -> None:
     content = {k: v.detach().contiguous() for k, v in tensors.items()}
-    described = config.model_copy(update={"model": model.config})  # with the normalisation of its images
+    images = model.config.backbone  # what they are normalised with belongs to the weights
+    own = config.model.with_backbone(mean=images.mean, std=images.std)
+    described = config.model_copy(update={"model": own})
     save_file(content, path, checkpoint_metadata(described, model.classes))
 
 

@@ -31,6 +31,10 @@ class Job:
     init: Path | str | None
     """The file of `train.init`, or the name of weights that lie elsewhere; None without it, or where the run
     has begun."""
+    begun: int | None = None
+    """The step of the checkpoint that the driver has found; None where the run has not begun."""
+    use_gpu: bool = True
+    """Whether workers train on the GPU that they see; where they claim none, they may still see one."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,10 @@ def check(config: Config) -> None:
         if figure not in known and not (config.evaluate.metrics and figure not in _every(config)):
             advice = _advice(config, figure, known)
             raise InputError(f"{setting}: no evaluation of this run has {figure}; {advice}")
+    if config.train.stop_early is not None and config.evaluate.every is None:
+        raise InputError("train.stop_early needs evaluate.every: it decides at evaluations during training")
+    if config.train.keep.best and config.train.keep.best.startswith(AVERAGED) and not config.train.ema:
+        raise InputError(f"train.keep.best: {config.train.keep.best} needs train.ema")
     if config.cluster.evaluators:
         for setting, value, reason in (
             ("train.stop_early", config.train.stop_early, "where training ends would depend on their speed"),

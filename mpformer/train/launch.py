@@ -121,7 +121,7 @@ def fit(
     process is at work on it.
     """
     run_dir = run_directory(config)
-    mirror = open_mirror(config.cluster.mirror, run_dir)
+    mirror = open_mirror(config, run_dir)
     mirror.pull()
     version = DataVersion(config.data)
     if (summary := read_summary(run_dir)) is not None:
@@ -148,15 +148,16 @@ def fit(
         begun, damaged = latest(run_dir)
         for line in damaged:
             log.warning("%s. The run goes on from the checkpoint before", line)
-        if begun is None and config.train.resume_from is not None:
+        extended = begun is None and config.train.resume_from is not None
+        if extended:
             begun = extension.begin(run_dir, config, splits["train"])
         parent = read_parent(run_dir) if config.train.resume_from is not None else None
         data_tags = rundata.settle(run_dir, version, begun)
         atomic.write_text(RunDir(run_dir).config, dump_yaml(config))
-        if parent is not None:
+        if extended:
             mirror.push()  # a worker on another machine finds the checkpoint there
         # a run that has begun does without them: they may be gone
-        init = None if begun or config.train.init is None else _start_weights(config.train.init)
+        init = None if begun or config.train.init is None else _start_weights(config.train.init, tell)
         tell(
             f"{len(splits['train'])} training and {len(splits['val'])} validation images; starting Ray, "
             "which takes some seconds"
@@ -174,6 +175,8 @@ def fit(
             replace(entry, tags={**entry.tags, **data_tags, **(parent.tags() if parent else {})}),
             prepare_store(config, entry.experiment, len(capacity.nodes)),
             init,
+            begun.step if begun else None,
+            capacity.uses_gpus(config.cluster),
         )
         trainer = _Trainer(
             run_worker,
@@ -192,7 +195,7 @@ def fit(
             trainer.fit()
         except KeyboardInterrupt:
             ray.shutdown()  # the workers end at once, before the trackers are told
-            close_run(run_dir, "KILLED")
+            close_run(run_dir, "KILLED", only_running=True)
             raise
         except ray.train.TrainingFailedError as error:
             close_run(run_dir, "FAILED")
@@ -213,15 +216,17 @@ class _Trainer(TorchTrainer):
         """Leaves Python's handler in its place."""
 
 
-def _start_weights(source: str) -> Path | str:
+def _start_weights(source: str, tell: Callable[[str], None] = lambda line: None) -> Path | str:
     """What the workers load of `train.init`: a file, or the name of weights that each machine fetches.
 
     They are fetched here first, so that what is wrong with them is told before workers start.
     """
-    from mpformer.model.weights.loading import weights_file  # it loads what builds models
+    from mpformer.model.weights.loading import chosen_weights  # it loads what builds models
 
-    file = weights_file(source)
-    return source if is_remote(source) else file.resolve()
+    chosen = chosen_weights(source)
+    if chosen.note:
+        tell(f"train.init: {chosen.note}")
+    return source if is_remote(source) else chosen.file.resolve()
 
 
 def _scaling(config: Config, capacity: Capacity) -> ScalingConfig:

@@ -17,6 +17,7 @@ from typing import TypeVar
 from pyarrow import fs
 
 from mpformer import atomic
+from mpformer.config import Config
 from mpformer.model.weights import checkpoints
 from mpformer.tracking.run_dir import (
     CHECKPOINTS,
@@ -37,9 +38,10 @@ RETRY_SECONDS = 600.0
 _UNCHANGED = "nothing was changed"
 
 
-def open_mirror(uri: str | None, run_dir: Path) -> Mirror | NoMirror:
-    """The mirror of a run; without `uri`, one that does nothing. Raises as `Mirror`."""
-    return Mirror(uri, run_dir) if uri else NoMirror()
+def open_mirror(config: Config, run_dir: Path) -> Mirror | NoMirror:
+    """The mirror of a run; without `cluster.mirror`, one that does nothing. Raises as `Mirror`."""
+    uri = config.cluster.mirror
+    return Mirror(uri, run_dir, config.train.keep.best) if uri else NoMirror()
 
 
 class NoMirror:
@@ -56,11 +58,15 @@ class NoMirror:
 
 
 class Mirror:
-    """The copy of one run at `uri/RUN`. Raises `InputError` for a URI that pyarrow does not know, and
-    `RunError` as `finish` does: opening a bucket asks the store for its region."""
+    """The copy of one run at `uri/RUN`; `best`: the figure whose best checkpoint it keeps.
 
-    def __init__(self, uri: str, run_dir: Path) -> None:
+    Raises `InputError` for a URI that pyarrow does not know, and `RunError` as `finish` does: opening a
+    bucket asks the store for its region.
+    """
+
+    def __init__(self, uri: str, run_dir: Path, best: str | None = None) -> None:
         self.run_dir = Path(run_dir)
+        self._best = best
         self._run = RunDir(self.run_dir)
         # of these the content changes, but perhaps not the size
         self._rewritten = (self._run.config, self._run.mlflow, self._run.failure)
@@ -129,10 +135,10 @@ class Mirror:
 
     def _best_of(self, complete: list[str]) -> list[str]:
         """Of checkpoints of the copy that which the run keeps as its best, if it does."""
-        if (figure := checkpoints.kept_best(self.run_dir)) is None:
+        if self._best is None:
             return []
         steps = {step: name for name in complete if (step := step_of(Path(name))) is not None}
-        return [steps[step] for step, _ in checkpoints.ranked(self.run_dir, figure, steps)[:1]]
+        return [steps[step] for step, _ in checkpoints.ranked(self.run_dir, self._best, steps)[:1]]
 
     def _there(self) -> list[str]:
         selector = fs.FileSelector(self._base, recursive=True, allow_not_found=True)

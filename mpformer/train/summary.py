@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import platform
 import sys
@@ -82,6 +84,18 @@ def measured_resources(group: Group, seconds: float, images: int, skipped: list[
 def peak_device_memory(device: torch.device) -> int:
     """Bytes that this process has taken at most, up to now: of its GPU, or on a CPU resident."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
+
+
+def forget_other_runs() -> None:
+    """Free what an earlier run of this process has left, and count the peaks of its memory anew."""
+    gc.collect()  # layers that are compiled or computed twice refer to themselves
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # of Linux: see proc(5)
 
 
 def _val(values: dict[str, float]) -> dict[str, float]:

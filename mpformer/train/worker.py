@@ -44,7 +44,7 @@ from mpformer.train.optim import build_optimizer, rate_factor, set_rates
 from mpformer.train.profiling import profiled_steps
 from mpformer.train.reporter import Reporter, SilentReporter
 from mpformer.train.step import StepResult, train_step
-from mpformer.train.summary import measured_resources, peak_device_memory
+from mpformer.train.summary import forget_other_runs, measured_resources, peak_device_memory
 from mpformer.train.timing import Clock, Timers
 from mpformer.train.utilization import Utilization
 from mpformer.types import Batch, ClassTable, InputError, RunError
@@ -64,6 +64,7 @@ def run_worker(settings: dict[str, Job]) -> None:
         return
     timers = Timers()
     try:
+        forget_other_runs()
         with kept_warnings(job.run_dir), explained(timers, job.config):
             train(job, timers)
     except (InputError, RunError) as error:
@@ -108,11 +109,11 @@ class _Run:
 
 def train(job: Job, timers: Timers) -> None:
     """Train a run from its newest checkpoint to its end, as one of its workers."""
-    config, group = job.config, _join(job.config)
+    config, group = job.config, _join(job.config, job.use_gpu)
     train_split: Catalog = ray.get(job.train)
     val_split: Catalog = ray.get(job.val)
     plan = StepPlan.of(config, len(train_split.records))
-    mirror = open_mirror(config.cluster.mirror, job.run_dir)
+    mirror = open_mirror(config, job.run_dir)
 
     torch.manual_seed(config.train.seed)
     with timers("restore"):
@@ -120,6 +121,11 @@ def train(job: Job, timers: Timers) -> None:
         found, damaged = latest(job.run_dir)
         for line in damaged:
             print(line, flush=True)
+    if found is None and job.begun is not None:
+        raise RunError(
+            f"{job.run_dir}: the checkpoint of step {job.begun} is not to be found on this machine: the "
+            "workers need the folder of the runs, or cluster.mirror"
+        )
     model, init_report = _build_model(job, train_split.classes, found)
     model = model.to(group.device)
     optimizer = build_optimizer(model, config.train)
@@ -315,10 +321,10 @@ class _Preemption:
         return self._seen
 
 
-def _join(config: Config) -> Group:
+def _join(config: Config, use_gpu: bool) -> Group:
     """This worker in its group; on the CPU with its share of the machine's cores."""
     context = ray.train.get_context()
-    device = ray.train.torch.get_device()
+    device = ray.train.torch.get_device() if use_gpu else torch.device("cpu")
     assert isinstance(device, torch.device)
     if device.type == "cpu":
         workers_here = max(1, context.get_local_world_size())

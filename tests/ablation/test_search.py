@@ -54,10 +54,18 @@ def test_a_sample_is_the_row_with_its_settings(tmp_path):
     assert first.stopped_at is None
     first.trial.run_dir.mkdir(parents=True)
     (first.trial.run_dir / "stopped.json").write_text(json.dumps({"by": "asha", "step": 3}))
-    lines = table([(first, None), (others[0], 2.5), (others[1], 7.25)], "AP").splitlines()
+    lines = table([(first, None), (others[0], 2.5), (others[1], 7.25)], "val/AP", "AP").splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
         "sample-002",
         "sample-001",
         "sample-000",
     ]
     assert lines[-1].endswith("stopped at step 3 |")
+
+
+def test_of_losses_the_smallest_is_the_best(tmp_path):
+    study = load_study(STUDY, ["profile=smoke", f"storage={tmp_path}"])
+    first, second, third, *_ = samples(study)
+    lines = table([(first, 2.5), (second, None), (third, 0.5)], "val/loss", "loss").splitlines()
+    names = [line.split(" | ")[0].strip("| ") for line in lines[2:]]
+    assert names == [one.trial.config.name for one in (third, first, second)]

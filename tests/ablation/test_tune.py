@@ -8,11 +8,10 @@ import pytest
 import ray
 
 from mpformer.ablation.spec import load_study
-from mpformer.ablation.tune import _reason, run_trials
+from mpformer.ablation.tune import _in_its_process, _reason, run_trials
 from mpformer.types import RunError
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ["mpformer.ablation.tune", "mpformer.train.launch"])
 def test_ray_s_count_of_processes_is_not_told(module, tmp_path):
@@ -72,3 +71,13 @@ def test_a_study_that_is_being_worked_on_is_refused(tmp_path, monkeypatch):
         with pytest.raises(RunError, match=rf"{busy.run_dir.name}: another process is at work on this run"):
             run_trials(study.trials(), study.folder, study.name, None, study.bases)
     assert not ray.is_initialized()
+
+
+def test_a_process_takes_the_next_trial_unless_one_has_failed_in_it():
+    results = iter([{}, {"failure": "no memory", "bad_input": False}])
+    trial = object.__new__(_in_its_process(lambda settings: next(results)))
+    trial.config = {"trial": 0}
+    assert trial.step() == {"done": True}
+    assert trial.reset_config({"trial": 1})
+    assert trial.step()["failure"] == "no memory"
+    assert not trial.reset_config({"trial": 2})

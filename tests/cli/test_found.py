@@ -78,6 +78,25 @@ def test_images_and_masks_train_with_the_file_that_was_written(tmp_path: Path, c
     assert {split: len(ids) for split, ids in image_ids(recipe, settings).items()} == {"train": 4, "val": 1}
 
 
+def test_a_folder_of_the_same_name_has_a_file_of_its_own(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place, value in (("a", 1), ("b", 7)):
+        for folder in ("images", "masks"):
+            (tmp_path / place / "field" / folder).mkdir(parents=True)
+        for number in range(5):
+            cv2.imwrite(f"{place}/field/images/{number}.jpg", photograph(64, 64, seed=number))
+            cv2.imwrite(f"{place}/field/masks/{number}.png", np.tri(64, dtype=np.uint8) * value)
+    ids = {}
+    for place in ("a", "b"):
+        assert main(["data", "check", f"{place}/field", "data.dataset.train.share=[0, 0.5]"]) == 0
+        recipe, *settings = printed_command(capsys.readouterr().out)
+        data = load_config(recipe, settings).data
+        ids[place] = {c.id for c in data.dataset.classes}
+        assert data.dataset.train.share == (0.0, 0.5)
+        assert len(open_split(data, "train").records) < 5
+    assert ids == {"a": {0, 1}, "b": {0, 7}}
+
+
 def test_evaluation_finds_the_data_of_another_layout_as_data_check_does(tmp_path: Path, capsys) -> None:
     generate(tmp_path / "scenes", {"train": 2, "val": 2}, size=64)
     trained = load_config("coco-tiny", [f"data.root={tmp_path / 'scenes'}"])

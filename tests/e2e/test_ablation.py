@@ -48,7 +48,7 @@ def test_a_study_survives_a_killed_trial_driver_and_reports_the_row_that_failed(
 
     def kill() -> None:
         killed.extend(row for row, trial in trials.items() if complete(trial.run_dir) and not trial.finished)
-        drivers = head.processes("OneProcessTrial")
+        drivers = head.processes("ResourceTrainable")
         assert drivers
         for driver in drivers:
             driver.kill()

@@ -35,9 +35,13 @@ def interrupted(process: subprocess.Popen[str], ready: Callable[[], bool]) -> tu
         time.sleep(0.1)
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
-    process.wait(timeout=120)
-    seconds = time.monotonic() - began
-    done = finish(process, timeout=120)  # once all of the group have closed the pipe
+    try:
+        process.wait(timeout=120)
+        seconds = time.monotonic() - began
+        done = finish(process, timeout=120)  # once all of the group have closed the pipe
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # it would run on beside all other tests
+        raise
     return done, seconds / max(1.0, os.getloadavg()[0] / usable_cores())
 
 

@@ -33,6 +33,16 @@ def config(train: dict | None = None, **sections) -> Config:
             r"train\.stop_early needs cluster\.evaluators=0",
         ),
         ({"ema": 0.9}, {"cluster": {"evaluators": 1}}, r"train\.ema needs cluster\.evaluators=0"),
+        (
+            {"stop_early": {"metric": "val/AP", "patience": 2}},
+            {"evaluate": {"every": None}},
+            r"train\.stop_early needs evaluate\.every",
+        ),
+        (
+            {"keep": {"best": "val_ema/count_error"}},
+            {"evaluate": {"metrics": ["my.metrics:Count"]}},
+            r"val_ema/count_error needs train\.ema",
+        ),
     ],
 )
 def test_a_figure_that_no_evaluation_will_have_is_refused_before_training(train, sections, message):

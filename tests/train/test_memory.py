@@ -1,14 +1,18 @@
 """Memory that is exhausted: whatever the phase and whoever says so, one line with what helps."""
 
 import contextlib
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from mpformer.evaluate.evaluation import peak_memory
 from mpformer.model.architecture import build_model
 from mpformer.train.memory import explained
 from mpformer.train.optim import build_optimizer
 from mpformer.train.step import train_step
+from mpformer.train.summary import forget_other_runs
 from mpformer.train.timing import Timers
 from mpformer.types import RunError
 from tests.train.conftest import make_batch
@@ -115,3 +119,14 @@ def test_the_phase_is_the_innermost_one_and_ends():
             assert timers.phase == "forward"
         assert timers.phase == "evaluate"
     assert timers.phase == "start"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone counts peaks anew")
+def test_the_peak_of_an_earlier_run_is_forgotten():
+    before = np.ones(300 << 20, np.uint8)
+    assert peak_memory() > before.nbytes
+    high = peak_memory()
+    del before
+    assert peak_memory() == high
+    forget_other_runs()
+    assert peak_memory() < high - (200 << 20)

@@ -79,13 +79,12 @@ def test_another_machine_fetches_what_was_copied(uri, tmp_path, request):
 def test_the_best_checkpoint_is_fetched_and_stays(uri, tmp_path, request):
     """Kept here, it lies between older ones that are gone; elsewhere it is still the best."""
     here, there = tmp_path / "here" / request.node.name, tmp_path / "there" / request.node.name
-    copy = Mirror(uri, here)
+    copy = Mirror(uri, here, "val/AP")
 
     def train(run_dir: Path, step: int, value: float) -> None:
         folder = run_dir / "checkpoints" / f"step-{step:08d}"
         folder.mkdir(parents=True)
         (folder / checkpoints.STATE_FILE).write_text(json.dumps({"step": step}))
-        (run_dir / "config.yaml").write_text("train: {keep: {best: val/AP, last: 1}}\n")
         RecordWriter(run_dir, step - 1).add(step, {"val/AP": value})
         for old in checkpoints.superseded(run_dir, Keep(best="val/AP", last=1)):
             shutil.rmtree(old)
@@ -93,7 +92,7 @@ def test_the_best_checkpoint_is_fetched_and_stays(uri, tmp_path, request):
     for step, value in ((1, 10.0), (2, 30.0), (3, 20.0), (4, 25.0)):
         train(here, step, value)
         assert copy.push()
-    other = Mirror(uri, there)
+    other = Mirror(uri, there, "val/AP")
     kept = {"step-00000002", "step-00000004"}
     assert {Path(name).parent.name for name in other._there() if name.endswith("state.json")} == kept
     other.pull()

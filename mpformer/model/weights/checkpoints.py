@@ -150,7 +150,13 @@ def best(run_dir: Path) -> Choice | None:
 def kept_best(run_dir: Path) -> str | None:
     """The figure whose best checkpoint a run keeps (`train.keep.best`), by the settings in its folder."""
     file = RunDir(run_dir).config
-    return load_config(file).train.keep.best if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return load_config(file).train.keep.best
+    except InputError as error:
+        log.warning("%s. The newest checkpoint is used, not the best", error)
+        return None
 
 
 def ranked(run_dir: Path, figure: str, steps: Collection[int]) -> list[tuple[int, float]]:

@@ -104,13 +104,13 @@ def check_reachable(url: str) -> None:
     Without a network, looking up a name or connecting may take minutes; so both are done aside.
     """
     host, port = _next_host(url)
-    failure: list[OSError] = []
+    failure: list[OSError | UnicodeError] = []
     connected = threading.Event()
 
     def connect() -> None:
         try:
             socket.create_connection((host, port), timeout=SECONDS_TO_CONNECT / 2).close()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             failure.append(error)
         connected.set()
 
@@ -183,6 +183,7 @@ class _Part:
         with self._open(request, hops) as response:
             if not _continues(response, start):
                 start = 0
+                self.file.unlink(missing_ok=True)  # before its version is noted anew
             total = _total(response, start)
             etag = response.headers.get("ETag")
             self.note.write_text(json.dumps({"url": self.url, "etag": etag}), encoding="utf-8")
@@ -247,7 +248,16 @@ class _Forwarded(urllib.request.HTTPRedirectHandler):
         if scheme != "https" and scheme != urlsplit(request.full_url).scheme:
             raise InputError(f"{request.full_url}: forwards to {scheme}, which is not followed")
         self._hops.append(headers)
-        return super().redirect_request(request, fp, code, message, headers, new_url)
+        forwarded = super().redirect_request(request, fp, code, message, headers, new_url)
+        token = request.unredirected_hdrs.get("Authorization")
+        if forwarded is not None and token and _origin(forwarded.full_url) == _origin(request.full_url):
+            forwarded.add_unredirected_header("Authorization", token)  # the same server, who knows it
+        return forwarded
+
+
+def _origin(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc
 
 
 def _read(response: IO[bytes]) -> bytes:

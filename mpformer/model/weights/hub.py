@@ -15,7 +15,7 @@ from urllib.parse import quote
 from mpformer.model.weights.fetching import AnswerError, Received, download
 from mpformer.types import InputError
 
-_REPOSITORY = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^\s@]+))?")
+_REPOSITORY = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^\s@]+))?", re.ASCII)
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of weights, the preferred one first; each may also be in shards, listed in NAME.index.json."""
 
@@ -48,6 +48,7 @@ class Repository:
         Raises `InputError` where there is no such repository or revision, it is not open to this user, or it
         holds no model of `transformers`; and what `download` raises.
         """
+        (folder / "config.json").unlink(missing_ok=True)  # of a call that was cut off: of which commit?
         told = self._file("config.json", folder)
         if told is None:
             raise InputError(f"{self}: no config.json in it: no model of transformers")
@@ -74,7 +75,9 @@ class Repository:
 
     def _file(self, name: str, folder: Path) -> Received | None:
         """Fetch one file, unless an earlier call did; None where the repository has none of that name."""
-        token = os.environ.get("HF_TOKEN") or None
+        token = os.environ.get("HF_TOKEN", "").strip() or None
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise InputError("HF_TOKEN: is no token: it has other characters than those of ASCII")
         url = f"{hub_url()}/{self.name}/resolve/{quote(self.revision, safe='')}/{name}"
         if (folder / name).exists():
             return Received()
@@ -107,6 +110,6 @@ def _shards(index: Path, where: str) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{where}: is no list of shards") from None
     for name in names:
-        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII):
             raise InputError(f"{where}: {name!r:.100} is no name of a shard")
     return sorted(names)

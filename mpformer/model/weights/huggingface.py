@@ -7,6 +7,7 @@ counted in the weights, before a model is made of it.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -80,7 +81,7 @@ class _Section:
 
     def number(self, key: str) -> float:
         value = self._value(key)
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not _is_number(value):
             raise self.wrong(key, "a number")
         return value
 
@@ -122,16 +123,39 @@ def read_huggingface(folder: Path) -> ForeignModel:
     unwrapped = _unwrap(_read_weights(folder), folder)
     with settings_found_in(file):
         config = to_config(settings, unwrapped.tensors)
-    resize, notes = _test_resize(folder)
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
+        return ForeignModel(unwrapped, config, class_names, names_of)
+    processor = _Section(_read_json(file), file)
+    resize, notes = _test_resize(processor)
+    config = config.with_backbone(**_normalization(processor))
     return ForeignModel(unwrapped, config, class_names, names_of, resize, notes)
 
 
-def _test_resize(folder: Path) -> tuple[TestResize | None, tuple[str, ...]]:
-    """The size that preprocessor_config.json brings images to, if it is there; a note where ours differs."""
-    file = folder / "preprocessor_config.json"
-    if not file.is_file():
-        return None, ()
-    settings = _Section(_read_json(file), file)
+def _normalization(settings: _Section) -> dict[str, tuple[float, ...]]:
+    """`mean` and `std` of the backbone's settings, of images in 0..255, by preprocessor_config.json."""
+    given = settings.values
+    factor = given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1.0
+    if not _is_number(factor) or factor <= 0:
+        raise settings.wrong("rescale_factor", "a number above 0")
+    found = {}
+    for name, key, none, least in (("mean", "image_mean", 0.0, -math.inf), ("std", "image_std", 1.0, 0.0)):
+        values = given.get(key) if given.get("do_normalize", True) else [none] * 3
+        if values is None:  # what `transformers` takes itself is ImageNet's
+            return {}
+        in_order = isinstance(values, list) and all(_is_number(value) and value > least for value in values)
+        if not in_order or len(values) != 3:
+            raise settings.wrong(key, "a list of three numbers" + " above 0" * (least == 0))
+        found[name] = tuple(round(value / factor, 3) for value in values)
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _test_resize(settings: _Section) -> tuple[TestResize | None, tuple[str, ...]]:
+    """The size that preprocessor_config.json brings images to; a note where ours differs."""
     size = settings.values.get("size")
     if settings.values.get("do_resize") is False:
         return TestResize(short=None, long=None), ()

@@ -22,6 +22,7 @@ from mpformer import atomic
 from mpformer.config import Config, Data
 from mpformer.config.model import Backbone
 from mpformer.config.model import Model as ModelConfig
+from mpformer.config.plugins import references
 from mpformer.model.architecture import Architecture, build_model
 from mpformer.model.weights.catalogue import NamedWeights
 from mpformer.model.weights.checkpoints import Choice, choose
@@ -160,6 +161,13 @@ def chosen_weights(source: str | Path) -> Choice:
 def _make_ours(fetched: Path, out: Path, known: NamedWeights | None) -> None:
     """Turn what was fetched into a checkpoint of ours, with what the catalogue knows of it."""
     if fetched.is_file() and _header(fetched) is not None:
+        named = [(key, name) for key, name in references(read_metadata(fetched)[0]) if key[:6] != "train."]
+        if named:
+            key, name = named[0]
+            raise InputError(
+                f"its settings name code to run ({key}: {name}), which is refused of what was fetched; "
+                "download the file yourself if you trust it"
+            )
         fetched.replace(out)
         return
     report = import_weights(fetched, out, known)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -22,6 +23,8 @@ from mpformer.model.weights.catalogue import NamedWeights, named_weights, neares
 from mpformer.model.weights.fetching import Checks, check_reachable, download
 from mpformer.model.weights.hub import Repository, hub_url
 from mpformer.types import InputError, RunError
+
+log = logging.getLogger(__name__)
 
 _VERSION = 1
 """Of what is made of a download: a new one has it made anew."""
@@ -56,7 +59,9 @@ class Remote:
     def file(self) -> Path:
         """Its place in the cache, whether or not it has been fetched."""
         known = self.known and (self.known.recipe, self.known.settings, self.known.sha256)
-        key = hashlib.sha256(repr((_VERSION, self.url, self.repository, known)).encode()).hexdigest()
+        hub = self.repository and hub_url()
+        told = repr((_VERSION, self.url, self.repository, hub, known))
+        key = hashlib.sha256(told.encode()).hexdigest()
         return cache_folder() / "weights" / key[:12] / f"{self._stem}.safetensors"
 
     @property
@@ -144,13 +149,18 @@ def _checked(url: str) -> str:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time; the system frees the lock when its process ends, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise RunError(
-            f"{folder}: the cache cannot be written: {error.strerror}; MPFORMER_CACHE names another folder"
-        ) from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((folder / ".lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.warning("another process fetches these weights; waiting for it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise RunError(
+                f"{folder}: the cache cannot be written: {error.strerror}; MPFORMER_CACHE names another "
+                "folder"
+            ) from None
         yield

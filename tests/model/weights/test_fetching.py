@@ -237,11 +237,13 @@ def test_what_a_hub_refuses_is_told_apart(hub, tmp_path, monkeypatch):
     hub.add("owner/gated", {**SMALL, "model.safetensors": DATA})
     hub.gated["owner/gated"] = "secret"
     refused("owner/gated", f"accepted at {hub.url}/owner/gated", "HF_TOKEN")
-    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("HF_TOKEN", "secret\n")  # as files and cluster secrets end
     hub.requests.clear()
     Repository.parse("owner/gated").fetch(tmp_path)
-    sent = {path.split("/")[1]: token for path, _, token in hub.requests}
-    assert sent == {"owner": "Bearer secret", "store": None}  # the store gets no token
+    sent = {(path.split("/")[1], token) for path, _, token in hub.requests}
+    assert sent == {("owner", "Bearer secret"), ("store", None)}  # the store gets no token
+    monkeypatch.setenv("HF_TOKEN", "geheim\u00fc")
+    refused("owner/gated@v3", "HF_TOKEN: is no token")
     for wrong in ("name", "owner/name/file", "owner/name@", "owner/na me"):
         with pytest.raises(InputError, match="hf:OWNER/NAME or hf:OWNER/NAME@REVISION is expected"):
             Repository.parse(wrong)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import mpformer
 from mpformer.cli.main import main
@@ -15,7 +16,12 @@ from mpformer.config import Config, load_config
 from mpformer.config import data as settings
 from mpformer.config.shipped import experiments
 from mpformer.model.weights.catalogue import NamedWeights, Release, named_weights
-from mpformer.model.weights.loading import load_checkpoint, load_weights, weights_file
+from mpformer.model.weights.loading import (
+    checkpoint_metadata,
+    load_checkpoint,
+    load_weights,
+    weights_file,
+)
 from mpformer.model.weights.named import Remote, is_remote
 from mpformer.train.launch import _start_weights
 from mpformer.train.worker import _build_model
@@ -80,11 +86,11 @@ def test_a_name_is_weights_classes_and_test_size(hub, small):
     assert model.settings.data.task == "instance"
 
 
-def test_it_is_fetched_once_and_then_found_without_a_server(hub, monkeypatch, tmp_path, caplog):
+def test_it_is_fetched_once_and_then_found_without_a_server(hub, tmp_path, caplog):
     first = weights_file(NAME)
     assert f"{NAME}: " in caplog.text
     asked = len(hub.requests)
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port()}")
+    hub.fails = 503
     assert weights_file(NAME) == first
     assert len(hub.requests) == asked
     assert first.is_relative_to(tmp_path / "cache")
@@ -191,12 +197,28 @@ def test_a_wrong_name_is_one_line(hub, text, expected, capsys):
 def test_a_secret_is_refused_before_a_run_has_a_folder(hub, tmp_path):
     from mpformer.train.launch import fit
 
-    config = load_config(
-        "coco-tiny",
-        [f"data.root={tmp_path}", f"storage={tmp_path}/runs", "train.init=https://me:hunter2@host/f"],
-    )
-    files.refused(lambda: fit(config), "holds no password")
+    config = load_config("coco-tiny", [f"data.root={tmp_path}", f"storage={tmp_path}/runs"])
+    secret = config.train.model_copy(update={"init": "https://me:hunter2@host/f"})
+    files.refused(lambda: fit(config.model_copy(update={"train": secret})), "holds no password")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_of_ours_that_names_code_is_refused(hub, tmp_path):
+    model = files.small_model()
+    config = Config.model_validate(
+        {"data": {"dataset": {"format": "shutil:rmtree"}, "root": str(tmp_path)}}
+    ).model_copy(update={"model": model.config})
+    save_file(model.state_dict(), tmp_path / "evil.safetensors", checkpoint_metadata(config, model.classes))
+    hub.plain["evil.safetensors"] = (tmp_path / "evil.safetensors").read_bytes()
+    files.refused(
+        lambda: mpformer.load(f"{hub.url}/files/evil.safetensors"), "data.dataset", "shutil:rmtree", "refused"
+    )
+
+
+def test_another_hub_s_repository_is_another_one(hub, monkeypatch):
+    here = Remote.parse("hf:owner/small").file
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example.org")
+    assert Remote.parse("hf:owner/small").file != here
 
 
 # --- as a start of training -----------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from mpformer.config import data
+from mpformer.model.architecture import build_model
 from mpformer.model.weights.huggingface_export import write_huggingface
 from mpformer.model.weights.loading import (
     import_weights,
@@ -199,3 +200,44 @@ def test_test_sizes_of_other_folders(copy, tmp_path, told, expected, note):
     found = read_metadata(tmp_path / "a.safetensors")[0].data.test_resize
     assert (found.short, found.long) == expected
     assert [note in line for line in report.notes] == ([True] if note else [])
+
+
+IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}, IMAGENET),
+        ({}, IMAGENET),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, ((127.5,) * 3, (127.5,) * 3)),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 127.5}, ((63.75,) * 3,) * 2),
+        (
+            {"image_mean": [127.0] * 3, "image_std": [128] * 3, "do_rescale": False},
+            ((127.0,) * 3, (128.0,) * 3),
+        ),
+        ({"do_normalize": False}, ((0.0,) * 3, (255.0,) * 3)),
+        ({"image_mean": [0.5] * 3, "image_std": [0.0] * 3}, "image_std"),
+        ({"image_mean": [0.5] * 2, "image_std": [0.5] * 2}, "image_mean"),
+        ({"image_mean": 0.5, "image_std": [0.5] * 3}, "image_mean"),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 0}, "rescale_factor"),
+    ],
+)
+def test_images_of_other_folders_are_normalised_as_they_say(copy, tmp_path, told, expected):
+    (copy / "preprocessor_config.json").write_text(json.dumps(told))
+    if isinstance(expected, str):
+        files.refused(lambda: import_weights(copy, tmp_path / "a.safetensors"), expected)
+        return
+    import_weights(copy, tmp_path / "a.safetensors")
+    model, _ = load_checkpoint(tmp_path / "a.safetensors")
+    assert (model.config.backbone.mean, model.config.backbone.std) == expected
+
+
+def test_the_normalisation_survives_export_and_import(tmp_path):
+    model = files.cached_model()
+    own = build_model(model.config.with_backbone(mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.5)), model.classes)
+    write_huggingface(own, tmp_path / "hf", data.TestResize())
+    import_weights(tmp_path / "hf", tmp_path / "back.safetensors")
+    again, _ = load_checkpoint(tmp_path / "back.safetensors")
+    assert again.pixel_mean.flatten().tolist() == [1.0, 2.0, 3.0]
+    assert again.pixel_std.flatten().tolist() == [4.0, 5.0, 6.5]
