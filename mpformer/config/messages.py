@@ -141,4 +141,4 @@ def _choice(key: str, error: ErrorDetails, plugins: bool) -> str:
     given = context.get("tag", error["input"])
     expected = context.get("expected_tags") or context["expected"] + f", '{PLUGIN_TAG}'" * plugins
     names = re.findall(r"'([^']*)'", expected)
-    return f"{key}: {given!r} is none of {expected}; nearest: {nearest(str(given), names)}"
+    return f"{key}: {masked(repr(given))} is none of {expected}; nearest: {nearest(str(given), names)}"

