@@ -188,7 +188,8 @@ def test_show_counts_the_model_for_the_classes_of_the_data_or_else_coco_s(capsys
     generate(Path(load_config(TINY).data.root), {"train": 1, "val": 1}, size=64)
     classes = len(open_split(load_config(TINY).data, "val").classes)
     assert main(["show", TINY]) == 0
-    assert re.search(size + f"{classes} classes$", capsys.readouterr().out, re.MULTILINE)
+    told = f"{classes} classes; channels minus 123.675, 116.28, 103.53, divided by 58.395, 57.12, 57.375$"
+    assert re.search(size + told, capsys.readouterr().out, re.MULTILINE)
 
 
 def test_show_of_two_recipes_prints_their_difference(capsys, tmp_path):

@@ -45,7 +45,7 @@ CASES = {
     "c10a-tiff-12-of-16-bit": (2, ["has a value above 4095", "set data.bits=12"]),
     "c20-panoptic-control": (
         0,
-        ["train: 6 images, 18 objects", "panoptic_masks=annotations/panoptic_train2017"],
+        ["train: 6 images, 18 objects", "mpformer train laptop-panoptic data.root="],
     ),
     "c20a-no-isthing": (2, ["has no 'isthing'", "data.dataset.stuff=[NAME, ...]"]),
     "c20c-grey16-ids": (2, ["the id map is grey, 16-bit", "no image that can be used"]),

@@ -178,8 +178,9 @@ def test_bytes(tmp_path):
         data = changed(originals[value[0]], value[1])
         path.write_bytes(data)
         record = Record("1", str(path), 32, 24, (), data, bits=12)
-        for call in (load_image, used_bits, load_ids):
+        for call in (load_image, load_ids):
             attempt(call, record)
+        attempt(used_bits, record, data)
         attempt(image_size, str(path))
         attempt(load_index_map, data, "map")
 

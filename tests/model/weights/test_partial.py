@@ -374,7 +374,6 @@ def test_group_norm_is_not_started_from_batch_norm_nor_the_other_way(batch_norm,
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"backbone": {"name": "resnet10t"}}, "backbone.name is resnet10t"),
         ({"backbone": {"output_norms": True}}, "backbone.output_norms is True"),
         ({"pixel_decoder": {"kind": "fpn"}}, "pixel_decoder.kind is fpn"),
         ({"pixel_decoder": {"last_kernel": 3}}, "pixel_decoder.last_kernel is 3"),
