@@ -177,7 +177,9 @@ def test_a_repository_is_fetched_at_one_commit(hub, tmp_path):
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert files == {**SMALL, "model.safetensors": DATA}
     assert hub.paths()[0] == "/owner/name/resolve/main/config.json"
-    assert all(f"/resolve/{commit}/" in path or path.startswith("/store/") for path in hub.paths()[1:])
+    # where the server forwards to is its own matter
+    asked = [path for path in hub.paths()[1:] if "/resolve/moved/" not in path]
+    assert all(f"/resolve/{commit}/" in path or path.startswith("/store/") for path in asked)
 
 
 def test_a_commit_that_moves_between_two_calls_leaves_no_mixture(hub, tmp_path):
