@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import huggingface_hub
 import torch
@@ -49,8 +49,23 @@ def _declare_missing_operators() -> torch.library.Library:
 _declared_operators = _declare_missing_operators()  # they last as long as this object
 
 import timm  # noqa: E402
-from timm.layers import BatchNormAct2d, Format, GroupNormAct, freeze_batch_norm_2d  # noqa: E402
+from timm.layers import (  # noqa: E402
+    BatchNormAct2d,
+    Conv2dSame,
+    ConvNormAct,
+    Format,
+    FrozenBatchNormAct2d,
+    GroupNormAct,
+    freeze_batch_norm_2d,
+    pad_same,
+)
 from timm.models import FeatureInfo  # noqa: E402
+from timm.models._efficientnet_blocks import (  # noqa: E402
+    ConvBnAct,
+    DepthwiseSeparableConv,
+    EdgeResidual,
+    InvertedResidual,
+)
 from timm.models.resnet import BasicBlock, Bottleneck  # noqa: E402
 from timm.models.swin_transformer import SwinTransformerBlock  # noqa: E402
 from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
@@ -317,16 +332,37 @@ def _freeze(body: nn.Module, stages: int) -> None:
         done += name in ends
 
 
-class _ConvWithNorm(nn.Conv2d):
-    """A convolution that includes the frozen normalisation after it, which saves one pass over the map."""
+class _FrozenNorm(Protocol):
+    """What torchvision's and timm's frozen norms have: four buffers [C]."""
 
-    norm: tuple[FrozenBatchNorm2d]
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    eps: float
+
+
+class _ConvWithNorm(nn.Conv2d):
+    """A convolution that includes the frozen normalisation after it, which saves a pass over the map."""
+
+    norm: tuple[_FrozenNorm]
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, *self.scaled())
+
+    def scaled(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of convolution and normalisation together."""
         (norm,) = self.norm
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        weight = self.weight * scale[:, None, None, None]
-        return self._conv_forward(x, weight, norm.bias - norm.running_mean * scale)
+        return self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+
+
+class _SameConvWithNorm(_ConvWithNorm, Conv2dSame):
+    """The same with TensorFlow's padding, which depends on the size of the map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation))
+        return self._conv_forward(padded, *self.scaled())
 
 
 class _FoldedFrozenBatchNorm2d(FrozenBatchNorm2d):
@@ -336,16 +372,43 @@ class _FoldedFrozenBatchNorm2d(FrozenBatchNorm2d):
         return x
 
 
+class _FoldedFrozenBatchNormAct2d(FrozenBatchNormAct2d):
+    """The same with an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(x))
+
+
+_FOLDED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: _ConvWithNorm,
+    Conv2dSame: _SameConvWithNorm,
+    FrozenBatchNorm2d: _FoldedFrozenBatchNorm2d,
+    FrozenBatchNormAct2d: _FoldedFrozenBatchNormAct2d,
+}
+_IN_ORDER = (
+    BasicBlock,
+    Bottleneck,
+    ConvNormAct,
+    ConvBnAct,
+    DepthwiseSeparableConv,
+    InvertedResidual,
+    EdgeResidual,
+)
+"""Blocks that call their layers in the order in which they hold them, as `nn.Sequential` does."""
+
+
 def _fold_frozen_norms(body: nn.Module) -> None:
-    """Fold the frozen norms of a ResNet, where each follows its convolution, into the convolutions."""
-    if not any(isinstance(module, BasicBlock | Bottleneck) for module in body.modules()):
+    """Fold frozen norms into the convolutions before them, for blocks that are known to be in order."""
+    if not any(isinstance(module, _IN_ORDER) for module in body.modules()):
         return
     for module in body.modules():
+        if module is not body and not isinstance(module, (nn.Sequential, *_IN_ORDER)):
+            continue
         for conv, norm in itertools.pairwise(module.children()):
-            if type(conv) is nn.Conv2d and conv.bias is None and type(norm) is FrozenBatchNorm2d:
-                conv.__class__, norm.__class__ = _ConvWithNorm, _FoldedFrozenBatchNorm2d
+            if type(conv) in (nn.Conv2d, Conv2dSame) and conv.bias is None and type(norm) in _FOLDED:
+                conv.__class__, norm.__class__ = _FOLDED[type(conv)], _FOLDED[type(norm)]
                 # in a tuple, so that it is not registered as a submodule of the convolution, too
-                cast(_ConvWithNorm, conv).norm = (norm,)
+                cast(_ConvWithNorm, conv).norm = (cast(_FrozenNorm, norm),)
 
 
 def _to_group_norm(module: nn.Module) -> nn.Module:

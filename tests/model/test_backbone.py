@@ -88,6 +88,10 @@ def test_frozen_statistics_do_not_follow_the_batch():
         pytest.param("resnet50", marks=pytest.mark.slow),
         pytest.param("resnet101c", marks=pytest.mark.slow),
         "regnetx_002",
+        "tf_efficientnet_lite0",  # with TensorFlow's padding
+        pytest.param("tf_efficientnetv2_b0", marks=pytest.mark.slow),
+        pytest.param("mobilenetv3_small_100", marks=pytest.mark.slow),
+        pytest.param("mobilenetv4_conv_small", marks=pytest.mark.slow),
     ],
 )
 def test_frozen_norms_are_what_they_are_when_folded(name):
@@ -102,7 +106,12 @@ def test_frozen_norms_are_what_they_are_when_folded(name):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.normal_(module.bias)
     folded.load_state_dict(plain.state_dict())
-    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in plain.body.modules())
+    beside = norms - (
+        name == "resnet101c"
+    )  # the last convolution of its deep stem is in a Sequential, the norm not
+    assert sum(hasattr(module, "norm") for module in folded.body.modules()) == beside
+    images = torch.randn(2, 3, 64, 72, dtype=torch.float64)
     results = []
     for backbone in (folded, copy.deepcopy(folded), plain):
         maps = backbone(images)
