@@ -237,6 +237,9 @@ _STYLE = """
 body { margin: 2rem auto; max-width: 1120px; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .scroll { overflow-x: auto; }
+.confusion thead th {
+  writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; vertical-align: bottom;
+}
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
