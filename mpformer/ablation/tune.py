@@ -45,6 +45,7 @@ from mpformer.tracking.run_dir import RunDir  # noqa: E402
 from mpformer.tracking.tracker import close_run  # noqa: E402
 from mpformer.train import judgement, plugins  # noqa: E402
 from mpformer.train.launch import fit, only_driver, start_ray  # noqa: E402
+from mpformer.train.start import fetch_weights  # noqa: E402
 from mpformer.types import InputError, RunError  # noqa: E402
 
 DRIVER_RESOURCES: dict[str, float] = {"memory": 1}
@@ -134,6 +135,7 @@ def run_trials(
         if trial.run_dir.is_dir():
             with only_driver(trial.run_dir):  # raises, before anything starts, for another command at work
                 pass
+    _require_weights(pending)
     start_ray(trial.config for trial in pending)
     # a trial's failure is reported in one line and not as a traceback
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
@@ -191,6 +193,20 @@ def run_trials(
     if asha:
         _mark_stopped([results[i] for i in range(len(results))], pending)
     return endings.failures
+
+
+def _require_weights(trials: Sequence[Trial]) -> None:
+    """Raise what keeps all trials from having the weights that they start from, before anything starts.
+
+    Where some have theirs, the others fail by themselves.
+    """
+    errors = []
+    for trial in {(t.config.train.init, t.config.model.backbone): t for t in trials}.values():
+        try:
+            return fetch_weights(trial.config, trial.run_dir)
+        except (InputError, RunError) as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _in_its_process(drive: Callable[[dict[str, int]], dict[str, Any]]) -> type[tune.Trainable]:

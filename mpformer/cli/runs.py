@@ -13,9 +13,8 @@ from mpformer.cli.relatives import way_on
 from mpformer.cli.rundata import ways_on
 from mpformer.cli.size import size_line
 from mpformer.config import Config, diff, dump_yaml, load_config, run_name
-from mpformer.model.weights.checkpoints import complete
-from mpformer.model.weights.named import require_reachable
 from mpformer.tracking.run_dir import RunDir
+from mpformer.train.start import fetch_weights
 from mpformer.types import InputError
 
 
@@ -27,12 +26,12 @@ def train(recipe: str, settings: Sequence[str]) -> None:
     config = stored_absolutely(load_config(recipe, settings))
     run_dir = Path(config.storage) / run_name(config)
     label = f"{config.name} s{config.train.seed}"
-    if config.train.init is not None and not complete(run_dir):
-        require_reachable(config.train.init)
     say(f"run {run_dir}")
     if (line := way_on(recipe, settings, config, run_dir)) is not None:
         say(line)
     say(f"{label}  loading torch and Ray")
+    if config.cluster.mirror is None:  # else the run may have begun elsewhere
+        fetch_weights(config, run_dir)  # before Ray is loaded, which takes longer than to find this out
     from mpformer.evaluate.metrics import unmeasured
     from mpformer.model.weights.checkpoints import best
     from mpformer.tracking.progress import Follower, follow

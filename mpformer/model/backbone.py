@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -19,8 +20,8 @@ from mpformer.config.model import Backbone as BackboneConfig
 from mpformer.config.yamlfile import nearest
 from mpformer.model.pyramid import SimpleFeaturePyramid
 from mpformer.model.swin import PadThenShift
-from mpformer.model.weights.fetching import check_reachable
-from mpformer.model.weights.hub import WEIGHTS
+from mpformer.model.weights.fetching import Attempt, check_reachable
+from mpformer.model.weights.hub import WEIGHTS, hub_url
 from mpformer.model.weights.prefixes import unwrap
 from mpformer.model.weights.tensorfile import read_tensors, shown
 from mpformer.types import FEATURE_STRIDES, PIXEL_MEAN, PIXEL_STD, InputError, RunError
@@ -193,50 +194,109 @@ def _is_swin(name: str) -> bool:
 
 def _create(config: BackboneConfig) -> nn.Module:
     """The timm model, with weights by tag, from a file, or random."""
+    name, options = _published(config), _options(config)
+    if name is not None:
+        with _absence_is_told(name):
+            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=_overlay(name), **options)
+    if config.pretrained is None:
+        return timm.create_model(config.name, pretrained=False, **options)
+    return _from_file(Path(config.pretrained), config, options)
+
+
+def fetch_pretrained(config: BackboneConfig, hub: Attempt | None = None) -> None:
+    """Bring the published weights that the settings ask for into the cache of timm's hub, if they lack there.
+
+    hub: an attempt to reach it that has begun. For a driver, before it starts workers that build the model:
+    raises `InputError`, as building does, for an unknown model, for what is neither a tag of it nor a file,
+    and where the weights are neither cached nor reachable.
+    """
+    if (name := _published(config)) is None:
+        return
+    published = _notes_on(name)
+    if _cached(published) is not None:
+        return
+    with _absence_is_told(name):
+        if not published.hf_hub_id:  # a few are files elsewhere, which torch fetches
+            return check_reachable(_address(published))
+        (hub or Attempt(hub_url())).require()
+        try:
+            # as timm does when it builds the model: of the default name it prefers the safetensors
+            file = published.hf_hub_filename or WEIGHTS[-1]
+            timm.models.load_state_dict_from_hf(published.hf_hub_id, file)
+        except Exception as error:  # the client of the hub raises those of its HTTP library, too
+            raise RunError(str(error) or type(error).__name__) from error
+
+
+def _published(config: BackboneConfig) -> str | None:
+    """timm's name, with the tag, of the weights that are asked for; None for those of a file and random ones.
+
+    Raises `InputError` for an unknown model, and for what is neither a tag of it nor a file.
+    """
     if not timm.is_model(config.name):
         close = nearest(config.name, timm.list_models())
         raise InputError(f"model.backbone.name: timm has no model '{config.name}'; nearest: {close}")
-    options = _options(config)
     if config.pretrained is None:
-        return timm.create_model(config.name, pretrained=False, **options)
+        return None
     tags = [m.partition(".")[2] for m in timm.list_pretrained(f"{config.name}.*")]
     if config.pretrained in tags:
-        name = f"{config.name}.{config.pretrained}"
-        try:
-            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=_overlay(name), **options)
-        except (OSError, RunError) as error:
-            raise InputError(
-                f"model.backbone.pretrained: the weights {name} are neither cached nor reachable "
-                f"({str(error).splitlines()[0]}); model.backbone.pretrained=null starts from random weights, "
-                "a path reads a file"
-            ) from None
-    file = Path(config.pretrained)
-    if not file.is_file():
+        return f"{config.name}.{config.pretrained}"
+    if not Path(config.pretrained).is_file():
         raise InputError(
             f"model.backbone.pretrained: '{config.pretrained}' is neither a file nor a tag of {config.name}, "
             f"which has: {', '.join(tags) or 'none'}"
         )
-    return _from_file(file, config, options)
+    return None
+
+
+@contextlib.contextmanager
+def _absence_is_told(name: str) -> Iterator[None]:
+    """Says in one line what to do where published weights cannot be had."""
+    try:
+        yield
+    except (OSError, RunError) as error:
+        raise InputError(
+            f"model.backbone.pretrained: the weights {name} are neither cached nor reachable "
+            f"({str(error).splitlines()[0]}); model.backbone.pretrained=FILE reads a file of them, "
+            "model.backbone.pretrained=null starts from random weights"
+        ) from None
 
 
 def _overlay(name: str) -> dict[str, str]:
-    """What timm is told of published weights: without a network, where the hub's cache has them.
+    """What timm is told of published weights: without a network, where a cache has them.
 
     The hub's own client would try to reach it for a minute. Raises `RunError` where they are neither here nor
     reachable.
     """
-    published = timm.get_pretrained_cfg(name)
-    if published is None or not published.hf_hub_id:
-        return {}
+    published = _notes_on(name)
     try:
-        check_reachable(huggingface_hub.constants.ENDPOINT)
+        check_reachable(_address(published))
     except RunError:
-        names = (published.hf_hub_filename,) if published.hf_hub_filename else WEIGHTS
-        cached = (huggingface_hub.try_to_load_from_cache(published.hf_hub_id, file) for file in names)
-        if (found := next((file for file in cached if isinstance(file, str)), None)) is None:
+        if (found := _cached(published)) is None:
             raise
         return {"file": found}
     return {}
+
+
+def _notes_on(name: str) -> timm.models.PretrainedCfg:
+    """What timm notes of published weights."""
+    published = timm.get_pretrained_cfg(name)
+    assert published is not None  # `list_pretrained` has the name
+    return published
+
+
+def _address(published: timm.models.PretrainedCfg) -> str:
+    """Of the server that has published weights."""
+    return hub_url() if published.hf_hub_id else str(published.url)
+
+
+def _cached(published: timm.models.PretrainedCfg) -> str | None:
+    """The file of published weights in the cache of the hub, or of torch; None where it has none."""
+    if not published.hf_hub_id:
+        file = Path(torch.hub.get_dir(), "checkpoints", Path(str(published.url)).name)
+        return str(file) if file.is_file() else None
+    names = (published.hf_hub_filename,) if published.hf_hub_filename else WEIGHTS
+    cached = (huggingface_hub.try_to_load_from_cache(published.hf_hub_id, file) for file in names)
+    return next((file for file in cached if isinstance(file, str)), None)
 
 
 def _from_file(file: Path, config: BackboneConfig, options: dict[str, Any]) -> nn.Module:

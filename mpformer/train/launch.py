@@ -33,6 +33,7 @@ from mpformer.tracking.run_dir import RunDir
 from mpformer.tracking.tracker import close_run
 from mpformer.train import extension, judgement, plugins, rundata
 from mpformer.train.mirror import open_mirror
+from mpformer.train.start import fetch_weights
 from mpformer.types import InputError, RunError
 
 # Before ray is imported anywhere in this process; its workers inherit them.
@@ -132,6 +133,7 @@ def fit(
     plugins.check(config)
     is_remote(config.train.init or "")  # a wrong address is told before it is written anywhere
     judgement.check(config)
+    fetch_weights(config, run_dir)
     if complete(run_dir):
         rundata.check(run_dir, version)  # before it is told what is wrong with other data
     tell(f"reading the annotations in {config.data.root}")

@@ -1,7 +1,9 @@
 """Backbones: the four maps at any size, norms, frozen stages, and weights by file."""
 
 import copy
+import dataclasses
 import pickle
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from mpformer.config.model import Backbone as Settings
+from mpformer.model import backbone as backbones
 from mpformer.model.backbone import Backbone, normalization, timm
 from mpformer.types import PIXEL_MEAN, PIXEL_STD, InputError
 from tests.servers import closed_port
@@ -314,7 +317,7 @@ def unreachable(monkeypatch, tmp_path):
     """No hub, and an empty cache of it."""
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{closed_port()}")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port()}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
@@ -326,19 +329,68 @@ def test_weights_that_are_not_reachable_are_one_line_at_once(unreachable, monkey
     line = str(caught.value)
     assert "resnet18.a1_in1k are neither cached nor reachable" in line
     assert "127.0.0.1 is not reachable: Connection refused" in line
+    assert "model.backbone.pretrained=FILE reads a file of them" in line
     assert "\n" not in line
+
+
+def test_a_driver_has_them_fetched_once_as_timm_does(unreachable, monkeypatch, tmp_path):
+    settings = Settings(name="resnet18", pretrained="a1_in1k")
+    with pytest.raises(InputError, match=r"resnet18\.a1_in1k are neither cached nor reachable"):
+        backbones.fetch_pretrained(settings)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, and no more is asked of it
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        fetched = []
+        monkeypatch.setattr(timm.models, "load_state_dict_from_hf", lambda *asked: fetched.append(asked))
+        backbones.fetch_pretrained(settings)
+        assert fetched == [("timm/resnet18.a1_in1k", "pytorch_model.bin")]
+
+        def fail(*asked):
+            raise ValueError("no answer")  # whatever the client's HTTP library raises
+
+        monkeypatch.setattr(timm.models, "load_state_dict_from_hf", fail)
+        with pytest.raises(InputError, match=r"neither cached nor reachable \(no answer\)"):
+            backbones.fetch_pretrained(settings)
+        put_in_cache(tmp_path / "hub", timm.create_model("resnet18", pretrained=False))
+        backbones.fetch_pretrained(settings)  # nothing to fetch
+
+
+def test_weights_that_lie_outside_of_the_hub_are_looked_for_there(unreachable, monkeypatch, tmp_path):
+    url = f"http://127.0.0.1:{closed_port()}/legacy.pth"
+    notes = dataclasses.replace(timm.get_pretrained_cfg("resnet18.a1_in1k"), hf_hub_id=None, url=url)
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: notes)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    settings = Settings(name="resnet18", pretrained="a1_in1k")
+    with pytest.raises(InputError, match=r"legacy\.pth: 127\.0\.0\.1 is not reachable"):
+        backbones.fetch_pretrained(settings)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "legacy.pth").touch()
+    backbones.fetch_pretrained(settings)
+    assert backbones._overlay("resnet18.a1_in1k") == {"file": str(tmp_path / "checkpoints/legacy.pth")}
+
+
+def test_files_and_random_weights_need_no_hub(unreachable, tmp_path):
+    backbones.fetch_pretrained(Settings(name="resnet18", pretrained=None))
+    (tmp_path / "a.pth").touch()
+    backbones.fetch_pretrained(Settings(name="resnet18", pretrained=str(tmp_path / "a.pth")))
+    with pytest.raises(InputError, match=r"'nowhere\.pth' is neither a file nor a tag of resnet18"):
+        backbones.fetch_pretrained(Settings(name="resnet18", pretrained="nowhere.pth"))
+
+
+def put_in_cache(hub, model):
+    """The weights as the hub's own client leaves them."""
+    folder = hub / "models--timm--resnet18.a1_in1k"
+    snapshot = folder / "snapshots" / ("1" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("1" * 40)
+    save_file(dict(model.state_dict()), snapshot / "model.safetensors")
 
 
 def test_weights_in_the_hub_s_cache_need_no_network(unreachable, tmp_path):
     stored = timm.create_model("resnet18", pretrained=False)
     with torch.no_grad():
         stored.conv1.weight.fill_(0.25)
-    folder = tmp_path / "hub" / "models--timm--resnet18.a1_in1k"
-    snapshot = folder / "snapshots" / ("1" * 40)
-    snapshot.mkdir(parents=True)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("1" * 40)
-    save_file(dict(stored.state_dict()), snapshot / "model.safetensors")
+    put_in_cache(tmp_path / "hub", stored)
     backbone = build("resnet18", pretrained="a1_in1k")
     own = dict(backbone.body.state_dict())
     assert own

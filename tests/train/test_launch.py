@@ -11,6 +11,7 @@ import pytest
 from mpformer import atomic
 from mpformer.capacity import Capacity, Node
 from mpformer.config import Config, Data
+from mpformer.config.model import Model
 from mpformer.data.synthetic import generate
 from mpformer.train import launch, worker
 from mpformer.types import InputError, RunError
@@ -50,7 +51,11 @@ def test_splits_with_different_classes_are_refused_before_anything_starts(tmp_pa
     content = json.loads(annotations.read_text())
     content["categories"][0]["name"] = "sphere"
     annotations.write_text(json.dumps(content))
-    config = Config(data=Data(root=str(tmp_path / "scenes")), storage=str(tmp_path / "runs"))
+    config = Config(
+        model=Model().without_pretrained(),
+        data=Data(root=str(tmp_path / "scenes")),
+        storage=str(tmp_path / "runs"),
+    )
     with pytest.raises(InputError, match="class 0 is 'sphere'"):
         launch.fit(config)
     assert not (tmp_path / "runs").exists()

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from mpformer.config import Config
+from mpformer.config.model import Model
 from mpformer.data.version import DataVersion
 from mpformer.model.weights.checkpoints import MODEL_FILE, Checkpoint
 from mpformer.model.weights.loading import checkpoint_metadata
@@ -125,7 +126,8 @@ def test_a_full_disk_tears_no_record(tmp_path, data):
 def test_an_unfinished_run_refuses_before_anything_starts(tmp_path, data, monkeypatch):
     """Nothing of the run's folder changes, neither its settings nor its record."""
     monkeypatch.setattr(launch, "start_ray", lambda configs: pytest.fail("Ray was started"))
-    config = Config(data=data, storage=str(tmp_path / "runs"), tracking={"mlflow": None})
+    model = Model().without_pretrained()
+    config = Config(model=model, data=data, storage=str(tmp_path / "runs"), tracking={"mlflow": None})
     run_dir = launch.run_directory(config)
     run_dir.mkdir(parents=True)
     rundata.settle(run_dir, DataVersion(data), None)

@@ -99,26 +99,40 @@ def download(url: str, target: Path, checks: Checks = NO_CHECKS, token: str | No
 
 
 def check_reachable(url: str) -> None:
-    """Raise `RunError` unless the server, or the proxy on the way to it, takes a connection in time.
+    """Raise `RunError` unless the server, or the proxy on the way to it, takes a connection in time."""
+    Attempt(url).require()
 
-    Without a network, looking up a name or connecting may take minutes; so both are done aside.
+
+class Attempt:
+    """An attempt to connect to the server of a URL, or to the proxy on the way to it.
+
+    Without a network, looking up a name or connecting may take minutes; so both are done aside, while the
+    caller does something else.
     """
-    host, port = _next_host(url)
-    failure: list[OSError | UnicodeError] = []
-    connected = threading.Event()
 
-    def connect() -> None:
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._host, port = _next_host(url)
+        self._failure: list[OSError | UnicodeError] = []
+        self._ended = threading.Event()
+        self._deadline = time.monotonic() + SECONDS_TO_CONNECT
+        threading.Thread(target=self._connect, args=(port,), daemon=True).start()
+
+    def _connect(self, port: int) -> None:
         try:
-            socket.create_connection((host, port), timeout=SECONDS_TO_CONNECT / 2).close()
+            socket.create_connection((self._host, port), timeout=SECONDS_TO_CONNECT / 2).close()
         except (OSError, UnicodeError) as error:
-            failure.append(error)
-        connected.set()
+            self._failure.append(error)
+        self._ended.set()
 
-    threading.Thread(target=connect, daemon=True).start()
-    if not connected.wait(SECONDS_TO_CONNECT):
-        raise RunError(f"{url}: {host} is not reachable: no connection in {SECONDS_TO_CONNECT:g} s")
-    if failure:
-        raise RunError(f"{url}: {host} is not reachable: {_reason(failure[0])}")
+    def require(self) -> None:
+        """Wait for its end, `SECONDS_TO_CONNECT` from its beginning at most; `RunError` where it failed."""
+        if not self._ended.wait(max(0.0, self._deadline - time.monotonic())):
+            raise RunError(
+                f"{self._url}: {self._host} is not reachable: no connection in {SECONDS_TO_CONNECT:g} s"
+            )
+        if self._failure:
+            raise RunError(f"{self._url}: {self._host} is not reachable: {_reason(self._failure[0])}")
 
 
 def _next_host(url: str) -> tuple[str, int]:
