@@ -13,7 +13,7 @@ from mpformer import __version__
 from mpformer.cli.checkpoints import chosen_file
 from mpformer.cli.output import say
 from mpformer.config import Config
-from mpformer.config.yamlfile import nearest
+from mpformer.config.yamlfile import nearest, nearest_path
 from mpformer.model.weights.named import require_reachable
 from mpformer.types import STRIDE, ClassTable, InputError, round_up
 
@@ -21,14 +21,16 @@ if TYPE_CHECKING:
     import numpy as np
 
 _SIZE = re.compile(r"(\d+)(?:x(\d+))?")
+_LONGEST, _MOST = 8192, 256
+"""Pixels of a side, and images: more would exhaust the memory, after minutes."""
 
 
 @dataclass(frozen=True)
 class _Choices:
     """`key=value` of the command."""
 
-    size: tuple[int, int]
-    """Height and width of the file's images, multiples of 32."""
+    size: tuple[int, int] | None
+    """Height and width of the file's images, multiples of 32; None: those of the recipe."""
     batch: int | None
     """How many images it takes; None: any number."""
     dtype: str
@@ -43,11 +45,16 @@ def export(checkpoint: str, out: str, settings: Sequence[str]) -> None:
     `settings`: size=HEIGHTxWIDTH (default: the crop of the recipe), batch=1|N|any, input=uint8|float32, and
     image=FILE to compare on (default: images of the validation split; generated ones where it is not there).
     """
+    chosen = _choices(settings)
+    if not out.endswith(".onnx") or Path(out).is_dir():
+        raise InputError(f"{out}: the name of a file that ends in .onnx is expected")
+    if chosen.image is not None and not Path(chosen.image).is_file():
+        raise InputError(
+            f"setting 'image={chosen.image}': there is no such file{nearest_path(Path(chosen.image))}"
+        )
     require_reachable(checkpoint)
     from mpformer.model.export_onnx import export_onnx, require_onnx
 
-    if not out.endswith(".onnx"):
-        raise InputError(f"{out}: a name that ends in .onnx is expected")
     require_onnx()
     import torch
 
@@ -55,24 +62,22 @@ def export(checkpoint: str, out: str, settings: Sequence[str]) -> None:
     from mpformer.model.weights.loading import load_checkpoint
 
     model, config = load_checkpoint(chosen_file(checkpoint))
-    chosen = _choices(settings, config)
-    pictures, source = _pictures(chosen, config)
-    images = torch.cat([prepare_within(picture, chosen.size) for picture in pictures])
+    size = height, width = chosen.size or _default_size(config)
+    pictures, source = _pictures(chosen, config, size)
+    images = torch.cat([prepare_within(picture, size) for picture in pictures])
     images = images.to(getattr(torch, chosen.dtype))
-    height, width = chosen.size
     count = "any number of" if chosen.batch is None else str(chosen.batch)
     say(f"{checkpoint}: {count} images of {height}x{width}, {chosen.dtype}; compared on {source}")
-    export_onnx(
-        model, Path(out), images, _notes(model.classes, config, chosen), batch=chosen.batch, report=say
-    )
+    notes = _notes(model.classes, config, size)
+    export_onnx(model, Path(out), images, notes, batch=chosen.batch, report=say)
     say(f"{out}: {Path(out).stat().st_size / 2**20:.1f} MiB")
 
 
-def _notes(classes: ClassTable, config: Config, chosen: _Choices) -> dict[str, str]:
+def _notes(classes: ClassTable, config: Config, size: tuple[int, int]) -> dict[str, str]:
     """What the file says of itself: how images go in, what classes are called, how it was tested."""
     from mpformer.data.images import PAD_COLOR
 
-    height, width = chosen.size
+    height, width = size
     return {
         "mpformer": __version__,
         "recipe": config.name,
@@ -85,7 +90,7 @@ def _notes(classes: ClassTable, config: Config, chosen: _Choices) -> dict[str, s
     }
 
 
-def _choices(settings: Sequence[str], config: Config) -> _Choices:
+def _choices(settings: Sequence[str]) -> _Choices:
     given: dict[str, str] = {}
     known = ("size", "batch", "input", "image")
     for text in settings:
@@ -94,26 +99,29 @@ def _choices(settings: Sequence[str], config: Config) -> _Choices:
             raise InputError(f"setting '{text}': no such setting here; nearest: {nearest(key, known)}")
         given[key] = value
     size, batch, dtype = given.get("size"), given.get("batch", "1"), given.get("input", "uint8")
-    if batch != "any" and not (batch.isdecimal() and int(batch) > 0):
-        raise InputError(f"setting 'batch={batch}': a number of images, or any, is expected")
+    if batch != "any" and not (_is_short(batch) and 0 < int(batch) <= _MOST):
+        raise InputError(f"setting 'batch={batch}': a number of images, 1 to {_MOST}, or any, is expected")
     if dtype not in ("uint8", "float32"):
         raise InputError(f"setting 'input={dtype}': uint8 or float32 is expected")
-    return _Choices(
-        _default_size(config) if size is None else _size(size),
-        None if batch == "any" else int(batch),
-        dtype,
-        given.get("image"),
-    )
+    number = None if batch == "any" else int(batch)
+    return _Choices(None if size is None else _size(size), number, dtype, given.get("image"))
+
+
+def _is_short(text: str) -> bool:
+    """Whether it is a number of few digits: of thousands Python makes none."""
+    return text.isdecimal() and len(text) < 10
 
 
 def _size(text: str) -> tuple[int, int]:
     found = _SIZE.fullmatch(text)
-    sides = [int(side) for side in found.groups(default=found[1])] if found else [0, 0]
-    if min(sides) < STRIDE or any(side % STRIDE for side in sides):
+    sides = found.groups(default=found[1]) if found else ()
+    height, width = (int(side) if _is_short(side) else 0 for side in sides) if sides else (0, 0)
+    if not all(STRIDE <= side <= _LONGEST and side % STRIDE == 0 for side in (height, width)):
         raise InputError(
-            f"setting 'size={text}': HEIGHTxWIDTH in multiples of {STRIDE} is expected, such as 512x768"
+            f"setting 'size={text}': HEIGHTxWIDTH in multiples of {STRIDE}, up to {_LONGEST}, is expected, "
+            "such as 512x768"
         )
-    return sides[0], sides[1]
+    return height, width
 
 
 def _default_size(config: Config) -> tuple[int, int]:
@@ -126,8 +134,11 @@ def _default_size(config: Config) -> tuple[int, int]:
     return side, side
 
 
-def _pictures(chosen: _Choices, config: Config) -> tuple[list[np.ndarray], str]:
-    """As many images [h,w,3] uint8 RGB as a comparison needs, and where they are from."""
+def _pictures(chosen: _Choices, config: Config, size: tuple[int, int]) -> tuple[list[np.ndarray], str]:
+    """As many images [h,w,3] uint8 RGB as a comparison needs, and where they are from.
+
+    size: of those that are generated, where there are no others.
+    """
     from mpformer.data.catalog import open_split
     from mpformer.data.images import load_image, read_image
     from mpformer.data.synthetic import picture
@@ -144,4 +155,4 @@ def _pictures(chosen: _Choices, config: Config) -> tuple[list[np.ndarray], str]:
         images = []
     if images:
         return [images[i % len(images)] for i in range(count)], f"{len(images)} images of {split.name}"
-    return [picture(max(chosen.size), seed) for seed in range(count)], "generated images"
+    return [picture(max(size), seed) for seed in range(count)], "generated images"

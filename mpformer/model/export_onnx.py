@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
+_LARGEST = (1 << 31) - 1
+"""Bytes of an ONNX file that holds its weights, which is one message of protobuf."""
+_TOO_LARGE = "an ONNX file holds at most 2 GiB"
 _TIMED = 3
 """Forward passes that the printed time is the best of."""
 _TOLERANCE = 1e-3
@@ -96,8 +99,8 @@ def export_onnx(
     images [B,3,H,W], uint8 or float32 in 0..255: those it is compared on, which fix height and width, and
     the dtype of the file's input. `notes`: its metadata. `batch`: how many images the file takes; None: any
     number, and the comparison is made with all of `images` (two at least) and with the first alone. Raises
-    `InputError` where a package is missing or the model cannot be exported, `RunError` where the outputs
-    differ by more than rounding; then nothing is written.
+    `InputError` where a package is missing or the model cannot be exported, `RunError` where ONNX Runtime
+    does not run the file, or its outputs differ by more than rounding; then nothing is written.
     """
     require_onnx()
     content = to_onnx(model, images, notes, any_batch=batch is None)
@@ -137,8 +140,10 @@ def output_names(model: Architecture) -> list[str]:
 def to_onnx(model: Architecture, images: Tensor, notes: Mapping[str, str], *, any_batch: bool) -> bytes:
     """The file's content, for images of the shape and dtype of these, of any number if `any_batch`.
 
-    Raises `InputError` for a model whose operations have no form in ONNX.
+    Raises `InputError` for a model whose operations have no form in ONNX, and for one that is too large for a
+    file.
     """
+    _check_size(sum(t.numel() * t.element_size() for t in model.state_dict().values()))
     wrapped = _LastHead(model).eval()
     # an example of one image would fix the number to one
     example = torch.zeros((2, *images.shape[1:]) if any_batch else images.shape, dtype=images.dtype)
@@ -159,7 +164,21 @@ def to_onnx(model: Architecture, images: Tensor, notes: Mapping[str, str], *, an
             raise InputError(f"export: the model has operations that ONNX cannot hold: {reason}") from error
     assert exported is not None  # it is, with `dynamo`
     exported.model.metadata_props.update(notes)
-    return exported.model_proto.SerializeToString()
+    try:
+        content = exported.model_proto.SerializeToString()
+    except Exception as error:  # protobuf's own, by its implementation another one
+        raise InputError(f"export: {_TOO_LARGE}: {_first_line(error)}") from error
+    _check_size(len(content))
+    return content
+
+
+def _check_size(size: int) -> None:
+    if size > _LARGEST:
+        raise InputError(f"export: {_TOO_LARGE}; this model has {size / 2**30:.2f} GiB")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 @contextlib.contextmanager
@@ -181,8 +200,20 @@ def _session(content: bytes) -> onnxruntime.InferenceSession:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    options.log_severity_level = 4  # what it has to say of an error is in the exception
+    with _failures_told():
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+@contextlib.contextmanager
+def _failures_told() -> Iterator[None]:
+    """Whatever ONNX Runtime raises is one line: its exceptions have no class in common but `Exception`."""
+    try:
+        yield
+    except Exception as error:
+        raise RunError(
+            f"export: not written: ONNX Runtime fails on the file: {_first_line(error)}"
+        ) from error
 
 
 def _parts(images: Tensor, batch: int | None) -> list[Tensor]:
@@ -193,7 +224,8 @@ def _parts(images: Tensor, batch: int | None) -> list[Tensor]:
 def _compare(model: Architecture, session: onnxruntime.InferenceSession, images: Tensor) -> Comparison:
     names = output_names(model)
     wrapped = _LastHead(model).eval()
-    found, onnx_seconds = _timed(lambda: session.run(names, {"images": images.numpy()}))
+    with _failures_told():
+        found, onnx_seconds = _timed(lambda: session.run(names, {"images": images.numpy()}))
     with torch.inference_mode():
         wanted, torch_seconds = _timed(lambda: wrapped(images))
         exact = copy.deepcopy(wrapped).double()(images.double())

@@ -13,6 +13,7 @@ from mpformer.cli.main import main
 from mpformer.config import data as config_data
 from mpformer.data.catalog import open_split
 from mpformer.data.images import load_image
+from mpformer.model.weights import loading, named
 from mpformer.types import ClassTable
 
 onnxruntime = pytest.importorskip(
@@ -62,26 +63,36 @@ def test_the_example_finds_what_segment_finds(exported, finished_run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["out.pt"], "out.pt: a name that ends in .onnx is expected"),
-        (["out.onnx", "size=100"], "setting 'size=100': HEIGHTxWIDTH in multiples of 32 is expected"),
-        (["out.onnx", "batch=0"], "setting 'batch=0': a number of images, or any, is expected"),
+        (["out.pt"], "out.pt: the name of a file that ends in .onnx is expected"),
+        (["out.onnx", "size=100"], "setting 'size=100': HEIGHTxWIDTH in multiples of 32, up to 8192, is expected"),
+        (
+            ["out.onnx", "size=64x8224"],
+            "'size=64x8224': HEIGHTxWIDTH in multiples of 32, up to 8192, is expected",
+        ),
+        (["out.onnx", f"size={'3' * 5000}2"], "HEIGHTxWIDTH in multiples of 32, up to 8192, is expected"),
+        (["out.onnx", "batch=0"], "setting 'batch=0': a number of images, 1 to 256, or any, is expected"),
+        (["out.onnx", "batch=257"], "a number of images, 1 to 256, or any, is expected"),
+        (["out.onnx", f"batch={'9' * 5000}"], "a number of images, 1 to 256, or any, is expected"),
+        (["out.onnx", "image=nowhere.jpg"], "setting 'image=nowhere.jpg': there is no such file"),
         (["out.onnx", "input=int8"], "setting 'input=int8': uint8 or float32 is expected"),
         (["out.onnx", "sise=64"], "setting 'sise=64': no such setting here; nearest: size"),
     ],
 )
-def test_what_is_wrong_is_one_line(finished_run, capsys, arguments, message):
-    assert main(["export", str(finished_run.folder), *arguments]) == 2
+def test_what_is_wrong_is_one_line_before_anything_is_loaded(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(loading, "load_checkpoint", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(named, "check_reachable", lambda *_: pytest.fail("looked for"))
+    assert main(["export", "hf:owner/name", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not Path(arguments[0]).exists()
 
 
 def test_without_its_data_it_is_compared_on_generated_images(finished_run):
     config = finished_run.config
-    chosen = _choices(["size=64x96", "batch=any"], config)
+    chosen = _choices(["size=64x96", "batch=any"])
     assert (chosen.size, chosen.batch) == ((64, 96), None)
-    own, source = _pictures(chosen, config)
+    own, source = _pictures(chosen, config, (64, 96))
     assert (len(own), source.startswith("2 images of ")) == (2, True)
     away = config.model_copy(update={"data": config.data.model_copy(update={"root": "/nowhere"})})
-    generated, source = _pictures(chosen, away)
+    generated, source = _pictures(chosen, away, (64, 96))
     assert (len(generated), source) == (2, "generated images")
     assert not np.array_equal(*generated)

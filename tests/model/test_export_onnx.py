@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -149,3 +150,42 @@ def test_a_missing_package_is_one_line(monkeypatch):
         InputError, match=r"^export: not installed: onnx, onnxscript, onnxruntime: pip install onnx "
     ):
         exporting.require_onnx()
+
+
+def test_what_onnx_runtime_raises_is_one_line(exported, tmp_path, monkeypatch):
+    model, content = exported
+    for wrong, given in ((b"no model", images(2)), (content, images(2, (96, 64)))):  # to load, and to run
+        monkeypatch.setattr(exporting, "to_onnx", lambda *_, wrong=wrong, **options: wrong)
+        with pytest.raises(RunError, match=r"^export: not written: ONNX Runtime fails on the file: ") as told:
+            export_onnx(model, tmp_path / "a.onnx", given, {})
+        assert "\n" not in str(told.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_too_large_for_a_file_is_refused_before_it_is_exported(exported, monkeypatch):
+    model, _ = exported
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **options: pytest.fail("exported"))
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    monkeypatch.setattr(exporting, "_LARGEST", weights - 1)
+    with pytest.raises(InputError, match=r"^export: .* at most 2 GiB; this model has 0\.0\d GiB"):
+        to_onnx(model, images(1), {}, any_batch=True)
+
+
+@pytest.mark.parametrize("serialized", [b"xxxx", None], ids=["too many bytes", "protobuf refuses"])
+def test_a_file_that_has_become_too_large_is_refused(exported, monkeypatch, serialized):
+    """Constants of the graph count, too; protobuf raises an exception of its own beyond 2 GiB."""
+
+    def serialize():
+        if serialized is None:
+            raise ValueError("Message onnx.ModelProto exceeds maximum protobuf size of 2GB: 3000000000")
+        return serialized
+
+    made = SimpleNamespace(
+        model=SimpleNamespace(metadata_props={}), model_proto=SimpleNamespace(SerializeToString=serialize)
+    )
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **options: made)
+    sizes = iter([0, 1 << 31])
+    check = exporting._check_size
+    monkeypatch.setattr(exporting, "_check_size", lambda size: check(next(sizes)))
+    with pytest.raises(InputError, match=r"^export: an ONNX file holds at most 2 GiB"):
+        to_onnx(exported[0], images(1), {}, any_batch=True)
