@@ -91,8 +91,12 @@ def cells(study: Study, results: Results) -> list[Cell]:
             paper = study.paper_figure(row, column)
             part, metric = split_column(column)
             runs = runs_of(results, row, column).values()
-            without = sum(bool(run.metrics) and metric not in run.metrics for run in runs)
             exists = part in study.file.parts_of(row)
+            # pilots are measured by `ablate`, after the training
+            due = (
+                exists and metric.startswith("diag/pilot_") and study.runs[row, part].model.pilot.queries > 0
+            )
+            without = sum(bool(run.metrics) and metric not in run.metrics and not due for run in runs)
             table.append(Cell(row, column, estimate(ours.values()), difference, paper, without, exists))
     return table
 
@@ -153,8 +157,8 @@ def _notes(study: Study, table: Sequence[Cell]) -> list[str]:
         notes.append(f"{NO_SUCH} not applicable: no such figure of this model, or on these data.")
     if sources := sorted({cell.paper[1].split(", row")[0] for cell in table if cell.paper}):
         notes.append(f"Paper: {'; '.join(sources)}.")
-    if study.file.figures == "best":
-        notes.append("Figures of each run's best weights, chosen by what is measured here: they flatter.")
+    if (chosen := study.file.note_on_figures) is not None:
+        notes.append(chosen)
     if study.file.note:
         notes.append(study.file.note)
     return notes

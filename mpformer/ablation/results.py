@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from mpformer import atomic
 from mpformer.ablation.spec import Study, Trial
 from mpformer.ablation.studyfile import split_column
 from mpformer.config.figures import ranked
+from mpformer.tracking.lineage import read_parent
 from mpformer.tracking.record import read_metrics, read_summary
 from mpformer.tracking.run_dir import RunDir
 from mpformer.types import RunError
@@ -29,17 +31,34 @@ class RunResult:
     workers: int = 1
     best: str | None = None
     """The figure whose best evaluation counts; None: the last one does."""
+    first: int = 1
+    """The first step whose weights the run has or had: not the untrained ones, nor all of its parent's."""
+
+    @property
+    def step(self) -> int | None:
+        """The step whose figures count: the last, or the best one; None for a run that has no record."""
+        if not self.history:
+            return None
+        if self.best is not None:
+            measured = ((s, v[self.best]) for s, v in self.history if s >= self.first and self.best in v)
+            if order := ranked(self.best, measured):
+                return order[0][0]
+        return self.history[-1][0]
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """The figures at the last (or best) step of a finished run, with its hours; empty before."""
-        if not self.finished or not self.history:
+        """The figures at the step that counts of a finished run, with its hours; empty before.
+
+        Of what is told of the training (`speed/...`) the last word up to that step: not every step has one.
+        """
+        if not self.finished or (chosen := self.step) is None:
             return {}
-        chosen = self.history[-1][0]
-        if self.best is not None:
-            order = ranked(self.best, ((s, v[self.best]) for s, v in self.history if self.best in v))
-            chosen = order[0][0] if order else chosen
-        final = {key: v for step, values in self.history if step == chosen for key, v in values.items()}
+        final = {
+            key: value
+            for step, values in self.history
+            for key, value in values.items()
+            if step == chosen or (step < chosen and key.startswith("speed/"))
+        }
         if (seconds := final.get("speed/train_seconds")) is not None:
             final["speed/clock_hours"] = seconds / 3600
         return final
@@ -77,23 +96,47 @@ def collect(study: Study) -> Results:
     found: dict[tuple[str, str], dict[int, RunResult]] = {key: {} for key in study.runs}
     for trial in study.trials():
         if trial.run_dir.is_dir():
-            run = read_run(trial.run_dir, trial.config.train.batch_size)
-            found[trial.row, trial.part][trial.seed] = replace(run, best=_best(study, trial))
+            found[trial.row, trial.part][trial.seed] = read_trial(study, trial)
     return found
+
+
+def read_trial(study: Study, trial: Trial) -> RunResult:
+    """The result of a run of a study, or of a sample of its search: of the weights that the study takes.
+
+    Raises `RunError` where its record is damaged.
+    """
+    history, summary = read_metrics(trial.run_dir), read_summary(trial.run_dir)
+    if summary is not None and history:
+        history = sorted([*history, *read_pilots(trial.run_dir, history[-1][0]).items()], key=lambda p: p[0])
+    parent = read_parent(trial.run_dir)
+    return RunResult(
+        history,
+        summary is not None,
+        trial.config.train.batch_size,
+        (summary or {}).get("workers", 1),
+        _best(study, trial),
+        first=parent.step if parent else 1,
+    )
+
+
+def read_pilots(run_dir: Path, last: int) -> dict[int, dict[str, float]]:
+    """{step: {"diag/pilot_...": value}} that `write_pilots` stored for a run; last: the run's last step."""
+    file = RunDir(run_dir).diagnose
+    if not file.exists():
+        return {}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if any(key.startswith("diag/") for key in content):  # of version 0.1: figures of the last step
+        return {last: content}
+    return {int(step): figures for step, figures in content.items()}
+
+
+def write_pilots(run_dir: Path, pilots: Mapping[int, Mapping[str, float]]) -> None:
+    """Store what was measured of a run's pilots after training. Raises `OSError`."""
+    atomic.write_text(RunDir(run_dir).diagnose, json.dumps(pilots))
 
 
 def _best(study: Study, trial: Trial) -> str | None:
     return trial.config.train.keep.best if study.file.figures == "best" else None
-
-
-def read_run(run_dir: Path, batch_size: int) -> RunResult:
-    """The result of one run. Raises `RunError` where its record is damaged."""
-    summary = read_summary(run_dir)
-    history = read_metrics(run_dir)
-    extra = RunDir(run_dir).diagnose
-    if summary and extra.exists():
-        history = [*history, (history[-1][0], json.loads(extra.read_text()))]
-    return RunResult(history, summary is not None, batch_size, (summary or {}).get("workers", 1))
 
 
 def collect_mlflow(study: Study, uri: str) -> Results:

@@ -151,6 +151,9 @@ def load_study(path: str | Path, settings: Sequence[str] = ()) -> Study:
         if file.figures == "best" and config.train.keep.best is None:
             place = source.place(["figures"])
             raise InputError(f"{place}: figures: best needs train.keep.best in every row; {row} has none")
+    if file.figures == "best" and file.search and "train.keep.best" in file.search.space:
+        place = source.place(["search", "space", "train.keep.best"])
+        raise InputError(f"{place}: figures: best takes one train.keep.best for all samples of a search")
     seeds = chosen.seeds or profile.seeds or file.seeds
     return Study(path, file, chosen.profile, bases, runs, seeds, chosen.plan)
 

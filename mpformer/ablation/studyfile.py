@@ -150,6 +150,13 @@ class StudyFile(Section):
             return {"": self.base}
         return {name: part.base for name, part in self.parts.items()}
 
+    @property
+    def note_on_figures(self) -> str | None:
+        """What the reader of a table of the study has to know of how its figures were chosen."""
+        if self.figures == "last":
+            return None
+        return "Figures of each run's best weights, chosen by what is measured here: they flatter."
+
     def parts_of(self, row: str) -> tuple[str, ...]:
         return tuple(part for part in self.bases if self.rows[row].parts.get(part, {}) is not None)
 

@@ -38,7 +38,7 @@ from mpformer.ablation.spec import Trial  # noqa: E402
 from mpformer.ablation.studyfile import Search, split_column  # noqa: E402
 from mpformer.capacity import Capacity, with_shared_cores  # noqa: E402
 from mpformer.config import Config, duration_in_steps  # noqa: E402
-from mpformer.config.figures import higher_is_better  # noqa: E402
+from mpformer.config.figures import AVERAGED, PLAIN, higher_is_better  # noqa: E402
 from mpformer.data.catalog import check_root  # noqa: E402
 from mpformer.tracking.entry import Entry  # noqa: E402
 from mpformer.tracking.run_dir import RunDir  # noqa: E402
@@ -96,6 +96,11 @@ def _asha(search: Search, trial: Trial) -> _Asha | None:
     batch = trial.config.train.batch_size
     step, total = (duration_in_steps(duration, 0, batch) for duration in (every, length))
     _, metric = split_column(search.column)
+    if not metric.startswith((PLAIN, AVERAGED)):
+        raise InputError(
+            f"search.stop: asha stops a run at its evaluations, and none of them measures {metric}: a column "
+            f"{PLAIN}... or {AVERAGED}... is expected"
+        )
     scheduler = ASHAScheduler(
         time_attr="step",
         metric=metric,
@@ -135,6 +140,7 @@ def run_trials(
         if trial.run_dir.is_dir():
             with only_driver(trial.run_dir):  # raises, before anything starts, for another command at work
                 pass
+    asha = _asha(search, pending[0]) if search else None
     _require_weights(pending)
     start_ray(trial.config for trial in pending)
     # a trial's failure is reported in one line and not as a traceback
@@ -144,7 +150,6 @@ def run_trials(
     configs = [with_shared_cores(trial.config, capacity, at_once) for trial in pending]
     entries = [Entry(experiment, tracking_parent, bases[trial.part], trial.tags) for trial in pending]
 
-    asha = _asha(search, pending[0]) if search else None
     total_steps = asha.total_steps if asha else None  # the scheduler itself must not go to the trials
     # a scheduler needs the callbacks of a run with workers
     in_process = asha is None and all(capacity.holds_in_one_process(config) for config in configs)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpformer import atomic
 from mpformer.ablation.plan import plan_text, state_text
 from mpformer.ablation.spec import Study, Trial, load_study
+from mpformer.cli.checkpoints import open_checkpoint
 from mpformer.cli.output import say
 from mpformer.cli.rundata import changed_trials, study_ways_on
 from mpformer.cli.runs import stored_absolutely, tell_tracking_problems
@@ -57,7 +56,7 @@ def ablate(study_file: str, settings: Sequence[str], only: str | None, plan: boo
     failures = changed_trials(trials, ways)
     same = _without(trials, failures)
     failures += _run_study(study, same) if not all(trial.finished for trial in same) else []
-    _diagnose_pilots(study, same)
+    _diagnose_pilots(study, same, study.file.columns)
     if study.file.search and only is None:
         failures += _search(study, study.file.search, ways)
     _write_report(study, collect(study))
@@ -76,25 +75,36 @@ def _without(trials: Sequence[Trial], failures: Sequence[Failure]) -> list[Trial
     return [trial for trial in trials if trial.run_dir not in failed]
 
 
-def _diagnose_pilots(study: Study, trials: Sequence[Trial]) -> None:
-    """Measure the pilots of finished runs that lack these figures, for columns `diag/pilot_...`."""
-    if not any("diag/pilot_" in column for column in study.file.columns):
+def _diagnose_pilots(study: Study, trials: Sequence[Trial], columns: Iterable[str]) -> None:
+    """Measure the pilots of finished runs that lack these figures, for columns `diag/pilot_...`.
+
+    The weights are those that the table's figures are of: the last, or with `figures: best` the best ones.
+    """
+    if not any("diag/pilot_" in column for column in columns):
         return
-    from mpformer.cli.checkpoints import open_checkpoint
+    from mpformer.ablation.results import read_pilots, read_trial, write_pilots
     from mpformer.evaluate import diagnostics
-    from mpformer.model.weights.checkpoints import MODEL_FILE, latest
+    from mpformer.model.weights.checkpoints import MODEL_FILE, read
+    from mpformer.tracking.mlflow import attach
 
     for trial in trials:
-        path = RunDir(trial.run_dir).diagnose
-        last = latest(trial.run_dir)[0] if trial.finished and not path.exists() else None
-        if last is None or trial.config.model.pilot.queries == 0:
+        if not trial.finished or trial.config.model.pilot.queries == 0:
             continue
-        model, split, config, device = open_checkpoint(last.path / MODEL_FILE, None, [])
+        run = read_trial(study, trial)
+        if (step := run.step) is None or step in (known := read_pilots(trial.run_dir, run.history[-1][0])):
+            continue
+        try:
+            weights = read(RunDir(trial.run_dir).checkpoint(step))
+        except RunError as error:
+            say(f"{trial.label}: the pilots cannot be measured, their weights are gone: {error}")
+            continue
+        model, split, config, device = open_checkpoint(weights.path / MODEL_FILE, None, [])
         chosen = range(len(split.records))[: config.evaluate.limit]
         found = diagnostics.diagnose(model, split, config, chosen, device, quality=False)
         figures = {f"diag/{key}": value for key, value in found.metrics().items() if "pilot" in key}
-        atomic.write_text(path, json.dumps(figures))
-        say(f"{trial.label}: figures of the pilots measured")
+        write_pilots(trial.run_dir, {**known, step: figures})
+        tracked = attach(trial.run_dir, step, figures)
+        say(f"{trial.label}: figures of the pilots measured" + (f"; {tracked}" if tracked else ""))
 
 
 def _search(study: Study, search: Search, ways: str) -> list[Failure]:
@@ -102,7 +112,7 @@ def _search(study: Study, search: Search, ways: str) -> list[Failure]:
 
     ways: what to do where the data of one have changed.
     """
-    from mpformer.ablation.results import read_run
+    from mpformer.ablation.results import read_trial
     from mpformer.ablation.search import samples, table
     from mpformer.ablation.studyfile import split_column
 
@@ -112,14 +122,14 @@ def _search(study: Study, search: Search, ways: str) -> list[Failure]:
     open_ones = [trial for trial in same if not trial.finished]
     say(f"search: {len(found)} samples of row {search.row}, {len(open_ones)} to run")
     failures += _run_study(study, open_ones, search) if open_ones else []
+    _diagnose_pilots(study, same, [search.column])
     metric = split_column(search.column)[1]
     values = [
-        read_run(one.trial.run_dir, one.trial.config.train.batch_size).metrics.get(metric)
-        if one.trial.finished
-        else None
-        for one in found
+        read_trial(study, one.trial).metrics.get(metric) if one.trial.finished else None for one in found
     ]
     text = table(list(zip(found, values)), search.column, study.file.columns[search.column].title)
+    if (note := study.file.note_on_figures) is not None:
+        text += f"\n\n{note}"
     StudyDir(study.folder).search.write_text(text + "\n", encoding="utf-8")
     say(f"\n{text}\n")
     return failures

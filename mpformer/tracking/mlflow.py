@@ -134,12 +134,12 @@ class MlflowFeed(Feed[Link]):
         return client(self.note.uri), self.note.run_id
 
 
-def attach(run_dir: Path, step: int, values: Mapping[str, float], folder: Path) -> str | None:
+def attach(run_dir: Path, step: int, values: Mapping[str, float], folder: Path | None = None) -> str | None:
     """Bring results about a checkpoint, measured after its training, to the MLflow run.
 
-    `folder`, below `RUN/pictures`, becomes an artefact; of `values`, measured after `step` optimiser steps,
-    those that the run's own record lacks become metrics. Returns one line that says where, or why it failed;
-    None for a run that is not tracked in MLflow. Store failures raise nothing.
+    `folder`, below `RUN/pictures`, if there is one, becomes an artefact; of `values`, measured after `step`
+    optimiser steps, those that the run's own record lacks become metrics. Returns one line that says where,
+    or why it failed; None for a run that is not tracked in MLflow. Store failures raise nothing.
     """
     link = Link.read(run_dir)
     if link is None or link.run_id is None:
@@ -152,10 +152,11 @@ def attach(run_dir: Path, step: int, values: Mapping[str, float], folder: Path) 
     failures = mlflow_failures()
     try:
         store = client(link.uri)
-        store.log_artifacts(link.run_id, str(folder), f"{PICTURES}/{folder.name}")
+        if folder is not None:
+            store.log_artifacts(link.run_id, str(folder), f"{PICTURES}/{folder.name}")
         store.log_batch(link.run_id, metrics=metrics)
     except failures as error:
-        return f"MLflow {link.uri}: {first_line(error)}: it does not have {folder}"
+        return f"MLflow {link.uri}: {first_line(error)}: it does not have {folder or 'them'}"
     return f"MLflow run {link.run_id} at {link.uri} has it, too"
 
 

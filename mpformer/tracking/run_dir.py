@@ -8,6 +8,8 @@ from pathlib import Path
 
 CHECKPOINTS, EVALUATIONS, PICTURES, TRACKERS = "checkpoints", "evaluations", "pictures", "trackers"
 MLFLOW_FILE, SUMMARY_FILE = "mlflow.json", "summary.json"
+CLASSES_FILE = "classes.csv"
+"""The figures of each class, beside the page of an evaluation."""
 INHERITED = "0000.jsonl"
 """The part of a record that a run has taken over from another (`train.resume_from`)."""
 
@@ -61,6 +63,11 @@ class RunDir:
         return self.path / PICTURES
 
     @property
+    def classes(self) -> Path:
+        """The figures of each class at the last evaluation."""
+        return self.pictures / CLASSES_FILE
+
+    @property
     def summary(self) -> Path:
         """Exists once the run has reached its last step."""
         return self.path / SUMMARY_FILE
@@ -106,7 +113,7 @@ class RunDir:
 
     @property
     def diagnose(self) -> Path:
-        """Figures of the pilots, measured after training."""
+        """Figures of the pilots by step, measured after training."""
         return self.path / "diagnose.json"
 
     @property

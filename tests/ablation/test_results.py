@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mpformer.ablation.report import cells, markdown
-from mpformer.ablation.results import collect, collect_mlflow
+from mpformer.ablation.results import RunResult, collect, collect_mlflow, write_pilots
 from mpformer.ablation.spec import load_study
 from mpformer.tracking.entry import Entry
 from mpformer.tracking.mlflow import attach_report
@@ -146,13 +146,16 @@ def test_the_best_figures_are_taken_where_the_study_says_so(tmp_path):
         trial = study.trials()[0]
         if figures == "last":
             writer = RecordWriter(trial.run_dir, 0)
-            for step, value in ((0, 1.0), (10, 30.0), (20, 25.0)):
+            # of the untrained model no weights are kept: that its figure is the best one is no matter
+            for step, value in ((0, 99.0), (10, 30.0), (20, 25.0)):
                 writer.add(step, {"val/AP": value, "val/AP50": 2 * step})
+            writer.add(5, {"speed/mfu": 7.0})
+            writer.add(15, {"speed/mfu": 8.0})
             (trial.run_dir / "summary.json").write_text("{}")
         run = collect(study)[trial.row, trial.part][trial.seed]
         folders[figures] = run.metrics, markdown(study, cells(study, collect(study)), collect(study))
-    assert folders["last"][0] == {"val/AP": 25.0, "val/AP50": 40}
-    assert folders["best"][0] == {"val/AP": 30.0, "val/AP50": 20}
+    assert folders["last"][0] == {"val/AP": 25.0, "val/AP50": 40, "speed/mfu": 8.0}
+    assert folders["best"][0] == {"val/AP": 30.0, "val/AP50": 20, "speed/mfu": 7.0}
     assert "they flatter" in folders["best"][1]
     assert "flatter" not in folders["last"][1]
 
@@ -161,3 +164,41 @@ def test_the_best_figures_are_taken_where_the_study_says_so(tmp_path):
         InputError, match=r"study\.yaml:\d+: figures: best needs train\.keep\.best .*plain has"
     ):
         load_study(tmp_path / "study.yaml")
+
+
+def test_a_run_that_goes_on_from_another_has_no_weights_of_before(tmp_path):
+    history = [(10, {"val/AP": 40.0}), (20, {"val/AP": 20.0}), (30, {"val/AP": 30.0}), (40, {"val/AP": 25.0})]
+    run = RunResult(history, True, 4, best="val/AP", first=20)
+    assert run.metrics == {"val/AP": 30.0}
+
+
+def test_figures_of_the_pilots_are_those_of_the_weights_that_count(tmp_path):
+    """Measured at two steps of one run; those of another, measured by version 0.1, are of its last step."""
+    (tmp_path / "recipe.yaml").write_text("train: {batch_size: 4}\n")
+    text = "title: x\nbase: recipe.yaml\nbaseline: a\n"
+    text += "rows: {a: {}, none: {settings: {model.pilot.queries: 0}}}\n"
+    text += "columns: {diag/pilot_layer_iou_1: {title: pilots}}\n"
+    text += "settings: {train.keep.best: val/AP, tracking.mlflow: null}\nseeds: 2\n"
+    shown = {}
+    for figures in ("last", "best"):
+        (tmp_path / "study.yaml").write_text(f"{text}figures: {figures}\n")
+        study = load_study(tmp_path / "study.yaml", [f"storage={tmp_path / 'runs'}"])
+        for trial in study.trials() if figures == "last" else ():
+            writer = RecordWriter(trial.run_dir, 0)
+            for step, value in ((10, 30.0), (20, 25.0)):
+                writer.add(step, {"val/AP": value})
+            (trial.run_dir / "summary.json").write_text("{}")
+        first, second = (trial for trial in study.trials() if trial.row == "a")
+        write_pilots(
+            first.run_dir, {20: {"diag/pilot_layer_iou_1": 60.0}, 10: {"diag/pilot_layer_iou_1": 50.0}}
+        )
+        (second.run_dir / "diagnose.json").write_text('{"diag/pilot_layer_iou_1": 70.0}')
+        [cell] = [cell for cell in cells(study, collect(study)) if cell.row == "a"]
+        shown[figures] = cell.ours.mean, cell.ours.n, cell.no_such
+        [cell] = [cell for cell in cells(study, collect(study)) if cell.row == "none"]
+        assert cell.no_such
+    assert shown["last"] == (65.0, 2, False)
+    assert shown["best"] == (50.0, 1, False)  # of the other run they are not measured yet
+    (first.run_dir / "diagnose.json").unlink()
+    [cell] = [cell for cell in cells(study, collect(study)) if cell.row == "a"]
+    assert (cell.n, cell.no_such) == (0, False)

@@ -4,9 +4,16 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+import yaml
+
+from mpformer.ablation import tune
 from mpformer.ablation.search import draw, samples, table
-from mpformer.ablation.spec import load_study
+from mpformer.ablation.spec import Study, load_study
 from mpformer.ablation.studyfile import Search
+from mpformer.cli import studies
+from mpformer.tracking.record import RecordWriter
+from mpformer.types import InputError
 
 STUDY = Path(__file__).parents[2] / "experiments/ablations/search-noise.yaml"
 SPACE = {
@@ -69,3 +76,67 @@ def test_of_losses_the_smallest_is_the_best(tmp_path):
     lines = table([(first, 2.5), (second, None), (third, 0.5)], "val/loss", "loss").splitlines()
     names = [line.split(" | ")[0].strip("| ") for line in lines[2:]]
     assert names == [one.trial.config.name for one in (third, first, second)]
+
+
+def searched(folder: Path, **changed) -> Study:
+    """A study with a search of two samples, whose runs and row have ended."""
+    (folder / "recipe.yaml").write_text("train: {batch_size: 4}\nmodel: {backbone: {pretrained: null}}\n")
+    tree = {
+        "title": "x",
+        "base": "recipe.yaml",
+        "columns": {"val/AP": {"title": "AP"}},
+        "baseline": "a",
+        "rows": {"a": {}},
+        "settings": {"train.keep.best": "val/AP", "tracking.mlflow": None, "storage": str(folder / "runs")},
+        "search": {
+            "space": {"train.lr": {"choice": [1e-3, 1e-4]}},
+            "samples": 2,
+            "column": "val/AP",
+            "row": "a",
+        },
+        **changed,
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(tree))
+    return load_study(folder / "study.yaml")
+
+
+@pytest.mark.parametrize(("figures", "order"), [("last", ["001", "000"]), ("best", ["000", "001"])])
+def test_the_table_takes_the_weights_that_the_study_takes(tmp_path, figures, order, capsys):
+    study = searched(tmp_path, figures=figures)
+    for one, best, last in zip(samples(study), (40.0, 30.0), (10.0, 20.0)):
+        writer = RecordWriter(one.trial.run_dir, 0)
+        writer.add(5, {"val/AP": best})
+        writer.add(10, {"val/AP": last})
+        (one.trial.run_dir / "summary.json").write_text("{}")
+    assert studies._search(study, study.file.search, "") == []
+    text = (study.folder / "search.md").read_text()
+    lines = [line for line in text.splitlines() if "sample-" in line]
+    assert [line.split("|")[1].strip().removeprefix("sample-") for line in lines] == order
+    assert lines[0].endswith("40.00 |" if figures == "best" else "20.00 |")
+    assert ("they flatter" in text) == (figures == "best")
+
+
+def test_samples_have_one_figure_that_decides_which_weights_are_the_best(tmp_path):
+    space = {"train.keep.best": {"choice": ["val/AP", None]}}
+    search = {"space": space, "column": "val/AP", "row": "a"}
+    with pytest.raises(InputError, match=r"study\.yaml:\d+: figures: best takes one train\.keep\.best"):
+        searched(tmp_path, figures="best", search=search)
+
+
+def test_asha_is_refused_a_column_that_no_evaluation_measures(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "start_ray", lambda configs: pytest.fail("Ray was started"))
+    monkeypatch.setattr(tune, "check_root", lambda data: None)
+    study = searched(
+        tmp_path,
+        columns={"diag/pilot_layer_iou_1": {"title": "pilots"}},
+        settings={"evaluate.every": "5 steps", "train.length": "10 steps", "storage": str(tmp_path / "runs")},
+        search={
+            "space": {"train.lr": {"choice": [1]}},
+            "column": "diag/pilot_layer_iou_1",
+            "row": "a",
+            "stop": "asha",
+        },
+    )
+    trials = [one.trial for one in samples(study)]
+    with pytest.raises(InputError, match=r"asha .* none of them measures diag/pilot_layer_iou_1"):
+        tune.run_trials(trials, study.folder, study.name, None, study.bases, study.file.search)

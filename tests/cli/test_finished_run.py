@@ -17,7 +17,11 @@ from mpformer.draw import decode_png
 from mpformer.evaluate import diagnostics, evaluation
 from mpformer.model.architecture import build_model
 from mpformer.model.weights.loading import checkpoint_metadata
+from mpformer.tracking import mlflow
 from mpformer.tracking.mlflow_store import client
+from mpformer.tracking.record import RecordWriter
+from mpformer.train import checkpoint
+from mpformer.train.optim import build_optimizer
 from tests.cli.conftest import FinishedRun
 
 pytestmark = pytest.mark.slow
@@ -194,6 +198,52 @@ def test_ablate_of_finished_runs_measures_what_is_missing_and_writes_the_table(s
     again = capsys.readouterr().out
     assert (folder / "table.md").read_text(encoding="utf-8") in again
     assert f"report: {folder / 'report.html'}" in again
+
+
+def test_what_was_measured_without_pictures_reaches_mlflow(finished_run):
+    told = mlflow.attach(finished_run.folder, 20, {"diag/pilot_layer_iou_1": 62.5, "val/PQ": 1.0})
+    assert told == f"MLflow run {finished_run.mlflow_run} at {finished_run.mlflow_uri} has it, too"
+    store = client(finished_run.mlflow_uri)
+    history = store.get_metric_history(finished_run.mlflow_run, "diag/pilot_layer_iou_1")
+    assert [(one.step, one.value) for one in history] == [(20, 62.5)]
+    assert store.get_run(finished_run.mlflow_run).data.metrics["val/PQ"] == 31.25  # the record's own
+
+
+def test_with_the_best_figures_the_pilots_are_measured_on_the_best_weights(
+    study, finished_run, capsys, monkeypatch
+):
+    attached = []
+    monkeypatch.setattr(mlflow, "attach", lambda *told: attached.append(told))
+    content = yaml.safe_load(study.read_text(encoding="utf-8"))
+    content["settings"]["train.keep.best"] = "val/PQ"
+    study.write_text(yaml.safe_dump({**content, "figures": "best"}), encoding="utf-8")
+    [run_dir] = (study.parent / "runs/study").iterdir()
+    shutil.rmtree(run_dir / "metrics")
+    writer = RecordWriter(run_dir, 0)
+    for step, quality in ((10, 40.0), (20, 31.25)):
+        writer.add(step, {"val/PQ": quality})
+    torch.manual_seed(1)
+    model, config = build_model(finished_run.config.model, finished_run.model.classes), finished_run.config
+    checkpoint.save(run_dir, 10, model, build_optimizer(model, config.train), config, {"train_seconds": 60.0})
+    assert main(["ablate", str(study)]) == 0
+    split = open_split(config.data, "val")
+    found = diagnostics.diagnose(model, split, config, device="cpu", quality=False).metrics()
+    rows = csv.DictReader((study.parent / "runs/study/table.csv").open(encoding="utf-8"))
+    means = {row["metric"]: row["mean"] for row in rows if row["row"] == "tiny"}
+    assert float(means["val/PQ"]) == 40.0
+    assert float(means["diag/pilot_layer_iou_1"]) == pytest.approx(found["pilot_layer_iou_1"])
+    [(run, step, values)] = attached
+    assert (run, step) == (run_dir, 10)
+    assert values["diag/pilot_layer_iou_1"] == pytest.approx(found["pilot_layer_iou_1"])
+    capsys.readouterr()
+
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000010")
+    (run_dir / "diagnose.json").unlink()
+    assert main(["ablate", str(study)]) == 0
+    told = capsys.readouterr().out
+    assert "tiny s0: the pilots cannot be measured, their weights are gone: " in told
+    rows = csv.DictReader((study.parent / "runs/study/table.csv").open(encoding="utf-8"))
+    assert [row["n"] for row in rows if row["metric"].startswith("diag/") and row["row"] == "tiny"] == ["0"]
 
 
 def test_report_from_mlflow_needs_a_store(study, capsys):
