@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,14 +15,16 @@ from mpformer.config.figures import AVERAGED, PLAIN
 from mpformer.model.weights.checkpoints import best
 from mpformer.tracking.lineage import Parent, read_parent
 from mpformer.tracking.record import read_metrics, read_summary, record_files
-from mpformer.tracking.run_dir import RunDir
-from mpformer.types import InputError, printable
+from mpformer.tracking.run_dir import CLASSES_FILE, PICTURES, RunDir
+from mpformer.types import InputError, RunError, printable
 
 
 def write_run_report(run_dir: Path) -> tuple[str, list[Path]]:
     """Write report/table.md, a curve per metric of the evaluations, and report.html into the run's folder.
 
-    Returns the table as Markdown, and the files. Raises `InputError` for a folder that is no run's.
+    The page shows the figures of each class at the last evaluation, too, if that has left any. Returns the
+    table as Markdown, and the files. Raises `InputError` for a folder that is no run's, `RunError` for a
+    damaged file in it.
     """
     files = RunDir(run_dir)
     if not record_files(run_dir) or not files.config.is_file():
@@ -52,6 +55,8 @@ def write_run_report(run_dir: Path) -> tuple[str, list[Path]]:
         lines.append(f"Goes on from step {parent.step} of {parent.run}, whose figures up to there these are.")
     if (kept := best(run_dir)) is not None:
         lines.append(f"{kept.note}.")
+    if files.classes.is_file():
+        lines.append(f"Figures of each class: {PICTURES}/{CLASSES_FILE}, and on the page.")
     text = "\n".join(lines) + "\n"
     report = files.report
     report.path.mkdir(exist_ok=True)
@@ -65,8 +70,28 @@ def write_run_report(run_dir: Path) -> tuple[str, list[Path]]:
         drawing = partial(draw.curves, series, "training images seen", name, title, path)
         if draw.attempted(drawing, str(path)):
             curves.append(path)
-    report.page.write_text(html_page(title, text, curves), encoding="utf-8")
+    report.page.write_text(html_page(title, text + _classes(files.classes), curves), encoding="utf-8")
     return text, [report.table, report.page, *curves]
+
+
+def _classes(file: Path) -> str:
+    """The figures of each class as Markdown; empty where there is no such file.
+
+    Of its columns the last three are counts of objects or pixels, the others metrics.
+    """
+    if not file.is_file():
+        return ""
+    with file.open(encoding="utf-8", newline="") as lines:
+        head, *rows = csv.reader(lines)
+    try:
+        shown = [
+            [name, *(figure_text(float(v) if v else None, 2) for v in values[:-3]), *values[-3:]]
+            for name, *values in rows
+        ]
+        table = markdown_table([head, *shown])
+    except ValueError as error:
+        raise RunError(f"{file}: damaged: {error}") from None
+    return "\n".join(["", "## Classes, at the last evaluation", "", *table]) + "\n"
 
 
 _Points = Sequence[tuple[int, float]]

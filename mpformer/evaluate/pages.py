@@ -20,6 +20,7 @@ from mpformer.evaluate.panoptic import Matches, match_segments
 from mpformer.evaluate.prediction import Prediction
 from mpformer.evaluate.semantic import class_iou, confusion
 from mpformer.evaluate.truth import true_instances, true_segments
+from mpformer.tracking.run_dir import CLASSES_FILE
 from mpformer.types import ClassTable, printable
 
 SHOWN = 0.5
@@ -175,14 +176,16 @@ def write_page(
     title: str,
     evaluation: Evaluation,
     *,
+    averaged: Evaluation | None = None,
     count: int = 24,
     facts: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write FOLDER/evaluation.html, its pictures FOLDER/NN-IMAGE.jpg, classes.csv and confusion.csv; return
     the paths of all files.
 
-    The page is self-contained. It shows the metrics and `facts` (images per second, ...), the metrics of each
-    class, which classes are taken for which, and the `count` worst images. A picture that cannot be made is
+    The page is self-contained. It shows the metrics, the validation losses if they were computed, both of the
+    averaged weights, too, if there are any, and `facts` (images per second, ...), the metrics of each class,
+    which classes are taken for which, and the `count` worst images. A picture that cannot be made is
     left out, with a warning.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +206,7 @@ def write_page(
         )
     matrix = total((one.outcomes for one in rated), len(classes))
     tables = {
-        folder / "classes.csv": classes_csv(evaluation.scores, matrix, classes),
+        folder / CLASSES_FILE: classes_csv(evaluation.scores, matrix, classes),
         folder / "confusion.csv": matrix_csv(matrix, classes),
     }
     for path, text in tables.items():
@@ -211,10 +214,17 @@ def write_page(
     unit = "Pixels" if rated and rated[0].semantic else "Objects"
     confusion = matrix_html(matrix, classes, unit)
     page = folder / "evaluation.html"
-    values = {name: f"{value:.1f}" for name, value in evaluation.scores.summary.items()} | dict(facts or {})
-    body = _body(len(rated), values, evaluation.scores.per_class, confusion, figures)
+    values = _values(evaluation) | (_values(averaged, " of the average") if averaged else {})
+    note = f"{len(rated)} images; metrics in percent{', losses as in training' * bool(evaluation.losses)}."
+    body = _body(note, values | dict(facts or {}), evaluation.scores.per_class, confusion, figures)
     page.write_text(_page(title, body), encoding="utf-8")
     return [page, *files, *tables]
+
+
+def _values(evaluation: Evaluation, of: str = "") -> dict[str, str]:
+    """Metrics and losses as text; of: what they are of, behind their names."""
+    metrics = {f"{name}{of}": f"{value:.1f}" for name, value in evaluation.scores.summary.items()}
+    return metrics | {f"{name}{of}": f"{value:.3f}" for name, value in evaluation.losses.items()}
 
 
 def file_stem(image_id: str) -> str:
@@ -253,7 +263,7 @@ figcaption { margin-bottom: .3rem; overflow-wrap: anywhere; }
 
 
 def _body(
-    images: int,
+    note: str,
     values: Mapping[str, str],
     per_class: Mapping[str, Mapping[str, float]],
     confusion: str,
@@ -270,7 +280,7 @@ def _body(
         + "</tr>"
         for name, row in per_class.items()
     )
-    return f"""<p>{images} images; metrics in percent.</p>
+    return f"""<p>{note}</p>
 <dl>{cells}</dl>
 <h2>Classes</h2>
 <div class="scroll"><table><thead><tr><th>class</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>

@@ -131,14 +131,19 @@ class Reporter(SilentReporter):
     ) -> dict[str, float]:
         evaluation = measure(predictions[PLAIN], self._val, self._config)
         figures, diagnostics = evaluation.figures(PLAIN), evaluation.diagnostics()
+        averaged = None
         if AVERAGED in predictions:
-            figures |= measure(predictions[AVERAGED], self._val, self._config).figures(AVERAGED)
+            averaged = measure(predictions[AVERAGED], self._val, self._config)
+            figures |= averaged.figures(AVERAGED)
         check_measured(self._config, figures)
         self._tracker.log(step, {**figures, **diagnostics, **values})
         count = self._config.evaluate.pictures
         if (self._plan.is_last(step) or self.stops_early(step)) and count:
             folder, title = self._files.pictures, f"{self._config.name}, step {step}"
-            attempted(lambda: write_page(folder, title, evaluation, count=count), "page of the evaluation")
+            attempted(
+                lambda: write_page(folder, title, evaluation, averaged=averaged, count=count),
+                "page of the evaluation",
+            )
         return figures
 
     def stops_early(self, step: int) -> bool:

@@ -1,15 +1,19 @@
 """The report of one run's folder."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 
 from mpformer import draw
 from mpformer.ablation.runpage import write_run_report
 from mpformer.config import Config, dump_yaml
+from mpformer.evaluate.confusion import classes_csv
+from mpformer.evaluate.prediction import Scores
 from mpformer.tracking.lineage import Parent
 from mpformer.tracking.record import RecordWriter, inherit
-from mpformer.types import InputError
+from mpformer.types import ClassInfo, ClassTable, InputError, RunError
 
 
 def test_a_run_s_folder_gives_its_table_curves_and_page(tmp_path):
@@ -33,6 +37,30 @@ def test_a_run_s_folder_gives_its_table_curves_and_page(tmp_path):
     summary = {"steps": 20, "images_per_second": 8.0, "device": "cpu", "train_seconds": 1800}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     assert "20 steps, 8.0 images/s on cpu, 0.50 h of training." in write_run_report(tmp_path)[0]
+
+
+def test_the_page_shows_each_class_as_the_last_evaluation_left_it(tmp_path):
+    (tmp_path / "config.yaml").write_text(dump_yaml(Config(name="mine")))
+    RecordWriter(tmp_path, 0).add(10, {"val/AP": 12.5})
+    assert "Classes" not in write_run_report(tmp_path)[1][1].read_text()
+    classes = tmp_path / "pictures" / "classes.csv"
+    classes.parent.mkdir()
+    scores = Scores({}, {"disk": {"AP": 33.3333, "PQ": 50.0}, "a|b": {"PQ": 1e-5}})
+    table = ClassTable(tuple(ClassInfo(name, i, True, (0, 0, 0)) for i, name in enumerate(("disk", "a|b"))))
+    matrix = np.array([[3, 0, 1], [0, 2, 0], [1, 0, 0]])
+    classes.write_text(classes_csv(scores, matrix, table), encoding="utf-8")
+    text, files = write_run_report(tmp_path)
+    assert "Figures of each class: pictures/classes.csv, and on the page." in text
+    assert "disk" not in text  # there may be a thousand
+    rows = re.findall(r"<tr>(.*?)</tr>", files[1].read_text().partition("Classes, at the last evaluation")[2])
+    assert [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in rows] == [
+        ["class", "AP", "PQ", "true", "found", "right"],
+        ["disk", "33.33", "50.00", "4", "4", "3"],
+        ["a|b", "–", "0.00", "2", "2", "2"],
+    ]
+    classes.write_text("class,AP,true,found,right\ndisk,much,1,1,1\n")
+    with pytest.raises(RunError, match=r"classes\.csv: damaged"):
+        write_run_report(tmp_path)
 
 
 def test_another_folder_is_no_run(tmp_path):

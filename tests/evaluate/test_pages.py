@@ -135,6 +135,19 @@ def test_the_page_is_self_contained(catalog, tmp_path):
     assert places == sorted(places)
 
 
+def test_losses_are_shown_and_those_of_the_averaged_weights(catalog, tmp_path):
+    config = tiny_config()
+    evaluation = measure(predict_records(ColourModel(), catalog, config), catalog, config)
+    assert "losses" not in write_page(tmp_path, "a", evaluation)[0].read_text()
+    with_losses = replace(evaluation, losses={"loss": 31.2344, "loss_mask": 0.00061})
+    averaged = replace(evaluation, losses={"loss": 29.5})
+    page = write_page(tmp_path, "a", with_losses, averaged=averaged)[0].read_text()
+    assert "6 images; metrics in percent, losses as in training." in page
+    for name, value in (("loss", "31.234"), ("loss_mask", "0.001"), ("loss of the average", "29.500")):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
+    assert f"<dt>PQ of the average</dt><dd>{evaluation.scores.summary['PQ']:.1f}</dd>" in page
+
+
 def test_no_images_still_make_a_page(catalog, tmp_path):
     files = write_page(tmp_path, "empty", measure([], catalog, tiny_config("instance")))
     assert [f.name for f in files] == ["evaluation.html", "classes.csv", "confusion.csv"]
