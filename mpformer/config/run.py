@@ -6,11 +6,12 @@ import re
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from mpformer.config import plugins
 from mpformer.config.data import Data
 from mpformer.config.figures import AVERAGED, PLAIN
+from mpformer.config.members import words
 from mpformer.config.model import Model
 from mpformer.config.plugins import BY_NAME, PLUGIN_TAG, Plugin
 from mpformer.config.section import Count, Described, Fraction, Positive, Section, setting
@@ -166,10 +167,17 @@ class Train(Section):
         if not isinstance(values, dict) or "keep_checkpoints" not in values:
             return values
         others = {key: value for key, value in values.items() if key != "keep_checkpoints"}
-        keep = others.get("keep", {})
+        keep, last = others.get("keep", {}), values["keep_checkpoints"]
         if not isinstance(keep, dict) or "last" in keep:
-            raise ValueError("keep_checkpoints is the old name of keep.last: one of the two is expected")
-        return {**others, "keep": {**keep, "last": values["keep_checkpoints"]}}
+            raise ValueError("keep_checkpoints: the old name of keep.last: one of the two is expected")
+        try:  # here, where it has the name that is written
+            last = _COUNT.validate_python(last)
+        except ValidationError:
+            raise ValueError(f"keep_checkpoints: expected {words(Count)} (given: {last!r})") from None
+        return {**others, "keep": {**keep, "last": last}}
+
+
+_COUNT: TypeAdapter[int] = TypeAdapter(Count)
 
 
 def _metric(value: Any) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpformer.config import Config, dump_yaml
+from mpformer.config import Config, dump_yaml, load_config
 from mpformer.model.architecture import build_model
 from mpformer.model.weights import checkpoints
 from mpformer.model.weights.checkpoints import choose
@@ -128,5 +128,43 @@ def test_the_old_name_of_the_number_of_checkpoints():
     old = Config.model_validate({"train": {"keep_checkpoints": 5, "keep": {"best": "val/AP"}}})
     assert (old.train.keep.last, old.train.keep.best) == (5, "val/AP")
     assert Config.model_validate_json('{"train": {"keep_checkpoints": 2}}') == Config()
-    with pytest.raises(ValueError, match=r"keep_checkpoints is the old name of keep\.last"):
+    with pytest.raises(ValueError, match=r"keep_checkpoints: the old name of keep\.last"):
         Config.model_validate({"train": {"keep_checkpoints": 5, "keep": {"last": 2}}})
+
+
+@pytest.mark.parametrize(
+    ("written", "settings", "told"),
+    [
+        (
+            "keep_checkpoints: 0",
+            [],
+            "R:4: train: keep_checkpoints: expected a whole number of at least 1 (given: 0)",
+        ),
+        (
+            "keep_checkpoints: [2]",
+            [],
+            "R:4: train: keep_checkpoints: expected a whole number of at least 1 (given: [2])",
+        ),
+        (
+            "keep: {last: 2}",
+            ["train.keep_checkpoints=some"],
+            "setting 'train.keep_checkpoints=some': train: ",
+        ),
+        (
+            "batch_size: 2",
+            ["train.keep_checkpoints=0"],
+            "setting 'train.keep_checkpoints=0': train: keep_checkpoints: exp",
+        ),
+        (
+            "keep_checkpoints: 3\n  keep: {last: 2}",
+            [],
+            "R:4: train: keep_checkpoints: the old name of keep.last: one of the two is expected",
+        ),
+    ],
+)
+def test_a_bad_value_under_the_old_name_is_told_where_it_is_written(tmp_path, written, settings, told):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"name: a\ntrain:\n  lr: 1e-3\n  {written}\n")
+    with pytest.raises(InputError) as caught:
+        load_config(recipe, settings)
+    assert str(caught.value).startswith(told.replace("R:", f"{recipe}:"))
