@@ -17,6 +17,8 @@ set -euo pipefail
 ENV=${ENV:-$HOME/env}
 RESULTS=${RESULTS:-$PWD/runs}
 export PATH=$ENV/bin:$PATH RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+# since Slurm 22.05 srun does not take it from sbatch: Ray would find a machine with one core
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 ray get-auth-token --generate > /dev/null # in ~/.ray/auth_token on the shared home; never print it
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -31,8 +33,8 @@ if ((${#nodes[@]} > 1)); then
     srun --nodes=$((${#nodes[@]} - 1)) --ntasks=$((${#nodes[@]} - 1)) --exclude="${nodes[0]}" \
         ray start --address="$RAY_ADDRESS" --block &
 fi
-mlflow server --host "$head" --port 5000 --backend-store-uri "sqlite:///$RESULTS/mlflow.db" \
-    --artifacts-destination "$RESULTS/mlartifacts" > mlflow-server.log 2>&1 &
+MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --workers 1 --host "$head" --port 5000 \
+    --backend-store-uri "sqlite:///$RESULTS/mlflow.db" --artifacts-destination "$RESULTS/mlartifacts" > mlflow-server.log 2>&1 &
 
 trap 'python cluster/spot_warning.py now "$RAY_ADDRESS"' USR1
 srun --overlap --nodes=1 --ntasks=1 -w "${nodes[0]}" mpformer ablate "$@" \

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import http.server
 import importlib.util
+import os
 import re
 import subprocess
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -217,6 +219,7 @@ def test_mlflow_on_kubernetes_is_reached_by_the_fleet_alone():
     assert service["spec"]["type"] == "ClusterIP"
     assert service["spec"]["selector"] == server["metadata"]["labels"]
     (container,) = server["spec"]["containers"]
+    check_server(container["command"], {entry["name"]: entry.get("value") for entry in container["env"]})
     address = {entry["name"]: entry["value"] for entry in head["spec"]["containers"][0]["env"]}["MLFLOW"]
     host = address.removeprefix("http://")
     assert host == f"mlflow:{service['spec']['ports'][0]['port']}"
@@ -227,6 +230,50 @@ def test_mlflow_on_kubernetes_is_reached_by_the_fleet_alone():
     assert policy["podSelector"]["matchLabels"] == server["metadata"]["labels"]
     (rule,) = policy["ingress"]
     assert rule["from"] == [{"podSelector": {"matchLabels": head["metadata"]["labels"]}}]
+
+
+def check_server(command: Sequence[str], environment: Mapping[str, str | None]) -> None:
+    """One worker and no workers for jobs: 0.3 GiB, where MLflow's default takes more than 2."""
+    assert command[command.index("--workers") + 1] == "1"
+    assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+
+
+def test_mlflow_on_kubernetes_has_a_postgresql_of_its_own():
+    from sqlalchemy import make_url
+
+    parts = {(part["kind"], part["metadata"]["name"]): part for part in read_all("kubernetes/services")}
+    (server,) = parts["Deployment", "mlflow"]["spec"]["template"]["spec"]["containers"]
+    database = parts["Deployment", "mlflow-database"]["spec"]["template"]
+    (container,) = database["spec"]["containers"]
+    settings = {entry["name"]: entry for entry in container["env"]}
+    url = make_url(server["command"][server["command"].index("--backend-store-uri") + 1])
+    service = parts["Service", url.host]["spec"]
+    assert url.get_driver_name() + "-binary" in VERSIONS
+    assert url.get_driver_name() + "-binary" in (CLUSTER / "Dockerfile").read_text()
+    assert (url.port, service["type"]) == (service["ports"][0]["port"], "ClusterIP")
+    assert service["selector"] == database["metadata"]["labels"]
+    assert url.username == settings["POSTGRES_USER"]["value"]
+    assert url.database == settings["POSTGRES_DB"]["value"]
+    # the password is in a secret of the cluster alone, the same for both
+    assert url.password is None
+    password = next(entry for entry in server["env"] if entry["name"] == "PGPASSWORD")
+    assert password["valueFrom"] == settings["POSTGRES_PASSWORD"]["valueFrom"]
+    secret = password["valueFrom"]["secretKeyRef"]
+    made = f"kubectl create secret generic {secret['name']} --from-literal={secret['key']}="
+    assert made in (ROOT / "docs" / "fleet.md").read_text()
+    (volume,) = database["spec"]["volumes"]
+    assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in parts
+    policy = parts["NetworkPolicy", "mlflow-database"]["spec"]
+    assert policy["podSelector"]["matchLabels"] == database["metadata"]["labels"]
+    (rule,) = policy["ingress"]
+    mlflow = parts["Deployment", "mlflow"]["spec"]["template"]["metadata"]["labels"]
+    assert rule["from"] == [{"podSelector": {"matchLabels": mlflow}}]
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_mlflow_s_server_on_a_head_is_a_small_one(name):
+    (line,) = (line for line in read(name)["head_start_ray_commands"] if "mlflow server" in line)
+    check_server(line.split(), dict(re.findall(r"(MLFLOW\w+)=(\S+)", line)))
 
 
 # --- what runs on the machines ----------------------------------------------------------------------
@@ -241,8 +288,41 @@ def test_the_image_copies_what_is_there():
     assert "_deform_attn_cpu" in text
 
 
-def test_the_slurm_script_is_shell():
-    subprocess.run(["bash", "-n", CLUSTER / "slurm.sh"], check=True)
+STUB = """#!/usr/bin/env bash
+echo "${0##*/}|${SRUN_CPUS_PER_TASK:-}|${MLFLOW_SERVER_ENABLE_JOB_EXECUTION:-}|$*" >> "$CALLS"
+case ${0##*/} in
+    scontrol) printf 'node1\\nnode2\\n' ;;
+    srun) [[ $* != *hostname* ]] || echo 10.0.0.1 ;;
+esac
+"""
+"""In the place of the programs that the script calls: notes name, two variables and arguments."""
+
+
+def test_the_slurm_script_gives_each_step_its_cores(tmp_path):
+    """Since Slurm 22.05 `srun` does not inherit `--cpus-per-task`: it reads its own variable."""
+    (tmp_path / "env" / "bin").mkdir(parents=True)
+    for name in ("ray", "scontrol", "srun", "mlflow", "sleep"):
+        stub = tmp_path / "env" / "bin" / name
+        stub.write_text(STUB)
+        stub.chmod(0o755)
+    calls = tmp_path / "calls"
+    of_sbatch = {"SLURM_CPUS_PER_TASK": "32", "SLURM_JOB_NODELIST": "node[1-2]"}
+    of_user = {"ENV": str(tmp_path / "env"), "RESULTS": str(tmp_path / "runs"), "CALLS": str(calls)}
+    subprocess.run(
+        ["bash", CLUSTER / "slurm.sh", "study.yaml"],
+        env=os.environ | of_sbatch | of_user,
+        cwd=tmp_path,
+        check=True,
+        timeout=120,
+    )
+    made = [line.split("|") for line in calls.read_text().splitlines()]
+    steps = [arguments for name, cores, _, arguments in made if name == "srun" and cores == "32"]
+    assert len(steps) == sum(name == "srun" for name, *_ in made) == 4
+    assert any("ray start --head" in step for step in steps)
+    assert any("ray start --address=10.0.0.1:6379" in step and "--exclude=node1" in step for step in steps)
+    assert any("mpformer ablate study.yaml" in step and "--overlap" in step for step in steps)
+    (server,) = ((jobs, arguments) for name, _, jobs, arguments in made if name == "mlflow")
+    check_server(server[1].split(), {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": server[0]})
 
 
 @pytest.fixture
