@@ -42,7 +42,7 @@ SHARED_MEMORY = Path("/dev/shm")
 def lines() -> Iterator[str]:
     """The report, line by line; the last one lists the problems."""
     problems: list[str] = []
-    yield f"mpformer {__version__}, commit {git_commit() or 'unknown (not a git tree)'}"
+    yield f"mpformer {__version__}, commit {git_commit() or 'unknown (no checkout)'}"
     yield f"Python {platform.python_version()}, {platform.platform()}"
     yield ""
     for distribution, module, purpose in _PARTS:
