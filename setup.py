@@ -1,4 +1,4 @@
-"""What a wheel holds beside the Python files: the compiled CPU kernel and the shipped experiments.
+"""What a wheel holds beside the Python files: the compiled CPU kernel, the shipped experiments, the commit.
 
 The rest is in pyproject.toml. Without a C++ compiler the installation goes through with a warning, and the
 kernel is built on first use or replaced by the reference (mpformer/ops/kernels.py).
@@ -7,6 +7,7 @@ kernel is built on first use or replaced by the reference (mpformer/ops/kernels.
 import importlib.util
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -15,9 +16,16 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 
-_spec = importlib.util.spec_from_file_location("build", ROOT / "mpformer" / "ops" / "build.py")
-build = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(build)
+
+def _load(path: str) -> ModuleType:
+    """A module of the package that imports nothing of it."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "mpformer" / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build, commit = _load("ops/build.py"), _load("tracking/commit.py")
 
 
 class BuildKernel(build_ext):
@@ -31,7 +39,8 @@ class BuildKernel(build_ext):
 
 
 class BuildWithExperiments(build_py):
-    """Puts the files of experiments/ into the package, where mpformer/config/shipped.py looks for them.
+    """Puts the files of experiments/ into the package, where mpformer/config/shipped.py looks for them, and
+    the commit, where mpformer/tracking/commit.py does.
 
     An editable installation reads those of the checkout.
     """
@@ -42,6 +51,10 @@ class BuildWithExperiments(build_py):
             target = Path(self.build_lib, "mpformer", "experiments")
             shutil.rmtree(target, ignore_errors=True)  # files of an earlier build
             shutil.copytree(ROOT / "experiments", target)
+            package = target.parent
+            (package / "COMMIT").unlink(missing_ok=True)
+            if (known := commit.commit_of(ROOT / "mpformer")) is not None:
+                commit.stamp(package, known)
 
     def get_source_files(self) -> list[str]:
         """With the experiments, so that a source distribution has them, too."""

@@ -12,6 +12,7 @@ import pytest
 from mpformer.tracking import commit
 
 SOURCE = Path(commit.__file__)
+ROOT = SOURCE.parents[2]
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -72,6 +73,20 @@ def test_a_copy_without_git_knows_it_from_before(checkout, tmp_path, changed):
     # a file that was stamped for other sources does not pass for theirs
     (copy / changed).write_text("# changed\n")
     assert commit.commit_of(copy) == head + "-dirty"
+
+
+def test_what_is_built_of_a_copy_knows_it(tmp_path):
+    """As an image and the machines of a fleet install it: `pip install` of a folder without `.git`."""
+    package = package_in(tmp_path)
+    shutil.copy(ROOT / "mpformer" / "ops" / "build.py", package / "ops")
+    (package / "__init__.py").write_text('__version__ = "1.0"\n')
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "experiments").mkdir()
+    commit.stamp(package, "a" * 40)
+    command = [sys.executable, "setup.py", "-q", "build_py", f"--build-lib={tmp_path / 'built'}"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert commit.commit_of(tmp_path / "built" / "mpformer") == "a" * 40
 
 
 def test_a_copy_that_nobody_stamped_says_so(tmp_path):
