@@ -64,7 +64,10 @@ def test_the_example_finds_what_segment_finds(exported, finished_run):
     ("arguments", "message"),
     [
         (["out.pt"], "out.pt: the name of a file that ends in .onnx is expected"),
-        (["out.onnx", "size=100"], "setting 'size=100': HEIGHTxWIDTH in multiples of 32, up to 8192, is expected"),
+        (
+            ["out.onnx", "size=100"],
+            "setting 'size=100': HEIGHTxWIDTH in multiples of 32, up to 8192, is expected",
+        ),
         (
             ["out.onnx", "size=64x8224"],
             "'size=64x8224': HEIGHTxWIDTH in multiples of 32, up to 8192, is expected",
