@@ -309,7 +309,8 @@ def test_the_slurm_script_gives_each_step_its_cores(tmp_path):
     of_sbatch = {"SLURM_CPUS_PER_TASK": "32", "SLURM_JOB_NODELIST": "node[1-2]"}
     of_user = {"ENV": str(tmp_path / "env"), "RESULTS": str(tmp_path / "runs"), "CALLS": str(calls)}
     subprocess.run(
-        ["bash", CLUSTER / "slurm.sh", "study.yaml"],
+        # its servers run in the background: the notes are complete once they have ended, too
+        ["bash", "-c", '. "$@"; wait', "bash", CLUSTER / "slurm.sh", "study.yaml"],
         env=os.environ | of_sbatch | of_user,
         cwd=tmp_path,
         check=True,
