@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import deque
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.interfaces import ExecutionResources
 from ray.data.collate_fn import ArrowBatchCollateFn
 
 from mpformer.capacity import Capacity
@@ -29,12 +30,13 @@ from mpformer.types import InputError, PackedBatch, RunError
 
 _BLOCK_BYTES = 108 << 20
 """Samples of one Ray Data block together, about (seen: 64 MB cost a tenth of the throughput)."""
-_EXECUTION_BYTES = 324 << 20
-"""Samples of one Ray Data execution together, at most."""
-_AHEAD = 2
-"""Executions prepared while one is consumed: the tasks of one run while the other starts or ends."""
-_FIRST_BLOCKS = 2
-"""Blocks of the first execution; each one doubles, so that the first batch does not wait for many blocks."""
+_AHEAD_BYTES = 512 << 20
+"""Samples of a rank that are made or in the making before it takes them, at most, about."""
+_EXECUTION_BLOCKS = 4096
+"""Blocks of one Ray Data execution, at most: each is an object of the rank's process from the start, and each
+execution leaves traces in Ray that stay (seen with Ray 2.60: 0.7 MB)."""
+_REST_SECONDS = 0.01
+"""Pause between two looks of Ray Data's executor at its tasks."""
 _QUIET = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
 """From which level on Ray Data's loggers print; below it are its plans, its statistics, and that there is no
 progress bar."""
@@ -93,12 +95,10 @@ def _ray(
     steps: Sequence[range],
     world: int,
 ) -> Iterator[PackedBatch]:
-    """Batches from Ray Data executions over this rank's positions, decoded and augmented by tasks anywhere.
+    """Batches from a Ray Data execution over this rank's positions, decoded and augmented by tasks anywhere.
 
-    Each rank runs executions over its own rows in their order: `streaming_split` would deal out whole blocks.
-    One execution is consumed while the next ones are made. Each is made whole: an execution that waits for
-    its consumer spins in this process (seen with Ray 2.60: three quarters of a core, holding the interpreter
-    that the training step needs), and memory is bounded by the size of an execution instead.
+    Each rank streams its own rows in their order: `streaming_split` would deal out whole blocks. A long run
+    is cut into a few executions, one after the other.
     """
     shared = ray.put(catalog) if isinstance(catalog, Catalog) else catalog
     here = catalog if isinstance(catalog, Catalog) else ray.get(catalog)
@@ -106,39 +106,30 @@ def _ray(
     local = len(steps[0])  # the same for every step
     height, width = canvas(steps[0].start)
     block_rows = min(64, max(4, _BLOCK_BYTES // (3 * height * width)))
-    most_blocks = max(_FIRST_BLOCKS, _EXECUTION_BYTES // (3 * height * width * block_rows))
-
-    def execute(wanted: Sequence[range]) -> ray.data.Dataset:
-        return _dataset(data, shared, seed, np.concatenate(wanted), block_rows, world).materialize()
-
-    chunks = _chunks(steps, block_rows, local, most_blocks)
-    with ThreadPoolExecutor(_AHEAD, thread_name_prefix="data") as ahead:
-        upcoming = deque(ahead.submit(execute, wanted) for wanted in chunks[:_AHEAD])
-        for index, wanted in enumerate(chunks):
-            samples = upcoming.popleft().result()
-            if index + _AHEAD < len(chunks):
-                upcoming.append(ahead.submit(execute, chunks[index + _AHEAD]))
-            batches: Iterable[Any] = samples.iter_torch_batches(
-                batch_size=local, collate_fn=_Collate(canvas), prefetch_batches=data.prefetch
-            )
-            for positions, batch in zip(wanted, batches, strict=True):
-                if isinstance(batch, InputError):
-                    raise batch
-                if batch.positions != tuple(positions):
-                    raise RunError(
-                        f"Ray Data delivered positions {batch.positions}, expected {tuple(positions)}"
-                    )
-                yield batch
+    of_execution = max(1, _EXECUTION_BLOCKS * block_rows // local)
+    for first in range(0, len(steps), of_execution):
+        wanted = steps[first : first + of_execution]
+        samples = _dataset(data, shared, seed, np.concatenate(wanted), block_rows, world)
+        batches: Iterable[Any] = samples.iter_torch_batches(
+            batch_size=local, collate_fn=_Collate(canvas), prefetch_batches=data.prefetch
+        )
+        for positions, batch in zip(wanted, batches, strict=True):
+            if isinstance(batch, InputError):
+                raise batch
+            if batch.positions != tuple(positions):
+                raise RunError(f"Ray Data delivered positions {batch.positions}, expected {tuple(positions)}")
+            yield batch
 
 
-def _chunks(steps: Sequence[range], block_rows: int, local: int, most_blocks: int) -> list[Sequence[range]]:
-    """The steps of each execution: `_FIRST_BLOCKS` blocks, then twice as many each time up to the most."""
-    chunks, first, blocks = [], 0, _FIRST_BLOCKS
-    while first < len(steps):
-        count = max(1, block_rows * min(blocks, most_blocks) // local)
-        chunks.append(steps[first : first + count])
-        first, blocks = first + count, 2 * blocks
-    return chunks
+class _Rest(ExecutionCallback):
+    """Lets Ray Data's executor pause after each look at its tasks.
+
+    While its consumer is slower than its tasks, it waits for nothing and would spin in the rank's process:
+    three quarters of a core, holding the interpreter that the training step needs (seen with Ray 2.60).
+    """
+
+    def on_execution_step(self, executor: Any) -> None:
+        time.sleep(_REST_SECONDS)
 
 
 def _dataset(
@@ -167,9 +158,10 @@ def _dataset(
     # one output block per task: a task that waits for its consumer between two blocks would keep its CPU,
     # which another rank may need to fill the batch that both are waiting for
     context.target_max_block_size = 1 << 30
-    # Ray's own budgets are empty during the first second of an execution, until the cluster's resources are
-    # known (seen with Ray 2.60): meanwhile it would run one task at a time, for most of the time of ours
-    context.op_resource_reservation_enabled = False
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=_AHEAD_BYTES)
+    context.custom_execution_callback_classes = [_Rest]
+    # a task whose samples wait for their consumer is slow, and no issue
+    context.issue_detectors_config.detectors = []
     context.enable_progress_bars = False
     for name, level in _QUIET.items():
         logging.getLogger(name).setLevel(level)
@@ -182,8 +174,8 @@ def _task_options(world: int, blocks: int) -> dict[str, Any]:
     cpus = capacity.data_task_cpus(world)
     if cpus == 1:
         return {"num_cpus": cpus}
-    # all executions together one more than the share of CPUs: a core need not wait for its next block
-    tasks = ray.data.TaskPoolStrategy(size=min(blocks, int(capacity.cpus / world / _AHEAD) + 1))
+    # one more than the share of CPUs: a core need not wait for its next block
+    tasks = ray.data.TaskPoolStrategy(size=min(blocks, int(capacity.cpus / world) + 1))
     return {"num_cpus": cpus, "compute": tasks}
 
 

@@ -1,8 +1,11 @@
 """Ray Data gives the very batches of the in-process loader, and never waits for CPUs that nobody frees."""
 
 import threading
+import time
 
 import pytest
+import ray
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
 from mpformer.config import LargeScaleJitter
 from mpformer.data import pipeline
@@ -37,10 +40,39 @@ def test_the_same_batches_over_several_executions(tmp_path, monkeypatch):
     catalog = open_split(data, "train")
     expected = stream(data, catalog, stop=7)
     monkeypatch.setattr(pipeline, "_BLOCK_BYTES", 5 * 3 * 64 * 96)
-    monkeypatch.setattr(pipeline, "_FIRST_BLOCKS", 1)
-    monkeypatch.setattr(pipeline, "_EXECUTION_BYTES", 3 * 5 * 3 * 64 * 96)
+    monkeypatch.setattr(pipeline, "_EXECUTION_BLOCKS", 2)
     assert stream(with_ray(data), catalog, stop=7) == expected
     assert stream(with_ray(data), catalog, start=5, stop=7) == expected[5:]
+
+
+def test_a_run_is_one_execution_that_rests_and_stays_within_its_memory(tmp_path, monkeypatch):
+    """A consumer that stands still: few samples wait for it, and the executor pauses at each of its steps."""
+    data = coco_folder(tmp_path, images=11).model_copy(update={"augment": LargeScaleJitter(size=(256, 256))})
+    catalog = open_split(data, "train")
+    monkeypatch.setattr(pipeline, "_BLOCK_BYTES", 4 * 3 * 256 * 256)
+    monkeypatch.setattr(pipeline, "_AHEAD_BYTES", 8 << 20)
+    made, rests = [], []
+    monkeypatch.setattr(pipeline, "_dataset", counted(pipeline._dataset, made))
+    monkeypatch.setattr(pipeline.time, "sleep", counted(time.sleep, rests))
+    batches = train_batches(with_ray(data), catalog, seed=5, batch_size=4, steps=range(200), rank=0, world=1)
+    for _ in range(2):
+        next(batches)
+    time.sleep(3)  # whatever can be made ahead is made
+    held = get_memory_info_reply(
+        get_state_from_address(ray.get_runtime_context().gcs_address)
+    ).store_stats.object_store_bytes_used
+    assert held < 60 << 20, "the samples of all steps are 157 MB"
+    assert rests
+    assert len(list(batches)) == 198
+    assert len(made) == 1
+
+
+def counted(function, calls):
+    def call(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    return call
 
 
 @pytest.mark.parametrize("loader", ["ray", "torch"])
