@@ -17,9 +17,9 @@ CPU = torch.device("cpu")
 
 
 def tiny_model(pilot: dict | None = None, loss: dict | None = None, decoder: dict | None = None) -> Model:
-    """ResNet-18, 16 channels, four decoder layers, 7 queries."""
+    """A ResNet of four blocks, 16 channels, four decoder layers, 7 queries."""
     return Model(
-        backbone=Backbone(name="resnet18", pretrained=None, norm="group_norm"),
+        backbone=Backbone(name="test_resnet", pretrained=None, norm="group_norm"),
         pixel_decoder=PixelDecoder(channels=16, layers=1, heads=2, ffn=16),
         decoder=Decoder(**{"layers": 4, "queries": 7, "heads": 2, "ffn": 16, **(decoder or {})}),
         pilot=Pilot(**{"queries": 12, **(pilot or {})}),

@@ -12,7 +12,7 @@ def tiny_config() -> Config:
     return Config.model_validate(
         {
             "model": {
-                "backbone": {"name": "resnet18", "pretrained": None, "norm": "group_norm"},
+                "backbone": {"name": "test_resnet", "pretrained": None, "norm": "group_norm"},
                 "pixel_decoder": {"channels": 16, "layers": 1, "heads": 2, "ffn": 16},
                 "decoder": {"layers": 2, "queries": 6, "heads": 2, "ffn": 16},
                 "pilot": {"queries": 6},
@@ -21,14 +21,6 @@ def tiny_config() -> Config:
             "train": {"lr": 1e-3, "clip_norm": 1.0, "batch_size": 2},
         }
     )
-
-
-@pytest.fixture
-def smallest_config(tiny_config: Config) -> Config:
-    """With a backbone of a tenth of a megabyte: for tests of files."""
-    tree = tiny_config.model_dump()
-    tree["model"]["backbone"]["name"] = "test_resnet"
-    return Config.model_validate(tree)
 
 
 def make_batch(counts: list[int], size: int = 64, classes: int = 3, first: int = 0) -> Batch:

@@ -23,14 +23,14 @@ def with_keep(config: Config, **keep) -> Config:
 
 
 @pytest.fixture
-def trained(tmp_path, smallest_config):
+def trained(tmp_path, tiny_config):
     """`trained(values, **keep)`: the folder of a run with a checkpoint at each step, its figures as given.
 
     The bias of its class head is its step, that of its average ten times that.
     """
 
     def train(values: list[float | None], key: str = "val/AP", averaged: bool = False, **keep) -> Path:
-        config = with_keep(smallest_config, **keep)
+        config = with_keep(tiny_config, **keep)
         (tmp_path / "config.yaml").write_text(dump_yaml(config))
         model = build_model(config.model, 3)
         optimizer, average = build_optimizer(model, config.train), WeightAverage(model, 0.5)
@@ -109,9 +109,9 @@ def test_a_run_without_a_best_one_says_so(trained):
         choose(Path("nowhere@last"))
 
 
-def test_one_that_is_being_evaluated_stays_until_its_figure_is_known(tmp_path, trained, smallest_config):
+def test_one_that_is_being_evaluated_stays_until_its_figure_is_known(tmp_path, trained, tiny_config):
     run_dir = trained([10, None, None], best="val/AP", last=1)
-    keep = with_keep(smallest_config, best="val/AP", last=1).train.keep
+    keep = with_keep(tiny_config, best="val/AP", last=1).train.keep
     assert steps(run_dir) == [1, 3]
     waiting = run_dir / "evaluations" / "step-00000001.safetensors"
     waiting.parent.mkdir()

@@ -28,8 +28,8 @@ def _bias(average):
     return average.state_dict()["decoder.class_embed.bias"]
 
 
-def test_the_average_is_the_sum_of_all_weights_by_their_share(smallest_config):
-    model = _built(smallest_config)
+def test_the_average_is_the_sum_of_all_weights_by_their_share(tiny_config):
+    model = _built(tiny_config)
     average = WeightAverage(model, 0.5)
     seen, shares = [model.decoder.class_embed.bias.detach().double().clone()], [1.0]
     for step in range(1, 13):
@@ -43,8 +43,8 @@ def test_the_average_is_the_sum_of_all_weights_by_their_share(smallest_config):
     torch.testing.assert_close(_bias(average).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_model_has_the_average_for_a_while_and_then_its_own_weights_bit_for_bit(smallest_config):
-    model = _built(smallest_config)
+def test_the_model_has_the_average_for_a_while_and_then_its_own_weights_bit_for_bit(tiny_config):
+    model = _built(tiny_config)
     average = WeightAverage(model, 0.9)
     _move(model, 1)
     average.update(1)
@@ -57,22 +57,22 @@ def test_the_model_has_the_average_for_a_while_and_then_its_own_weights_bit_for_
     assert [parameter.data_ptr() for parameter in model.parameters()] == places
 
 
-def test_a_checkpoint_has_it_as_a_model_of_its_own_and_a_restart_goes_on_with_it(tmp_path, smallest_config):
-    model = _built(smallest_config)
+def test_a_checkpoint_has_it_as_a_model_of_its_own_and_a_restart_goes_on_with_it(tmp_path, tiny_config):
+    model = _built(tiny_config)
     average = WeightAverage(model, 0.9)
     for step in (1, 2):
         _move(model, step)
         average.update(step)
-    optimizer = build_optimizer(model, smallest_config.train)
-    saved = checkpoint.save(tmp_path, 2, model, optimizer, smallest_config, {}, average)
+    optimizer = build_optimizer(model, tiny_config.train)
+    saved = checkpoint.save(tmp_path, 2, model, optimizer, tiny_config, {}, average)
     loaded, config = load_checkpoint(saved.path / EMA_FILE)
     # with the normalisation of its images
-    assert config == smallest_config.model_copy(update={"model": model.config})
+    assert config == tiny_config.model_copy(update={"model": model.config})
     assert torch.equal(loaded.state_dict()["decoder.class_embed.bias"], _bias(average))
     assert not torch.equal(loaded.decoder.class_embed.bias, model.decoder.class_embed.bias)
 
-    other = _built(smallest_config, seed=9)
-    checkpoint.restore(saved, other, build_optimizer(other, smallest_config.train))
+    other = _built(tiny_config, seed=9)
+    checkpoint.restore(saved, other, build_optimizer(other, tiny_config.train))
     again = restored_average(saved, other, 0.9)
     for one, of_it in ((model, average), (other, again)):
         _move(one, 3)
@@ -80,10 +80,8 @@ def test_a_checkpoint_has_it_as_a_model_of_its_own_and_a_restart_goes_on_with_it
     assert all(torch.equal(a, b) for a, b in zip(average._averages.values(), again._averages.values()))
 
 
-def test_where_a_checkpoint_has_none_it_begins_with_the_weights(tmp_path, smallest_config):
-    model = _built(smallest_config)
-    saved = checkpoint.save(
-        tmp_path, 1, model, build_optimizer(model, smallest_config.train), smallest_config, {}
-    )
+def test_where_a_checkpoint_has_none_it_begins_with_the_weights(tmp_path, tiny_config):
+    model = _built(tiny_config)
+    saved = checkpoint.save(tmp_path, 1, model, build_optimizer(model, tiny_config.train), tiny_config, {})
     assert not (saved.path / EMA_FILE).exists()
     assert torch.equal(_bias(restored_average(saved, model, 0.9)), model.decoder.class_embed.bias)

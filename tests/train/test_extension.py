@@ -39,11 +39,11 @@ def changed(config: Config, **settings) -> Config:
 
 
 @pytest.fixture
-def parent(tmp_path, smallest_config) -> Path:
+def parent(tmp_path, tiny_config) -> Path:
     """A run of four steps with checkpoints of step 2 and 4; the figures of step 2 are better."""
     run_dir = tmp_path / "first-0a1b2c3d-s0"
     run_dir.mkdir()
-    config = changed(smallest_config, train__length="4 steps", train__keep={"best": "val/AP", "last": 2})
+    config = changed(tiny_config, train__length="4 steps", train__keep={"best": "val/AP", "last": 2})
     (run_dir / "config.yaml").write_text(dump_yaml(config))
     model = build_model(config.model, CLASSES)
     optimizer = build_optimizer(model, config.train)
@@ -60,9 +60,9 @@ def extended(config: Config, parent: Path | str, **settings) -> Config:
     return changed(config, train__length="9 steps", train__resume_from=str(parent), **settings)
 
 
-def test_it_has_the_newest_checkpoint_the_record_and_its_parent_s_name(tmp_path, smallest_config, parent):
+def test_it_has_the_newest_checkpoint_the_record_and_its_parent_s_name(tmp_path, tiny_config, parent):
     run_dir = tmp_path / "second"
-    config = extended(smallest_config, parent, train__lr=1e-5, train__ema=0.9, train__seed=0)
+    config = extended(tiny_config, parent, train__lr=1e-5, train__ema=0.9, train__seed=0)
     begun = extension.begin(run_dir, config, catalog())
     assert (begun.step, begun.state["train_seconds"]) == (4, 6.0)
     assert checkpoints.latest(run_dir)[0] == begun
@@ -78,10 +78,10 @@ def test_it_has_the_newest_checkpoint_the_record_and_its_parent_s_name(tmp_path,
     assert (first_line["resumed_from"], first_line["resumed_at_step"]) == ("first-0a1b2c3d-s0", 4)
 
 
-def test_whoever_follows_it_is_told_its_own_points_alone(tmp_path, smallest_config, parent):
+def test_whoever_follows_it_is_told_its_own_points_alone(tmp_path, tiny_config, parent):
     run_dir = tmp_path / "second"
     following = Follower("second s0", run_dir, 2)
-    extension.begin(run_dir, extended(smallest_config, parent), catalog())
+    extension.begin(run_dir, extended(tiny_config, parent), catalog())
     RecordWriter(run_dir, 4).add(5, {"train/loss": 3.0})
     assert following.lines() == [
         "second s0  goes on from step 4 of first-0a1b2c3d-s0",
@@ -93,8 +93,8 @@ def test_whoever_follows_it_is_told_its_own_points_alone(tmp_path, smallest_conf
 @pytest.mark.parametrize(
     ("place", "step"), [("{}", 4), ("{}@best", 2), ("{}@last", 4), ("{}/checkpoints/step-00000002", 2)]
 )
-def test_another_checkpoint_than_the_newest_is_asked_for(tmp_path, smallest_config, parent, place, step):
-    config = extended(smallest_config, place.format(parent))
+def test_another_checkpoint_than_the_newest_is_asked_for(tmp_path, tiny_config, parent, place, step):
+    config = extended(tiny_config, place.format(parent))
     assert extension.begin(tmp_path / "second", config, catalog()).step == step
     assert [s for s, _ in read_metrics(tmp_path / "second")] == [2, 4][: step // 2]
 
@@ -114,34 +114,30 @@ def test_another_checkpoint_than_the_newest_is_asked_for(tmp_path, smallest_conf
         ),
     ],
 )
-def test_what_cannot_go_on_is_refused_and_leaves_nothing(
-    tmp_path, smallest_config, parent, settings, message
-):
+def test_what_cannot_go_on_is_refused_and_leaves_nothing(tmp_path, tiny_config, parent, settings, message):
     settings = {k: v.format(parent) if isinstance(v, str) else v for k, v in settings.items()}
-    config = changed(extended(smallest_config, parent), **settings)
+    config = changed(extended(tiny_config, parent), **settings)
     with pytest.raises(InputError, match=message) as caught:
         extension.begin(tmp_path / "second", config, catalog())
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "second").exists()
 
 
-def test_the_pretrained_backbone_that_a_run_began_with_is_no_matter(tmp_path, smallest_config, parent):
-    config = extended(smallest_config, parent, model__backbone__pretrained="default")
+def test_the_pretrained_backbone_that_a_run_began_with_is_no_matter(tmp_path, tiny_config, parent):
+    config = extended(tiny_config, parent, model__backbone__pretrained="default")
     assert extension.begin(tmp_path / "second", config, catalog()).step == 4
 
 
-def test_other_classes_and_weights_without_a_run_are_refused(tmp_path, smallest_config, parent):
+def test_other_classes_and_weights_without_a_run_are_refused(tmp_path, tiny_config, parent):
     with pytest.raises(InputError, match="class"):
-        extension.begin(
-            tmp_path / "second", extended(smallest_config, parent), catalog(ClassTable.numbered(4))
-        )
+        extension.begin(tmp_path / "second", extended(tiny_config, parent), catalog(ClassTable.numbered(4)))
     shutil.copytree(parent / "checkpoints" / "step-00000004", tmp_path / "alone")
     with pytest.raises(InputError, match=r"a checkpoint in the folder of one, is expected; train\.init"):
-        extension.begin(tmp_path / "second", extended(smallest_config, tmp_path / "alone"), catalog())
+        extension.begin(tmp_path / "second", extended(tiny_config, tmp_path / "alone"), catalog())
 
 
-def test_a_start_that_was_cut_off_begins_again(tmp_path, smallest_config, parent, monkeypatch):
-    run_dir, config = tmp_path / "second", extended(smallest_config, parent)
+def test_a_start_that_was_cut_off_begins_again(tmp_path, tiny_config, parent, monkeypatch):
+    run_dir, config = tmp_path / "second", extended(tiny_config, parent)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

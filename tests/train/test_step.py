@@ -25,7 +25,7 @@ CLASSES = 3
 def settings(**model) -> Config:
     """A tiny model with the sections of `model` laid over it."""
     base = {
-        "backbone": {"name": "resnet18", "pretrained": None, "norm": "group_norm"},
+        "backbone": {"name": "test_resnet", "pretrained": None, "norm": "group_norm"},
         "pixel_decoder": {"channels": 16, "layers": 1, "heads": 2, "ffn": 16},
         "decoder": {"layers": 4, "queries": 6, "heads": 2, "ffn": 16},
         "pilot": {"queries": 12},
