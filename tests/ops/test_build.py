@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mpformer.ops import build, kernel_status, kernels
+from tests.compilers import quick_compiler
 
 pytestmark = pytest.mark.slow
 
@@ -64,9 +65,10 @@ def finish(process: subprocess.Popen) -> tuple[list[str], str]:
 
 
 @pytest.fixture
-def needs_compiler():
+def compiler(tmp_path):
+    """The name of a C++ compiler, as CXX has it."""
     try:
-        build.find_compiler()
+        return quick_compiler(tmp_path)
     except build.BuildError as error:
         pytest.skip(str(error))
 
@@ -103,7 +105,8 @@ def test_a_compiler_that_fails_is_quoted(search, monkeypatch, tmp_path):
     assert search() == (None, "the C++ compiler 'no-such-compiler -O1' named by CXX is not there")
 
 
-def test_a_cache_that_cannot_be_written_is_named(search, needs_compiler, monkeypatch, tmp_path):
+@pytest.mark.usefixtures("compiler")
+def test_a_cache_that_cannot_be_written_is_named(search, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MPFORMER_CACHE", str(tmp_path / "file" / "below"))
     kernel, reason = search()
@@ -124,43 +127,58 @@ def test_the_setting(monkeypatch):
         kernel_status()
 
 
-@pytest.mark.slow
-def test_processes_that_start_together_build_once(process, needs_compiler):
+def test_processes_that_start_together_build_once(process, compiler):
     """Three at once; then one more, which must not need the compiler's work again."""
-    started = [process() for _ in range(3)]
+    started = [process(CXX=compiler) for _ in range(3)]
     for status, err in map(finish, started):
         assert status[1] == "True"
         assert "RuntimeWarning" not in err
     libraries = list(process.cache.glob("*.so"))
     assert len(libraries) == 1
     built = libraries[0].stat()
-    assert finish(process())[0][1] == "True"
+    assert finish(process(CXX=compiler))[0][1] == "True"
     assert libraries[0].stat().st_mtime_ns == built.st_mtime_ns
     assert not list(process.cache.glob(".build-*"))
 
 
-@pytest.mark.slow
-def test_an_installed_library_is_used_only_if_it_is_of_these_sources(process, needs_compiler, tmp_path):
-    """No compiler at run time: the library beside the package serves, until a source changes."""
-    build.compile_library(process.package / "ops" / "_deform_attn_cpu.test.so")
+def test_an_installed_library_is_used_only_if_it_is_of_these_sources(
+    process, search, compiler, monkeypatch, tmp_path
+):
+    """No compiler at run time: the library beside the package serves, until a source changes.
+
+    Each library has a name of its own: one that was loaded would be found again by its name.
+    """
+    older = tmp_path / "older.cpp"  # it lacks what was added since
+    older.write_text('extern "C" const char* mpformer_deform_attn_source() { return "older"; }')
+    subprocess.run([compiler, "-shared", "-fPIC", str(older), "-o", str(tmp_path / "older.so")], check=True)
+    ops = process.package / "ops"
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", compiler)
+        build.compile_library(ops / "_deform_attn_cpu.test.so")
     status, err = finish(process(PATH=str(tmp_path)))
     assert status[1] == "True"
     assert "built at installation" in status[2]
     assert "RuntimeWarning" not in err
-    with (process.package / "ops" / "csrc" / "deform_attn_cpu.h").open("a") as source:
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(kernels, "__file__", str(ops / "kernels.py"))
+    monkeypatch.setattr(build, "SOURCES", ops / "csrc")
+    assert search()[0] is not None
+    with (ops / "csrc" / "deform_attn_cpu.h").open("a") as source:
         source.write("// changed\n")
-    status, err = finish(process(PATH=str(tmp_path)))
-    assert status[1] == "False"
-    assert "the installed library was built from other sources; no C++ compiler" in status[2]
-    older = tmp_path / "older.cpp"  # it lacks what was added since
-    older.write_text('extern "C" const char* mpformer_deform_attn_source() { return "older"; }')
-    library = process.package / "ops" / "_deform_attn_cpu.test.so"
-    subprocess.run([*build.find_compiler(), "-shared", "-fPIC", str(older), "-o", str(library)], check=True)
-    status, err = finish(process(PATH=str(tmp_path)))
-    assert "the installed library was built from other sources; no C++ compiler" in status[2]
-    library.write_bytes(b"not a library")
-    status, err = finish(process(PATH=str(tmp_path)))
-    assert "the installed library does not load" in status[2]
+    kernel, reason = search()
+    assert kernel is None
+    assert "the installed library was built from other sources; no C++ compiler" in reason
+    (ops / "_deform_attn_cpu.test.so").unlink()
+    shutil.move(tmp_path / "older.so", ops / "_deform_attn_cpu.older.so")
+    kernel, reason = search()
+    assert kernel is None
+    assert "the installed library was built from other sources; no C++ compiler" in reason
+    (ops / "_deform_attn_cpu.older.so").unlink()
+    (ops / "_deform_attn_cpu.text.so").write_bytes(b"not a library")
+    kernel, reason = search()
+    assert kernel is None
+    assert "the installed library does not load" in reason
 
 
 def test_importing_needs_torch_alone(process):
