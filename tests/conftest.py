@@ -21,6 +21,16 @@ import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow sqlite file with its tables: making one takes seconds, copying it none."""
+    from mpformer.tracking.mlflow_store import client
+
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    client(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture(scope="session")
 def sample_data() -> Path:
     """The folder of real annotated samples; tests that use it are skipped where it is absent."""
     root = Path(os.environ.get("MPFORMER_SAMPLE_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -7,6 +7,7 @@ import functools
 import io
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ RECIPE: dict[str, Any] = {
             },
         },
         "task": "panoptic",
+        "loader": "inline",  # the same batches as those of `WITH_RAY`, without processes
         "augment": {"size": [64, 64], "scale": [0.5, 2.0]},
         "test_resize": {"short": 64, "long": 64},
     },
@@ -56,6 +58,9 @@ RECIPE: dict[str, Any] = {
     "evaluate": {"every": "6 steps", "pictures": 0},
     "cluster": {"threads": 1},  # the same bits in a worker and in this process
 }
+
+WITH_RAY = "data.loader=ray"
+"""Samples from tasks of Ray Data, as a run has them by default: where a test is about processes."""
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -200,8 +205,11 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_recipe(folder: Path, scenes: Path) -> Path:
-    """The recipe as a file; runs go to `runs/` beside it."""
+def write_recipe(folder: Path, scenes: Path, store: Path | None = None) -> Path:
+    """The recipe as a file; runs go to `runs/` beside it, with a copy of that MLflow store if given."""
+    if store is not None:
+        (folder / "runs").mkdir()
+        shutil.copy(store, folder / "runs" / "mlflow.db")
     tree = {**RECIPE, "data": {**RECIPE["data"], "root": str(scenes)}, "storage": str(folder / "runs")}
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -209,13 +217,13 @@ def write_recipe(folder: Path, scenes: Path) -> Path:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, scenes: Path) -> Path:
-    return write_recipe(tmp_path, scenes)
+def recipe(tmp_path: Path, scenes: Path, empty_store: Path) -> Path:
+    return write_recipe(tmp_path, scenes, empty_store)
 
 
 @pytest.fixture(scope="session")
 def unbroken(head: Cluster, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of the recipe that nothing happened to."""
+    """The folder of a run of the recipe that nothing happened to, with the MLflow store that it has made."""
     folder = tmp_path_factory.mktemp("unbroken")
     done = head.train(write_recipe(folder, scenes))
     assert done.code == 0, done.err

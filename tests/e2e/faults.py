@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -16,9 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from mpformer.config import load_config, run_name
+from mpformer.cores import usable_cores
 from mpformer.model.weights.checkpoints import complete
 from mpformer.tracking.mlflow_store import client
 from mpformer.tracking.record import read_points
+from tests.e2e.conftest import Done, finish
 
 
 def run_dir_of(recipe: Path, *settings: str) -> Path:
@@ -58,6 +61,35 @@ def meanwhile(condition: Callable[[], object], act: Callable[[], object]) -> Ite
         finally:
             over.set()
         watched.result()
+
+
+def interrupted(process: subprocess.Popen[str], ready: Callable[[], bool]) -> tuple[Done, float]:
+    """Ctrl-C of a terminal, which reaches all processes of the group; the seconds until the end.
+
+    On a machine with more to do than it has cores they count as that much less.
+    """
+    deadline = time.monotonic() + 300
+    while not ready():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(timeout=120)
+        seconds = time.monotonic() - began
+        done = finish(process, timeout=120)  # once all of the group have closed the pipe
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # it would run on beside all other tests
+        raise
+    return done, seconds / max(1.0, os.getloadavg()[0] / usable_cores())
+
+
+def states(folder: Path) -> set[str]:
+    """Of all runs in the MLflow store of a storage folder."""
+    store = client(f"sqlite:///{folder / 'mlflow.db'}")
+    ids = [experiment.experiment_id for experiment in store.search_experiments()]
+    return {run.info.status for run in store.search_runs(ids)}
 
 
 def at_step(run_dir: Path, step: int) -> Callable[[], bool]:
@@ -120,7 +152,8 @@ def assert_as_unbroken(run_dir: Path, unbroken: Path, repeated: bool = False) ->
     repeated: some steps that MLflow knew were gone through again. It then also has what a clock measured of
     them the first time and not the second, such as the checkpoint before them; nothing can be taken from it.
     """
-    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 12
+    mine, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (run_dir, unbroken))
+    assert mine["steps"] == theirs["steps"]
     assert values(run_dir) == values(unbroken)
     assert difference(run_dir, unbroken) == 0
     assert_mirrored(run_dir, repeated)

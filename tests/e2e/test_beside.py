@@ -16,14 +16,14 @@ from tests.e2e.faults import assert_mirrored, at_step, difference, run_dir_of, v
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-# views of up to 8 times the size: an evaluation takes long enough to be interrupted
-COMMON = ["evaluate.at_start=true", "evaluate.scales=[1, 4, 8]", "evaluate.flip=true"]
+# views of up to 4 times the size: an evaluation takes long enough to be interrupted
+COMMON = ["evaluate.at_start=true", "evaluate.scales=[1, 4]", "evaluate.flip=true"]
 
 
 @pytest.fixture(scope="module")
-def waited(head: Cluster, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def waited(head: Cluster, scenes: Path, empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that waits for its evaluations."""
-    recipe = write_recipe(tmp_path_factory.mktemp("waited"), scenes)
+    recipe = write_recipe(tmp_path_factory.mktemp("waited"), scenes, empty_store)
     done = head.train(recipe, *COMMON)
     assert done.code == 0, done.err
     return run_dir_of(recipe, *COMMON)

@@ -28,11 +28,12 @@ def test_labels_that_change_between_two_checkpoints(
     unbroken: Path,
     head: Cluster,
     tmp_path: Path,
+    empty_store: Path,
     at_checkpoint: Callable[[int, Callable[[], object]], None],
 ) -> None:
     own = tmp_path / "scenes"
     shutil.copytree(scenes, own)
-    recipe = write_recipe(tmp_path, own)
+    recipe = write_recipe(tmp_path, own, empty_store)
 
     def cut_off() -> None:
         raise RunError("cut off")

@@ -10,7 +10,7 @@ import pytest
 
 from mpformer.model.weights.checkpoints import complete
 from mpformer.train import launch
-from tests.e2e.conftest import Cluster, Done
+from tests.e2e.conftest import WITH_RAY, Cluster, Done
 from tests.e2e.faults import (
     assert_as_unbroken,
     at_step,
@@ -35,7 +35,7 @@ def test_a_killed_worker_is_replaced(recipe: Path, unbroken: Path, head: Cluster
         killed.append(time.time())
 
     with meanwhile(at_step(run_dir, 3), kill):
-        done = head.command("train", recipe)
+        done = head.command("train", recipe, WITH_RAY)
     assert done.code == 0, done.err
     assert len(starts(run_dir)) == 2
     assert_as_unbroken(run_dir, unbroken)

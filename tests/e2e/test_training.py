@@ -9,11 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from mpformer.model.weights.checkpoints import latest
+from mpformer.model.weights.checkpoints import complete, latest
 from mpformer.tracking.record import read_points
 from mpformer.tracking.run_dir import RunDir
-from tests.e2e.conftest import Cluster, finish, start
-from tests.e2e.faults import assert_as_unbroken, at_step, run_dir_of, starts, wait_for
+from tests.e2e.conftest import WITH_RAY, Cluster, start
+from tests.e2e.faults import (
+    assert_as_unbroken,
+    at_step,
+    interrupted,
+    run_dir_of,
+    starts,
+    states,
+    wait_for,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -22,34 +30,55 @@ def _losses(run_dir: Path) -> dict[int, float]:
     return {p.step: p.values["train/loss"] for p in read_points(run_dir) if "train/loss" in p.values}
 
 
-def test_kill_the_driver_and_the_same_command_goes_on(recipe: Path, unbroken: Path, head: Cluster) -> None:
-    """Both commands start a Ray of their own, as on a machine without a cluster."""
-    run_dir = run_dir_of(recipe)
-    process = start("train", recipe)
+def test_killed_and_interrupted_the_same_command_goes_on(recipe: Path, head: Cluster) -> None:
+    """Each of the two commands starts a Ray of its own, as on a machine without a cluster."""
+    # long enough for a signal to come in its midst
+    settings = ["train.length=30 steps", "evaluate.every=15 steps"]
+    alone = [*settings, f"storage={recipe.parent / 'alone'}"]
+    assert head.train(recipe, *alone).code == 0
+    run_dir, unbroken = run_dir_of(recipe, *settings), run_dir_of(recipe, *alone)
+
+    process = start("train", recipe, *settings, WITH_RAY)
     wait_for(at_step(run_dir, 3), process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (run_dir / "summary.json").exists()
     first_mlflow_run = json.loads((run_dir / "mlflow.json").read_text())["run_id"]
 
-    done = finish(start("train", recipe))
+    reached = int(complete(run_dir)[-1].name[-8:])
+    process = start("train", recipe, *settings, WITH_RAY)
+    done, seconds = interrupted(process, at_step(run_dir, reached + 1))
+    assert done.code == 130
+    assert done.err == "mpformer: interrupted; the same command goes on where it stopped\n"
+    assert seconds < 5
+    assert states(recipe.parent / "runs") == {"KILLED"}
+    lines = done.out.splitlines()  # nothing is waited for in silence
+    for said in (
+        "loading torch and Ray",
+        "reading the annotations",
+        "24 training and 5 validation",
+        "1 training worker",
+    ):
+        assert any(said in line for line in lines), said
+
+    done = head.train(recipe, *settings)
     assert done.code == 0, done.err
-    assert sorted(_losses(run_dir)) == list(range(1, 13))
-    assert [p.step for p in read_points(run_dir) if "val/PQ" in p.values] == [6, 12]
-    assert len(starts(run_dir)) == 2
+    assert sorted(_losses(run_dir)) == list(range(1, 31))
+    assert [p.step for p in read_points(run_dir) if "val/PQ" in p.values] == [15, 30]
+    assert len(starts(run_dir)) == 3
     assert json.loads((run_dir / "mlflow.json").read_text())["run_id"] == first_mlflow_run
     assert_as_unbroken(run_dir, unbroken)
 
-    again = head.command("train", recipe)
+    again = head.command("train", recipe, *settings)
     assert again.code == 0, again.err
-    assert len(starts(run_dir)) == 2
+    assert len(starts(run_dir)) == 3
 
 
 def test_two_workers_compute_what_one_computes(recipe: Path, head: Cluster) -> None:
     settings = ["train.length=5 steps", "train.seed=4", "evaluate.limit=1", "tracking.mlflow=null"]
     losses = {}
     # the number of workers is no part of a run's identity, so each gets a storage of its own
-    for name, train in (("one", head.train), ("two", lambda *a: head.command("train", *a))):
+    for name, train in (("one", head.train), ("two", lambda *a: head.command("train", *a, WITH_RAY))):
         here = [*settings, f"storage={recipe.parent / name}", "cluster.workers=2"]
         done = train(recipe, *here)
         assert done.code == 0, done.err

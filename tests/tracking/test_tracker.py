@@ -26,14 +26,6 @@ from mpformer.types import InputError, RunError
 from tests.servers import closed_port
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory) -> Path:
-    """An MLflow sqlite file with its tables: making one takes seconds, copying it none."""
-    folder = tmp_path_factory.mktemp("store")
-    prepare_store(settings(folder), "default")
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def storage(tmp_path, empty_store) -> Path:
     shutil.copy(empty_store, tmp_path / "mlflow.db")
