@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from mpformer import __version__
+from tests.compilers import quick_compiler
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -43,9 +44,16 @@ def checkout(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wheel(checkout, tmp_path_factory):
+def compiler(tmp_path_factory):
+    """The variable that names a compiler for the kernels: what they compute is not the question here."""
+    return {"CXX": quick_compiler(tmp_path_factory.mktemp("compiler"))}
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout, compiler, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    pip(sys.executable, "wheel", "--no-build-isolation", "--wheel-dir", str(folder), str(checkout))
+    what = ("--no-build-isolation", "--wheel-dir", str(folder), str(checkout))
+    pip(sys.executable, "wheel", *what, **compiler)
     [built] = folder.glob("*.whl")
     return built
 
@@ -56,24 +64,25 @@ def installed(wheel, tmp_path_factory):
     return environment(tmp_path_factory.mktemp("installed"), str(wheel))
 
 
-def environment(folder: Path, *what: str) -> Path:
+def environment(folder: Path, *what: str, **variables: str) -> Path:
     venv.create(folder, with_pip=False)
     commands = folder / "bin"
     [site] = folder.glob("lib/python*/site-packages")
     # a path in a .pth file: the .pth files in that folder, an editable mpformer's among them, are not read
     (site / "third_parties.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    pip(str(commands / "python"), "install", "--no-build-isolation", *what)
+    pip(str(commands / "python"), "install", "--no-build-isolation", *what, **variables)
     return commands
 
 
-def pip(python: str, command: str, *arguments: str) -> None:
-    run([python, "-m", "pip", command, "--quiet", "--no-deps", "--no-index", *arguments], Path.cwd())
+def pip(python: str, command: str, *arguments: str, **variables: str) -> None:
+    line = [python, "-m", "pip", command, "--quiet", "--no-deps", "--no-index", *arguments]
+    run(line, Path.cwd(), **variables)
 
 
-def run(command: list[str], folder: Path) -> str:
+def run(command: list[str], folder: Path, **variables: str) -> str:
     """What a command prints in a folder, with nothing of this checkout on its paths."""
     without = ("PYTHONPATH", "RAY_ADDRESS", "VIRTUAL_ENV")
-    kept = {key: value for key, value in os.environ.items() if key not in without}
+    kept = {key: value for key, value in os.environ.items() if key not in without} | variables
     done = subprocess.run(command, cwd=folder, env=kept, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -103,20 +112,26 @@ def test_the_command_that_data_check_prints_trains(installed, tmp_path):
 
 
 def test_quickstart(installed, tmp_path):
-    told = run([str(installed / "mpformer"), "quickstart", *TINY], tmp_path)
+    told = run([str(installed / "mpformer"), "quickstart", *TINY, "data.loader=inline"], tmp_path)
     assert "2 runs" in told
     assert len(list(tmp_path.glob("runs/quickstart*/*/summary.json"))) == 2
 
 
 def test_a_study_by_its_name(installed, tmp_path):
-    command = [str(installed / "mpformer"), "ablate", "mpformer-table8", "profile=smoke"]
+    command = [
+        str(installed / "mpformer"),
+        "ablate",
+        "mpformer-table8",
+        "profile=smoke",
+        "data.loader=inline",
+    ]
     run([*command, "--only", "first-layer"], tmp_path)
     assert len(list(tmp_path.glob("runs/mpformer-table8-smoke/*/summary.json"))) == 1
 
 
-def test_an_editable_checkout_works_in_its_parent_folder(checkout, tmp_path_factory):
+def test_an_editable_checkout_works_in_its_parent_folder(checkout, compiler, tmp_path_factory):
     # the folder ./mpformer, the checkout, must not be taken for the package: not here, nor in workers
-    commands = environment(tmp_path_factory.mktemp("editable"), "--editable", str(checkout))
+    commands = environment(tmp_path_factory.mktemp("editable"), "--editable", str(checkout), **compiler)
     parent = checkout.parent
     assert run([str(commands / "python"), "-m", "mpformer", "--version"], parent).split()[1] == __version__
     mpformer = str(commands / "mpformer")
