@@ -57,7 +57,7 @@ def scenes(count: int, seed: int = 0, size: tuple[int, int] = (72, 100)) -> Cata
 
 def tiny_config(task: str = "panoptic") -> Config:
     model = Model(
-        backbone=Backbone(name="resnet18", pretrained=None, norm="group_norm"),
+        backbone=Backbone(name="test_resnet", pretrained=None, norm="group_norm"),
         pixel_decoder=PixelDecoder(layers=1, channels=32, heads=4, ffn=32),
         decoder=Decoder(queries=12, layers=3, heads=4, ffn=32),
     )
