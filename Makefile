@@ -13,14 +13,17 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 quickstart: $(READY)
 	$(BIN)/mpformer quickstart
 
+# file by file: files of few tests take the longest, and of itself xdist would begin with the others
+IN_ORDER := --dist loadfile --no-loadscope-reorder
+
 # the end-to-end tests mostly wait for processes: they run beside the others, and their report comes last
 test: lint
 	@$(BIN)/python -m pytest tests/e2e > .e2e.log 2>&1 & e2e=$$!; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/e2e; others=$$?; \
+	$(BIN)/python -m pytest -n 2 $(IN_ORDER) tests/test_wheel.py tests --ignore=tests/e2e; others=$$?; \
 	wait $$e2e; failed=$$?; cat .e2e.log; exit $$((others | failed))
 
 test-fast: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 $(IN_ORDER) -m "not slow"
 
 lint: $(TESTABLE)
 	$(BIN)/ruff check

@@ -323,25 +323,51 @@ def _work(rank, world, store, results):
             for micro_batch in MICRO_BATCHES:
                 config = _with_micro_batch(micro_batch)
                 results[case, micro_batch, rank] = _step_in_double(rank, world, config, counts)
+        results["beside a failing one", rank] = _step_beside_a_failing_worker(rank)
     finally:
         dist.destroy_process_group()
 
 
+def _step_beside_a_failing_worker(rank):
+    """What each worker is told where the second computes no number, and whether its weights are as before."""
+    config = settings()
+    torch.manual_seed(0)
+    model = build_model(config.model, CLASSES).train()
+    wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    if rank == 1:
+        with torch.no_grad():
+            model.decoder.class_embed.bias.fill_(float("nan"))
+    before = copy.deepcopy(model.state_dict())
+    share = make_batch([3, 2, 1]).select(range(rank, rank + 1))
+    try:
+        train_step(wrapped, build_optimizer(model, config.train), share, config, Timers(), classes=CLASSES)
+    except NonFiniteError as error:
+        after = model.state_dict()
+        kept = all(torch.equal(after[n].nan_to_num(), v.nan_to_num()) for n, v in before.items())
+        return str(error), kept
+    return None
+
+
+@pytest.fixture(scope="module")
+def three_workers(tmp_path_factory):
+    """What three processes have computed: starting them takes longer than all that they do."""
+    world = 3
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_work, (world, str(tmp_path_factory.mktemp("workers") / "store"), results), nprocs=world)
+        return dict(results)
+
+
 @pytest.mark.slow
-def test_any_number_of_workers_computes_the_step_of_one(tmp_path):
+def test_any_number_of_workers_computes_the_step_of_one(three_workers):
     """One global batch dealt out unevenly, each share accumulated from micro-batches: the same gradient.
 
     Three workers here, two in whole runs (tests/e2e/test_training.py).
     """
-    world = 3
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_work, (world, str(tmp_path / "store"), results), nprocs=world)
-        shares = dict(results)
     for case, counts in SEVEN_IMAGES.items():
         loss, norm, expected = _step_in_double(0, 1, _with_micro_batch(None), counts)
         for micro_batch in MICRO_BATCHES:
-            parts = [shares[case, micro_batch, rank] for rank in range(world)]
+            parts = [three_workers[case, micro_batch, rank] for rank in range(3)]
             assert sum(part[0] for part in parts) == pytest.approx(loss, rel=1e-12), (case, micro_batch)
             for _, grad_norm, gradients in parts:
                 assert grad_norm == pytest.approx(norm, rel=1e-12), (case, micro_batch)
@@ -349,37 +375,8 @@ def test_any_number_of_workers_computes_the_step_of_one(tmp_path):
                     torch.testing.assert_close(gradient, expected[name], atol=1e-12, rtol=1e-12)
 
 
-def _work_beside_a_failing_worker(rank, store, told):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=120)
-    )
-    try:
-        config = settings()
-        torch.manual_seed(0)
-        model = build_model(config.model, CLASSES).train()
-        wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-        if rank == 1:
-            with torch.no_grad():
-                model.decoder.class_embed.bias.fill_(float("nan"))
-        before = copy.deepcopy(model.state_dict())
-        optimizer = build_optimizer(model, config.train)
-        share = make_batch([3, 2]).select(range(rank, rank + 1))
-        try:
-            train_step(wrapped, optimizer, share, config, Timers(), classes=CLASSES)
-        except NonFiniteError as error:
-            after = model.state_dict()
-            kept = all(torch.equal(after[n].nan_to_num(), v.nan_to_num()) for n, v in before.items())
-            told[rank] = (str(error), kept)
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.slow
-def test_one_failing_worker_stops_all_before_the_weights_change(tmp_path):
-    with mp.Manager() as manager:
-        told = manager.dict()
-        mp.spawn(_work_beside_a_failing_worker, (str(tmp_path / "store"), told), nprocs=2)
-        told = dict(told)
-    assert told[0] == ("a value of another worker is not finite", True)
+def test_one_failing_worker_stops_all_before_the_weights_change(three_workers):
+    told = [three_workers["beside a failing one", rank] for rank in range(3)]
     assert told[1] == ("matching: a cost of image image-1 is not finite", True)
+    assert told[0] == told[2] == ("a value of another worker is not finite", True)
