@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -39,7 +40,7 @@ def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
 
     origin = _origin(checkpoint)
     model, split, config, device = open_checkpoint(origin.file, data, settings)
-    changed = _tell_changed_data(origin, config)
+    changed, where = _tell_changed_data(origin, config), _place_of_other_data(origin, config)
     if config.cluster.workers > 1:
         from mpformer.train.launch import start_ray
 
@@ -54,7 +55,7 @@ def evaluate(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
     for key, text in usage.facts().items():
         say(f"{key:24} {text:>8}")
     if config.evaluate.pictures:
-        folder = origin.pictures("evaluate", split.name, bool(changed))
+        folder = origin.pictures("evaluate", split.name, where, bool(changed))
         title, count = f"{checkpoint}: {split.name}", config.evaluate.pictures
         facts = usage.facts() | {name: f"{value:.1f}" for name, value in found.layers.items()}
         if changed:
@@ -74,12 +75,12 @@ def diagnose(checkpoint: str, data: str | None, settings: Sequence[str]) -> None
 
     origin = _origin(checkpoint)
     model, split, config, device = open_checkpoint(origin.file, data, settings)
-    changed = _tell_changed_data(origin, config)
+    changed, where = _tell_changed_data(origin, config), _place_of_other_data(origin, config)
     chosen = range(len(split.records))[: config.evaluate.limit]
     report = _progress()
     found = diagnostics.diagnose(model, split, config, chosen, device, report=report)
     say(found.table())
-    folder = origin.pictures("diagnose", split.name, bool(changed))
+    folder = origin.pictures("diagnose", split.name, where, bool(changed))
     folder.mkdir(parents=True, exist_ok=True)
     content = {"images": found.images, **found.metrics()} | ({"changed_data": changed} if changed else {})
     (folder / "layers.json").write_text(json.dumps(content, indent=1))
@@ -172,11 +173,10 @@ def _tell_changed_data(origin: _Origin, config: Config) -> str:
     from mpformer.model.weights.loading import read_metadata
     from mpformer.train.rundata import changed_data
 
-    if origin.run is None:
+    if origin.run is None or _place_of_other_data(origin, config):
         return ""
     asked, own = config.data, read_metadata(origin.file)[0].data
-    places = {Path(os.path.expanduser(data.root)).resolve() for data in (asked, own)}
-    if len(places) > 1 or (asked.dataset, asked.task) != (own.dataset, own.task):
+    if (asked.dataset, asked.task) != (own.dataset, own.task):
         return ""
     changed = changed_data(origin.run, DataVersion(asked), ["val"])
     if changed:
@@ -185,6 +185,24 @@ def _tell_changed_data(origin: _Origin, config: Config) -> str:
             "the figures are of the changed data"
         )
     return changed
+
+
+def _place_of_other_data(origin: _Origin, config: Config) -> str:
+    """What tells data in another folder than that of the checkpoint's own from them; empty for its own."""
+    from mpformer.model.weights.loading import read_metadata
+
+    asked, own = (
+        Path(os.path.expanduser(data.root)).resolve()
+        for data in (config.data, read_metadata(origin.file)[0].data)
+    )
+    if asked == own:
+        return ""
+    name = os.fsencode(asked.name)[-_NAME_BYTES:].decode(errors="ignore")
+    return f"in-{name}-{hashlib.sha256(os.fsencode(asked)).hexdigest()[:6]}"
+
+
+_NAME_BYTES = 60
+"""Of the folder of data in that of pictures; file systems allow 255 in all."""
 
 
 def _for_evaluation(trained: Config, checkpoint: str, data: str | None, settings: Sequence[str]) -> Config:
@@ -251,9 +269,10 @@ class _Origin:
     averaged: bool = False
     """Whether its weights are the average over training (`train.ema`)."""
 
-    def pictures(self, what: str, split: str, changed: bool) -> Path:
-        """One folder for each kind of picture, checkpoint and split; another where the data have changed."""
-        marks = ["changed-data"] if changed else []
+    def pictures(self, what: str, split: str, where: str, changed: bool) -> Path:
+        """One folder for each kind of picture, checkpoint and split; where: what tells other data of the same
+        name, empty for its own. Another folder where the data have changed."""
+        marks = [*([where] if where else []), *(["changed-data"] if changed else [])]
         return RunDir(self.folder).pictures / "-".join([what, self.name, *split.split(), *marks])
 
 
@@ -272,11 +291,14 @@ def _origin(checkpoint: str) -> _Origin:
 
     file = chosen_file(checkpoint)
     if is_remote(checkpoint):  # what is found of them belongs to the user, not into the cache
-        return _Origin(file, None, Path(Config().storage) / file.stem, file.stem, 0)
+        # of a hub or URL several have the same last name: the cache tells them apart
+        name = file.stem if checkpoint in named_weights() else f"{file.stem}-{file.parent.name[:6]}"
+        return _Origin(file, None, Path(Config().storage) / name, name, 0)
     folder = file.resolve().parent
     run, step = RunDir.containing(file.resolve()), step_of(folder)
     if run is None or step is None:
-        return _Origin(file, None, folder, file.stem, 0)
+        name = file.stem if file.suffix == ".safetensors" else file.name
+        return _Origin(file, None, folder, name, 0)
     averaged = file.name == EMA_FILE
     return _Origin(file, run.path, run.path, folder.name + "-ema" * averaged, step, averaged)
 

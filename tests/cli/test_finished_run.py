@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from mpformer.cli import checkpoints
 from mpformer.cli.main import main
 from mpformer.data.catalog import open_split
 from mpformer.draw import decode_png
@@ -84,6 +87,21 @@ def test_evaluate_takes_other_data_of_the_same_classes(finished_run, capsys, tmp
     annotations.write_text(json.dumps(content))
     assert main(command) == 2
     assert "'sphere'" in capsys.readouterr().err
+
+
+def test_data_of_the_same_name_elsewhere_have_pages_of_their_own(finished_run, tmp_path):
+    origin, config = checkpoints._origin(str(finished_run.folder)), finished_run.config
+
+    def page(root) -> str:
+        data = config.data.model_copy(update={"root": str(root)})
+        where = checkpoints._place_of_other_data(origin, config.model_copy(update={"data": data}))
+        return origin.pictures("evaluate", "synthetic-panoptic val", where, False).name
+
+    assert page(finished_run.scenes) == page(finished_run.scenes / ".." / "scenes") == EVALUATED
+    first, second = page(tmp_path / "a" / "flowers"), page(tmp_path / "b" / "flowers")
+    assert first != second
+    assert re.fullmatch(rf"{EVALUATED}-in-flowers-[0-9a-f]{{6}}", first)
+    assert len(os.fsencode(page(tmp_path / ("\u00fc" * 120)))) < 200
 
 
 def test_diagnose_writes_the_layers_figures_and_their_pictures(finished_run, capsys, monkeypatch):
@@ -201,10 +219,10 @@ def test_ablate_of_finished_runs_measures_what_is_missing_and_writes_the_table(s
 
 
 def test_what_was_measured_without_pictures_reaches_mlflow(finished_run):
-    told = mlflow.attach(finished_run.folder, 20, {"diag/pilot_layer_iou_1": 62.5, "val/PQ": 1.0})
+    told = mlflow.attach(finished_run.folder, 20, {"diag/pilot_layer_iou_9": 62.5, "val/PQ": 1.0})
     assert told == f"MLflow run {finished_run.mlflow_run} at {finished_run.mlflow_uri} has it, too"
     store = client(finished_run.mlflow_uri)
-    history = store.get_metric_history(finished_run.mlflow_run, "diag/pilot_layer_iou_1")
+    history = store.get_metric_history(finished_run.mlflow_run, "diag/pilot_layer_iou_9")
     assert [(one.step, one.value) for one in history] == [(20, 62.5)]
     assert store.get_run(finished_run.mlflow_run).data.metrics["val/PQ"] == 31.25  # the record's own
 
