@@ -11,6 +11,7 @@ import http.client
 import json
 import logging
 import re
+import shutil
 import socket
 import threading
 import time
@@ -20,11 +21,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 from urllib.parse import urljoin, urlsplit
 
 from mpformer import __version__, atomic
-from mpformer.types import InputError, RunError
+from mpformer.config.yamlfile import masked
+from mpformer.types import InputError, RunError, printable
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ _SECONDS_OF_SILENCE = 30.0
 """After which a connection that brings nothing is given up."""
 _SECONDS_BETWEEN_LINES = 10.0
 _BLOCK = 1 << 20
+LARGEST = 64 << 30
+"""Bytes of a file of weights: a server that tells or sends more has something else."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -80,22 +84,46 @@ class _Cut(Exception):
     """The connection broke; the message says how."""
 
 
-def download(url: str, target: Path, checks: Checks = NO_CHECKS, token: str | None = None) -> Received:
+def download(
+    url: str,
+    target: Path,
+    checks: Checks = NO_CHECKS,
+    token: str | None = None,
+    largest: int = LARGEST,
+) -> Received:
     """Fetch a file, going on with what an interrupted call has left. `target` appears whole or not at all.
 
-    `token` is sent as the bearer's to the host of the URL, and to no other that it forwards to. Raises
-    `RunError` where the server is not reachable (after `SECONDS_TO_CONNECT` at most), fails, breaks off
-    again and again, or sends something else than was expected; `AnswerError`, an `InputError`, where it
-    refuses or has no such file.
+    `token` is sent as the bearer's to the host of the URL, and to no other that it forwards to; `largest`:
+    the most bytes that are taken. Raises `RunError` where the server is not reachable (after
+    `SECONDS_TO_CONNECT` at most), fails, breaks off again and again, or sends something else than was
+    expected or more than there is room for; `AnswerError`, an `InputError`, where it refuses or has no such
+    file.
     """
     check_reachable(url)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        return _Part(url, target).complete(checks, token)
+        return _Part(url, target, largest).complete(checks, token)
     except OSError as error:  # of the disk: those of the network are told apart where they occur
         raise RunError(
             f"{target}: the download cannot be written: {error.strerror}; MPFORMER_CACHE names another folder"
         ) from None
+
+
+def checked_url(url: str) -> str:
+    """The URL, if it is one of http or https. `InputError` for another one, and for a password in it."""
+    try:
+        parts = urlsplit(url)
+        whole = bool(parts.hostname) and parts.port != 0  # the port raises where it is no number of one
+    except ValueError:
+        whole = False
+    if not whole or not url.isascii() or not url.isprintable() or " " in url:
+        raise InputError(f"{masked(url)}: is no URL (other characters than ASCII's are written as %XX)")
+    if parts.scheme.lower() not in ("http", "https"):
+        raise InputError(f"{masked(url)}: weights are fetched by http and https, not by {parts.scheme}")
+    if parts.password is not None or parts.username is not None:
+        # settings are written to run folders and to MLflow
+        raise InputError(f"{parts.scheme}://{parts.hostname}{parts.path}: a URL of weights holds no password")
+    return url
 
 
 def check_reachable(url: str) -> None:
@@ -152,8 +180,8 @@ def _next_host(url: str) -> tuple[str, int]:
 class _Part:
     """The part of a file that has arrived, and what is noted of it."""
 
-    def __init__(self, url: str, target: Path) -> None:
-        self.url, self.target = url, target
+    def __init__(self, url: str, target: Path, largest: int) -> None:
+        self.url, self.target, self.largest = url, target, largest
         self.file = target.with_name(f"{target.name}.part")
         self.note = target.with_name(f"{target.name}.part.json")
 
@@ -199,12 +227,30 @@ class _Part:
                 start = 0
                 self.file.unlink(missing_ok=True)  # before its version is noted anew
             total = _total(response, start)
+            self._check_room(total, start)
             etag = response.headers.get("ETag")
             self.note.write_text(json.dumps({"url": self.url, "etag": etag}), encoding="utf-8")
             self._append(response, start, total)
             if total is not None and self.size != total:
                 raise _Cut(f"{self.size} of {total} bytes")
             return _told([*hops, response.headers])
+
+    def _check_room(self, total: int | None, start: int) -> None:
+        """Raise `RunError` for a size that is beyond the largest, or that the disk has no room for."""
+        if total is None:
+            return
+        if total > self.largest:
+            self._refuse_size(f"{_megabytes(total)} are told")
+        if total - start > (free := shutil.disk_usage(self.file.parent).free):
+            raise RunError(
+                f"{self.url}: {_megabytes(total - start)} to come, and there are {_megabytes(free)} free in "
+                f"{self.file.parent}; MPFORMER_CACHE names another folder"
+            )
+
+    def _refuse_size(self, what: str) -> NoReturn:
+        self.file.unlink(missing_ok=True)
+        self.note.unlink(missing_ok=True)
+        raise RunError(f"{self.url}: {what}, and at most {_megabytes(self.largest)} are taken of such a file")
 
     def _etag(self) -> str | None:
         """The version of the file that the part is of; None where it cannot be continued."""
@@ -227,9 +273,9 @@ class _Part:
                     f"{self.url}: the file has changed: the same command fetches it anew"
                 ) from None
             if error.code == 429 or error.code >= 500:
-                raise RunError(f"{self.url}: the server fails (HTTP {error.code} {error.reason})") from None
+                raise RunError(f"{self.url}: the server fails (HTTP {error.code} {_shown(error)})") from None
             code = error.headers.get("X-Error-Code", "") if error.headers else ""
-            raise AnswerError(self.url, error.code, str(error.reason), code) from None
+            raise AnswerError(self.url, error.code, _shown(error), code) from None
         except urllib.error.URLError as error:
             raise _Cut(_reason(error.reason)) from None
         except (OSError, http.client.HTTPException) as error:
@@ -244,6 +290,8 @@ class _Part:
             file.truncate()
             while block := _read(response):
                 file.write(block)
+                if file.tell() > self.largest:
+                    self._refuse_size("more come than were told")
                 if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
                     said = time.monotonic()
                     log.warning("%s%s", _megabytes(file.tell()), what)
@@ -289,7 +337,8 @@ def _continues(response: Any, start: int) -> bool:
 def _total(response: Any, start: int) -> int | None:
     """The size of the whole file in bytes, if the server tells it."""
     length = response.headers.get("Content-Length", "")
-    return start + int(length) if length.isdecimal() else None
+    # Python makes no number of thousands of digits, and so many bytes are too many in any case
+    return start + int(length[:30]) if length.isdecimal() else None
 
 
 def _told(answers: list[Message]) -> Received:
@@ -316,6 +365,11 @@ def _check(file: Path, url: str, checks: Checks) -> None:
                 f"{url}: what came is not the file that is expected: its {kind.upper()} begins with "
                 f"{found[: len(expected)][:16]}, not {expected[:16]}; it is deleted"
             )
+
+
+def _shown(error: urllib.error.HTTPError) -> str:
+    """What a server says of its refusal, which may be of any length."""
+    return printable(str(error.reason)[:100])
 
 
 def _reason(error: object) -> str:

@@ -12,17 +12,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from mpformer.model.weights.fetching import AnswerError, Received, download
+from mpformer.model.weights.fetching import (
+    LARGEST,
+    NO_CHECKS,
+    AnswerError,
+    Checks,
+    Received,
+    checked_url,
+    download,
+)
 from mpformer.types import InputError
 
 _REPOSITORY = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^\s@]+))?", re.ASCII)
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of weights, the preferred one first; each may also be in shards, listed in NAME.index.json."""
+_LARGEST_JSON = 16 << 20
+"""Bytes of a config.json or a list of shards: those of published models are a thousandth."""
+_MOST_SHARDS = 256
 
 
 def hub_url() -> str:
-    """The address of the hub."""
-    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+    """The address of the hub. Raises `InputError` for an HF_ENDPOINT that is none."""
+    url = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/")
+    if not url:
+        return "https://huggingface.co"
+    expected = "HF_ENDPOINT: an address such as https://huggingface.co is expected"
+    if any(sign in url for sign in "@?#"):  # what stands before an @ may be a password
+        raise InputError(f"{expected}, without @, ? and #: names of files are put behind it")
+    try:
+        return checked_url(url)
+    except InputError as error:
+        raise InputError(f"{expected}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -42,11 +62,12 @@ class Repository:
     def __str__(self) -> str:
         return f"hf:{self.name}@{self.revision}"
 
-    def fetch(self, folder: Path) -> Path:
+    def fetch(self, folder: Path, checks: Checks = NO_CHECKS) -> Path:
         """Fetch settings and weights into a folder in `folder`, which is that of one commit; returns it.
 
-        Raises `InputError` where there is no such repository or revision, it is not open to this user, or it
-        holds no model of `transformers`; and what `download` raises.
+        checks: what is known of the file of weights; shards have no one digest. Raises `InputError` where
+        there is no such repository or revision, it is not open to this user, or it holds no model of
+        `transformers`, or more shards than a model has; and what `download` raises.
         """
         (folder / "config.json").unlink(missing_ok=True)  # of a call that was cut off: of which commit?
         told = self._file("config.json", folder)
@@ -57,23 +78,29 @@ class Repository:
         place.mkdir(exist_ok=True)
         (folder / "config.json").replace(place / "config.json")
         fixed._file("preprocessor_config.json", place)
-        if not any(fixed._weights(name, place) for name in WEIGHTS):
+        if not any(fixed._weights(name, place, checks) for name in WEIGHTS):
             raise InputError(f"{self}: neither {' nor '.join(WEIGHTS)} in it, nor shards of them")
         return place
 
-    def _weights(self, name: str, folder: Path) -> bool:
+    def _weights(self, name: str, folder: Path, checks: Checks) -> bool:
         """Fetch weights of that name, whole or in shards; whether there are any."""
-        if self._file(name, folder) is not None:
+        if self._file(name, folder, checks, LARGEST) is not None:
             return True
         index = f"{name}.index.json"
         if self._file(index, folder) is None:
             return False
+        if checks.sha256 is not None:
+            raise InputError(
+                f"{self}: its weights are in shards, and one file of a known SHA-256 is expected"
+            )
         for shard in _shards(folder / index, f"{self}: {index}"):
-            if self._file(shard, folder) is None:
+            if self._file(shard, folder, largest=LARGEST) is None:
                 raise InputError(f"{self}: the shard {shard}, which {index} lists, is not in it")
         return True
 
-    def _file(self, name: str, folder: Path) -> Received | None:
+    def _file(
+        self, name: str, folder: Path, checks: Checks = NO_CHECKS, largest: int = _LARGEST_JSON
+    ) -> Received | None:
         """Fetch one file, unless an earlier call did; None where the repository has none of that name."""
         token = os.environ.get("HF_TOKEN", "").strip() or None
         if token is not None and not (token.isascii() and token.isprintable()):
@@ -82,7 +109,7 @@ class Repository:
         if (folder / name).exists():
             return Received()
         try:
-            return download(url, folder / name, token=token)
+            return download(url, folder / name, checks, token, largest)
         except AnswerError as error:
             # a hub tells an absent file of a repository from an absent repository or revision
             if error.status == 404 and error.code not in ("RepoNotFound", "RevisionNotFound"):
@@ -112,4 +139,6 @@ def _shards(index: Path, where: str) -> list[str]:
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII):
             raise InputError(f"{where}: {name!r:.100} is no name of a shard")
+    if len(names) > _MOST_SHARDS:
+        raise InputError(f"{where}: lists {len(names)} shards, at most {_MOST_SHARDS} are expected")
     return sorted(names)

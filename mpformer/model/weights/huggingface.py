@@ -46,6 +46,10 @@ RESNETS = {
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _LARGEST = 1 << 16
 """Of any size of a model: beyond it a config.json is damaged."""
+_BEYOND = 1e12
+"""Of any other number."""
+_LONGEST_SIDE = 1 << 14
+"""Pixels of the shorter side that images are resized to: beyond it a preprocessor_config.json is damaged."""
 _BASE = re.compile(r"(?:pixel_level_module|transformer_module)\.")
 _WHOLE = re.compile(r"(?:model\.(?:pixel_level_module|transformer_module)|class_predictor|mask_embedder)\.")
 
@@ -151,7 +155,8 @@ def _normalization(settings: _Section) -> dict[str, tuple[float, ...]]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is one to reckon with: JSON as Python reads it has NaN, too, and integers of any length."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _BEYOND
 
 
 def _test_resize(settings: _Section) -> tuple[TestResize | None, tuple[str, ...]]:
@@ -159,7 +164,7 @@ def _test_resize(settings: _Section) -> tuple[TestResize | None, tuple[str, ...]
     size = settings.values.get("size")
     if settings.values.get("do_resize") is False:
         return TestResize(short=None, long=None), ()
-    if isinstance(size, int):  # of early versions
+    if isinstance(size, int) and not isinstance(size, bool):  # of early versions
         size = {"shortest_edge": size, "longest_edge": settings.values.get("max_size")}
     if not isinstance(size, dict):
         return None, ()
@@ -167,9 +172,9 @@ def _test_resize(settings: _Section) -> tuple[TestResize | None, tuple[str, ...]
     if short is None and (long is None or long != size.get("max_width")):
         told = json.dumps(size)[:80]
         return None, (f"its test size {told} changes the aspect, which is not done here: COCO's is taken",)
-    for side in (short, long):
-        if side is not None and (not isinstance(side, int) or side < 1):
-            raise settings.wrong("size", "sides in pixels")
+    for side, most in ((short, _LONGEST_SIDE), (long, math.inf)):
+        if side is not None and (type(side) is not int or not 1 <= side <= most):
+            raise settings.wrong("size", f"sides in pixels, the shorter one up to {_LONGEST_SIDE},")
     # `transformers` needs a limit where there is none
     return TestResize(short=short, long=None if long is None or long > _LARGEST else long), ()
 

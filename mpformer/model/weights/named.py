@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from mpformer.home import cache_folder
 from mpformer.model.weights.catalogue import NamedWeights, named_weights, nearest_name
-from mpformer.model.weights.fetching import Checks, check_reachable, download
+from mpformer.model.weights.fetching import Checks, check_reachable, checked_url, download
 from mpformer.model.weights.hub import Repository, hub_url
 from mpformer.types import InputError, RunError
 
@@ -52,7 +52,7 @@ class Remote:
         if text.startswith("hf:"):
             return cls("", Repository.parse(text.removeprefix("hf:")), None)
         if re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE):
-            return cls(_checked(text), None, None)
+            return cls(checked_url(text), None, None)
         return None
 
     @property
@@ -96,10 +96,10 @@ class Remote:
         shutil.rmtree(downloads)
 
     def _fetch(self, folder: Path) -> Path:
-        if self.repository is not None:
-            return self.repository.fetch(folder)
-        target = folder / (Path(unquote(urlsplit(self.url).path)).name or "weights")
         checks = Checks(self.known.sha256, self.known.md5_start) if self.known else Checks()
+        if self.repository is not None:
+            return self.repository.fetch(folder, checks)
+        target = folder / (Path(unquote(urlsplit(self.url).path)).name or "weights")
         if not target.exists():  # an earlier call was stopped between fetching and converting
             download(self.url, target, checks)
         return target
@@ -128,22 +128,6 @@ def hint(text: str) -> str:
         return "; it hides the weights of that name in `mpformer weights list`"
     close = nearest_name(text) if "/" not in text else None
     return f"; nearest of `mpformer weights list`: {close}" if close else ""
-
-
-def _checked(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        whole = bool(parts.hostname)
-    except ValueError:
-        whole = False
-    if not whole or not url.isascii() or not url.isprintable() or " " in url:
-        raise InputError(f"{url}: is no URL (other characters than ASCII's are written as %XX)")
-    if parts.scheme.lower() not in ("http", "https"):
-        raise InputError(f"{url}: weights are fetched by http and https, not by {parts.scheme}")
-    if parts.password is not None or parts.username is not None:
-        # settings are written to run folders and to MLflow
-        raise InputError(f"{parts.scheme}://{parts.hostname}{parts.path}: a URL of weights holds no password")
-    return url
 
 
 @contextlib.contextmanager

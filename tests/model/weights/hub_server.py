@@ -35,6 +35,8 @@ class Hub:
     """Of the next answers with a large file: after how many bytes the connection breaks."""
     wrong_bytes: bool = False
     """Send other bytes than those that the SHA-256 is of."""
+    lengths: str | None = None
+    """What is told as the Content-Length of files; "" tells none. None: what it is."""
     fails: int = 0
     """An error of the server that it answers everything with."""
     requests: list[tuple[str, str | None, str | None]] = field(default_factory=list)
@@ -134,7 +136,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
+        told = self.hub.lengths if status == 200 else None
+        if told != "":
+            self.send_header("Content-Length", told or str(len(body)))
         self.end_headers()
         self.wfile.write(body[:cut])
         if cut is not None:

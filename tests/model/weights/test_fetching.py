@@ -5,12 +5,13 @@ import json
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from mpformer.model.weights import fetching
 from mpformer.model.weights.fetching import AnswerError, Checks, check_reachable, download
-from mpformer.model.weights.hub import Repository
+from mpformer.model.weights.hub import Repository, hub_url
 from mpformer.types import InputError, RunError
 from tests.model.weights import hub_server
 from tests.servers import closed_port
@@ -163,6 +164,88 @@ def test_a_disk_that_cannot_be_written_is_one_line(hub, url, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"cannot be written.*MPFORMER_CACHE"):
         download(url, tmp_path / "file" / "a")
+
+
+# --- sizes that a server tells ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", [str((64 << 30) + 1), "9" * 5000], ids=["too many", "no number for Python"])
+def test_a_file_that_is_told_to_be_too_large_is_refused_before_it_comes(hub, url, tmp_path, told):
+    hub.lengths = told
+    with pytest.raises(RunError, match=r"MB are told, and at most 68719\.5 MB are taken of such a file$"):
+        download(url, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_more_than_was_allowed_for_is_not_taken(hub, url, tmp_path):
+    hub.lengths = ""  # none is told
+    download(url, tmp_path / "a", Checks(sha256=SHA256), largest=len(DATA))
+    with pytest.raises(RunError, match=r"more come than were told, and at most 0\.5 MB are taken"):
+        download(url, tmp_path / "b", largest=len(DATA) - 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_that_the_disk_has_no_room_for_is_refused_before_it_comes(hub, url, tmp_path, monkeypatch):
+    room = SimpleNamespace(free=len(DATA) - 1)
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: room)
+    with pytest.raises(RunError, match=r"0\.5 MB to come, and there are 0\.5 MB free in .*MPFORMER_CACHE"):
+        download(url, tmp_path / "a")
+    room.free = len(DATA)
+    download(url, tmp_path / "a", Checks(sha256=SHA256))
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors.index.json"])
+def test_a_text_of_a_hub_is_no_weights_in_size(hub, tmp_path, name):
+    hub.add("owner/name", {**SMALL, name: b" " * ((16 << 20) + 1)})
+    with pytest.raises(RunError, match=rf"{name}: 16\.8 MB are told, and at most 16\.8 MB are taken"):
+        Repository.parse("owner/name").fetch(tmp_path)
+
+
+def test_a_list_of_more_shards_than_a_model_has_is_refused(hub, tmp_path):
+    index = {"weight_map": {str(i): f"model-{i}.safetensors" for i in range(257)}}
+    hub.add("owner/name", {**SMALL, "model.safetensors.index.json": json.dumps(index).encode()})
+    with pytest.raises(InputError, match=r"index\.json: lists 257 shards, at most 256 are expected"):
+        Repository.parse("owner/name").fetch(tmp_path)
+    assert not [path for path in hub.paths() if "model-" in path]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "huggingface.co",
+        "ftp://hub",
+        "https://",
+        "https://hub:99999",
+        "https://hub/?a=1",
+        "https://h\u00fcb",
+        "file:///etc",
+    ],
+)
+def test_an_address_of_a_hub_that_is_none_is_one_line_at_once(hub, monkeypatch, tmp_path, address):
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    monkeypatch.setattr(fetching, "Attempt", lambda url: pytest.fail("looked for"))
+    with pytest.raises(
+        InputError, match=r"^HF_ENDPOINT: an address such as https://huggingface\.co is ex"
+    ) as told:
+        Repository.parse("owner/name").fetch(tmp_path)
+    assert "\n" not in str(told.value)
+
+
+def test_a_password_in_the_address_of_a_hub_is_not_repeated(monkeypatch):
+    for address in (
+        "https://me:hunter2@hub",
+        "https://me:hunter2@hub?a",
+        "me:hunter2@hub",
+        "ftp://me:hunter2@hub",
+    ):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        with pytest.raises(InputError) as told:
+            hub_url()
+        assert "hunter2" not in str(told.value)
+    monkeypatch.setenv("HF_ENDPOINT", " https://hub.example.org/ ")
+    assert hub_url() == "https://hub.example.org"
+    monkeypatch.setenv("HF_ENDPOINT", "")
+    assert hub_url() == "https://huggingface.co"
 
 
 # --- repositories of a hub ------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """Weights by name: of the catalogue, a hub, by URL; fetched once, with classes and test size."""
 
+import hashlib
 import json
 import os
 import re
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import mpformer
+from mpformer.cli.checkpoints import _origin
 from mpformer.cli.main import main
 from mpformer.config import Config, load_config
 from mpformer.config import data as settings
@@ -151,6 +154,29 @@ def test_what_is_no_weights_is_named_by_its_url_and_not_kept(hub, published):
     files.refused(lambda: mpformer.load(url), url, "is a web page")
     hub.plain["page.pkl"] = (published / "ours.safetensors").read_bytes()
     mpformer.load(url)  # not the page again
+
+
+def test_the_digest_of_the_catalogue_is_checked_of_a_hub_s_file_too(hub, published, monkeypatch):
+    everything = dict(named_weights())
+    for module in ("catalogue", "named"):
+        monkeypatch.setattr(f"mpformer.model.weights.{module}.named_weights", lambda: everything)
+
+    def state(digest: str) -> None:
+        everything[NAME] = replace(everything[NAME], sha256=digest)
+
+    everything[NAME] = NamedWeights(
+        NAME, Release("Tests", "none", "nowhere"), "coco-instance-r50", {"AP": 43.7}, repository="owner/small"
+    )
+    state("0" * 64)
+    with pytest.raises(RunError, match=r"model\.safetensors: what came .* SHA256 begins with .*, not 0{16}"):
+        weights_file(NAME)
+    weights = (published / "hf" / "model.safetensors").read_bytes()
+    state(hashlib.sha256(weights).hexdigest())
+    assert weights_file(NAME).is_file()
+    shards = {"config.json": b"{}", "model.safetensors.index.json": b'{"weight_map": {"a": "b"}}', "b": b""}
+    hub.add("owner/small", shards)
+    state("1" * 64)
+    files.refused(lambda: weights_file(NAME), "its weights are in shards, and one file of a known SHA-256")
 
 
 def test_the_classes_of_a_name_have_to_be_those_of_the_file(hub, tmp_path):
@@ -364,6 +390,33 @@ def test_evaluate_takes_a_name_and_shows_the_published_figure_beside_its_own(
     again = capsys.readouterr().out
     assert "classes: those of coco val, in their order" in again
     assert dict(re.findall(r"^(AP) +([\d.]+)$", again, re.MULTILINE)) == {"AP": figures["AP"]}
+
+
+def test_models_of_one_last_name_have_pages_of_their_own(hub, published):
+    """Of two owners, two commits and a URL; that of the catalogue keeps its name."""
+    hub.add_folder("other/small", published / "hf")
+    commit, _ = hub.repositories["owner/small@main"]
+    hub.plain["small.safetensors"] = (published / "ours.safetensors").read_bytes()
+    texts = [
+        "hf:owner/small",
+        "hf:other/small",
+        f"hf:owner/small@{commit}",
+        f"{hub.url}/files/small.safetensors",
+    ]
+    origins = [_origin(text) for text in [*texts, NAME]]
+    assert len({origin.folder for origin in origins}) == 5
+    assert all(re.fullmatch(r"small-[0-9a-f]{6}", origin.name) for origin in origins[:4])
+    assert (origins[4].name, origins[4].folder.as_posix()) == (NAME, f"runs/{NAME}")
+
+
+def test_files_of_one_stem_have_pages_of_their_own(published, tmp_path):
+    for name in ("a.safetensors", "a.best"):
+        (tmp_path / name).write_bytes((published / "ours.safetensors").read_bytes())
+    pages = [
+        _origin(str(tmp_path / name)).pictures("evaluate", "coco val", "", False).name
+        for name in ("a.safetensors", "a.best")
+    ]
+    assert pages == ["evaluate-a-coco-val", "evaluate-a.best-coco-val"]
 
 
 def test_classes_that_differ_are_not_taken_over(sample_data, capsys, tmp_path):

@@ -1,6 +1,7 @@
 """Hugging Face folders whose labels, settings or tensors do not fit: one line that names what."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -187,6 +188,13 @@ def test_the_test_size_survives_export_and_import(resize, tmp_path):
         ({}, (800, 1333), None),
         ({"size": {"height": 384, "width": 384}}, (800, 1333), "changes the aspect"),
         ({"size": {"shortest_edge": "480"}}, None, "sides in pixels"),
+        ({"size": {"shortest_edge": True}}, None, "sides in pixels"),
+        (
+            {"size": {"shortest_edge": 16385}},
+            None,
+            "sides in pixels, the shorter one up to 16384, is expected",
+        ),
+        ({"size": 10**9}, None, "sides in pixels, the shorter one up to 16384, is expected"),
     ],
 )
 def test_test_sizes_of_other_folders(copy, tmp_path, told, expected, note):
@@ -221,6 +229,9 @@ IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
         ({"image_mean": [0.5] * 2, "image_std": [0.5] * 2}, "image_mean"),
         ({"image_mean": 0.5, "image_std": [0.5] * 3}, "image_mean"),
         ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 0}, "rescale_factor"),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": math.nan}, "rescale_factor"),
+        ({"image_mean": [10**400] * 3, "image_std": [0.5] * 3}, "image_mean"),
+        ({"image_mean": [0.5] * 3, "image_std": [math.inf] * 3}, "image_std"),
     ],
 )
 def test_images_of_other_folders_are_normalised_as_they_say(copy, tmp_path, told, expected):
