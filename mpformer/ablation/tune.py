@@ -44,7 +44,7 @@ from mpformer.tracking.entry import Entry  # noqa: E402
 from mpformer.tracking.run_dir import RunDir  # noqa: E402
 from mpformer.tracking.tracker import close_run  # noqa: E402
 from mpformer.train import judgement, plugins  # noqa: E402
-from mpformer.train.launch import fit, only_driver, start_ray  # noqa: E402
+from mpformer.train.launch import fit, only_driver, start_ray, stop_ray  # noqa: E402
 from mpformer.train.start import fetch_weights  # noqa: E402
 from mpformer.types import InputError, RunError  # noqa: E402
 
@@ -193,7 +193,9 @@ def run_trials(
     try:
         results = tuner.fit()
     except KeyboardInterrupt:
-        _abandon(pending)
+        if not stop_ray():
+            endings.kill_running()
+        _tell_killed(pending)
         raise
     if asha:
         _mark_stopped([results[i] for i in range(len(results))], pending)
@@ -240,9 +242,8 @@ def _in_its_process(drive: Callable[[dict[str, int]], dict[str, Any]]) -> type[t
     return OneProcessTrial
 
 
-def _abandon(trials: Sequence[Trial]) -> None:
-    """End the processes of trials at once, and tell their trackers. They go on from their checkpoints."""
-    ray.shutdown()
+def _tell_killed(trials: Sequence[Trial]) -> None:
+    """Tell the trackers of trials whose processes have ended. They go on from their checkpoints."""
     for trial in trials:
         if not trial.finished:
             close_run(trial.run_dir, "KILLED", only_running=True)
@@ -271,8 +272,19 @@ class _Endings(TrialProgressCallback):
     def __init__(self, trials: Sequence[Trial], on_failure: Callable[[Failure], None]) -> None:
         super().__init__()
         self.failures: list[Failure] = []
+        self._running: dict[str, Any] = {}
+        """Tune's trials that have a process, by id."""
         self._trials = trials
         self._on_failure = on_failure
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._running[trial.trial_id] = trial
+
+    def kill_running(self) -> None:
+        """End the processes of trials at once, and with them the workers, whose owners they are."""
+        for trial in self._running.values():
+            if (process := trial.temporary_state.ray_actor) is not None:
+                ray.kill(process)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Also where `drive` has returned a failure."""

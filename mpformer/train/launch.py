@@ -60,6 +60,7 @@ log = logging.getLogger(__name__)
 
 SECONDS_OF_AN_ORPHAN = 20.0
 SECONDS_TO_A_CLUSTER = 20.0
+SECONDS_TO_ABORT = 10.0
 
 
 def start_ray(configs: Iterable[Config] = ()) -> None:
@@ -69,11 +70,13 @@ def start_ray(configs: Iterable[Config] = ()) -> None:
     core still gets two logical CPUs: Ray Data waits for ever where training workers leave it none. Raises
     `RunError` where no cluster answers, or none starts in time.
     """
+    global _own_session
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
     try:
         _init_ray(address, plugins.runtime_env(configs))
+        _own_session = _session()
     except Exception as error:  # Ray raises exceptions of no class of its own here
         where = (
             f"no cluster answers at RAY_ADDRESS={address}"
@@ -81,6 +84,27 @@ def start_ray(configs: Iterable[Config] = ()) -> None:
             else "no local cluster started (on a busy machine, try again)"
         )
         raise RunError(f"Ray: {where}: {_first_line(error)}") from error
+
+
+_own_session: tuple[str, str] | None = None
+"""That of this process's connection to Ray which `start_ray` has made."""
+
+
+def _session() -> tuple[str, str]:
+    """What tells a connection of this process to a cluster from earlier ones."""
+    context = ray.get_runtime_context()
+    return context.get_node_id(), context.get_job_id()
+
+
+def stop_ray() -> bool:
+    """End the Ray that `start_ray` has started or joined, with all that it does for this process, at once.
+
+    False, and nothing done, where the caller has started Ray himself: it is not ours to end.
+    """
+    if not ray.is_initialized() or _session() != _own_session:
+        return False
+    ray.shutdown()
+    return True
 
 
 def _init_ray(address: str | None, runtime_env: dict[str, Any]) -> None:
@@ -196,7 +220,9 @@ def fit(
         try:
             trainer.fit()
         except KeyboardInterrupt:
-            ray.shutdown()  # the workers end at once, before the trackers are told
+            # the workers end at once, before the trackers are told
+            if not stop_ray():
+                trainer.end_workers()
             close_run(run_dir, "KILLED", only_running=True)
             raise
         except ray.train.TrainingFailedError as error:
@@ -214,8 +240,20 @@ def fit(
 class _Trainer(TorchTrainer):
     """Ends with `KeyboardInterrupt` at Ctrl-C, where Ray's own handler ends the process, with exit code 0."""
 
+    _controller: ray.actor.ActorHandle | None = None
+
     def _register_sigint_handler(self, controller: Any) -> None:
         """Leaves Python's handler in its place."""
+        self._controller = controller
+
+    def end_workers(self) -> None:
+        """End the controller and its workers, and wait for that, where Ray itself goes on."""
+        if self._controller is None:
+            return
+        # the controller ends its workers and then itself, which is an error of the call
+        with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            ray.get(self._controller.abort.remote(), timeout=SECONDS_TO_ABORT)
+        ray.kill(self._controller)  # its workers then end by themselves, for want of their owner
 
 
 def _start_weights(source: str, tell: Callable[[str], None] = lambda line: None) -> Path | str:

@@ -7,11 +7,13 @@ import threading
 import time
 
 import pytest
+import ray
 
 from mpformer import atomic
 from mpformer.capacity import Capacity, Node
 from mpformer.config import Config, Data
 from mpformer.config.model import Model
+from mpformer.config.run import Tracking
 from mpformer.data.synthetic import generate
 from mpformer.train import launch, worker
 from mpformer.types import InputError, RunError
@@ -115,3 +117,60 @@ def test_workers_take_gpus_where_there_is_one_for_each():
     config = Config.model_validate({"cluster": {"workers": 2}, "train": {"batch_size": 4}})
     assert launch._scaling(config, Capacity((Node(4), Node(8, 1), Node(8, 1)))).use_gpu
     assert not launch._scaling(config, Capacity((Node(4), Node(8, 1)))).use_gpu
+
+
+@pytest.fixture
+def without_ray(monkeypatch):
+    """No Ray before and after; a cluster on this machine is not joined."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray.shutdown()
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("owner", ["caller", "mpformer"])
+def test_ctrl_c_ends_the_ray_that_was_started_here_and_no_other(tmp_path, monkeypatch, without_ray, owner):
+    """With the fit of Ray Train interrupted; with real workers: `tests/e2e/test_interrupt.py`."""
+    ended = []
+
+    def interrupted(trainer):
+        ended.append(trainer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch._Trainer, "fit", interrupted)
+    monkeypatch.setattr(launch._Trainer, "end_workers", lambda trainer: ended.append("workers"))
+    generate(tmp_path / "scenes", {"train": 2, "val": 1}, size=64)
+    config = Config(
+        model=Model().without_pretrained(),
+        data=Data(root=str(tmp_path / "scenes")),
+        storage=str(tmp_path / "runs"),
+        tracking=Tracking(mlflow=None),
+    )
+    for _ in range(2):  # the second one after the first has come and gone
+        if owner == "caller":
+            ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+            kept = ray.put("of the caller")
+        with pytest.raises(KeyboardInterrupt):
+            launch.fit(config)
+        assert ray.is_initialized() == (owner == "caller")
+        assert ended[1:] == (["workers"] if owner == "caller" else [])
+        if owner == "caller":
+            assert ray.get(kept) == "of the caller"
+            assert not launch.stop_ray()
+            ray.shutdown()
+        ended.clear()
+
+
+@pytest.mark.slow
+def test_a_ray_of_the_caller_is_not_ended_though_one_of_ours_was_there_before(monkeypatch, without_ray):
+    launch.start_ray()
+    launch.start_ray()  # there is one already: ours
+    assert launch.stop_ray()
+    assert not launch.stop_ray()
+    launch.start_ray()
+    ray.shutdown()  # by the caller
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    launch.start_ray()
+    assert not launch.stop_ray()
+    assert ray.is_initialized()
