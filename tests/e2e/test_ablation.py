@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STUDY = """\
 title: With and without pilots
 base: tiny.yaml
-settings: {train.length: 24 steps, evaluate: {at_start: true, every: null}}
+settings: {data.loader: ray, train.length: 24 steps, evaluate: {at_start: true, every: null}}
 columns:
   val/AP: {title: AP}
   val/PQ: {title: PQ}
