@@ -27,7 +27,7 @@ data:
   test_resize: {{short: 64, long: 64}}
   augment: {{size: [64, 64]}}
 model:
-  backbone: {{name: test_resnet, pretrained: null}}
+  backbone: {{name: resnet18, pretrained: null}}
   pixel_decoder: {{channels: 16, layers: 1, heads: 2, ffn: 16}}
   decoder: {{layers: 2, queries: 6, heads: 2, ffn: 16}}
   pilot: {{queries: 6}}
