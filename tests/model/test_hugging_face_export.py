@@ -11,6 +11,7 @@ from mpformer.config import data as config_data
 from mpformer.config.model import Backbone, Loss, Model, Pilot, PixelDecoder
 from mpformer.model.architecture import build_model
 from mpformer.model.weights.huggingface_export import write_huggingface
+from mpformer.model.weights.loading import import_weights, load_checkpoint
 from mpformer.model.weights.official import maskformer_decoder
 from mpformer.types import InputError
 from tests.model.hugging_face import transformers
@@ -94,6 +95,13 @@ def test_the_folder_predicts_what_the_model_predicts(config, backbone, tmp_path)
         (wanted.mask_logits, found.masks_queries_logits),
     ):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4 * float(ours.abs().max()))
+
+    import_weights(tmp_path, tmp_path / "back.safetensors")
+    returned, _ = load_checkpoint(tmp_path / "back.safetensors")
+    with torch.no_grad():
+        again = returned.eval()(torch.from_numpy(image).permute(2, 0, 1)[None]).heads[-1]
+    torch.testing.assert_close(again.mask_logits, wanted.mask_logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again.class_logits, wanted.class_logits, rtol=1e-4, atol=1e-4)
 
 
 NARROW = tiny_model().model_copy(update={"backbone": Backbone(name="resnet18", pretrained=None)})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from mpformer.config.data import TestResize
 from mpformer.config.model import Backbone, Decoder, Loss, Model, Pilot, PixelDecoder
 from mpformer.config.yamlfile import nearest
 from mpformer.model.weights.filekind import check_text
-from mpformer.model.weights.names import huggingface_names
+from mpformer.model.weights.names import Names, huggingface_names, with_timm_backbone
 from mpformer.model.weights.names_in_memory import name_in_files
 from mpformer.model.weights.names_maskformer import huggingface_maskformer_names
 from mpformer.model.weights.official import (
@@ -43,6 +43,8 @@ RESNETS = {
     ("bottleneck", (3, 8, 36, 3)): "resnet152",
 }
 """timm's names by (blocks, depths)."""
+WITH_GROUP_NORM = {"resnet50": "resnet50_gn"}
+"""timm's models with GroupNorm of 32 groups, by the name of the same with batch norm."""
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _LARGEST = 1 << 16
 """Of any size of a model: beyond it a config.json is damaged."""
@@ -122,11 +124,14 @@ def read_huggingface(folder: Path) -> ForeignModel:
     kind = settings.values.get("model_type")
     if not isinstance(kind, str) or kind not in kinds:
         raise InputError(f"{file}: model_type 'mask2former' or 'maskformer' is expected, not {kind!r:.100}")
-    to_config, names_of = kinds[kind]
+    to_config, usual_names = kinds[kind]
+    names_of: Callable[[str], Names | None] = usual_names
     class_names = _class_names(settings)
     unwrapped = _unwrap(_read_weights(folder), folder)
     with settings_found_in(file):
         config = to_config(settings, unwrapped.tensors)
+    if settings.section("backbone_config").values.get("model_type") == "timm_backbone":
+        names_of = with_timm_backbone(names_of)
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         return ForeignModel(unwrapped, config, class_names, names_of)
@@ -217,7 +222,8 @@ def _unwrap(tensors: dict[str, Tensor], folder: Path) -> Unwrapped:
         found = unwrap(tensors, lambda name: _BASE.match(name) is not None, folder)
         base = {f"model.{k}" if _BASE.match(k) else k: v for k, v in found.tensors.items()}
         found = replace(found, tensors=base)
-    named = {name_in_files(name): tensor for name, tensor in found.tensors.items()}
+    # a backbone of timm has timm's names in files, too
+    named = {k if "._backbone." in k else name_in_files(k): tensor for k, tensor in found.tensors.items()}
     # where both are there, the one that needed no other name
     return replace(found, tensors=named | {k: v for k, v in found.tensors.items() if k in named})
 
@@ -345,6 +351,8 @@ def _to_backbone(settings: _Section) -> Backbone:
     if not isinstance(depths, list) or not all(isinstance(depth, int) for depth in depths):
         raise settings.wrong("depths", "a list of whole numbers")
     name = None
+    if kind == "timm_backbone":
+        return _to_timm_backbone(settings)
     if kind in ("swin", "maskformer-swin") and depths[:2] == [2, 2] and len(depths) == 4:
         settings.expect(
             hidden_act="gelu", qkv_bias=True, use_absolute_embeddings=False, patch_size=4, num_channels=3
@@ -360,4 +368,14 @@ def _to_backbone(settings: _Section) -> Backbone:
             f"{settings.file}: backbone {kind!s:.50} {depths!s:.100} is none of "
             f"{', '.join([*RESNETS.values(), *SWINS.values()])}"
         )
+    return Backbone(name=name, pretrained=None)
+
+
+def _to_timm_backbone(settings: _Section) -> Backbone:
+    name = settings.values.get("backbone")
+    if not isinstance(name, str):
+        raise settings.wrong("backbone", "the name of a model of timm")
+    replaced = {ours: usual for usual, ours in WITH_GROUP_NORM.items()}
+    if name in replaced:
+        return Backbone(name=replaced[name], pretrained=None, norm="group_norm")
     return Backbone(name=name, pretrained=None)

@@ -17,13 +17,11 @@ from torch import Tensor, nn
 
 from mpformer.config.model import Backbone, Decoder, Model, Pilot
 from mpformer.model.segmenter import Segmenter
-from mpformer.model.weights.huggingface import RESNETS, STAGES
-from mpformer.model.weights.names import HUGGING_FACE_ENCODER, Names, huggingface_names
+from mpformer.model.weights.huggingface import RESNETS, STAGES, WITH_GROUP_NORM
+from mpformer.model.weights.names import HUGGING_FACE_ENCODER, Names, huggingface_names, with_timm_backbone
 from mpformer.model.weights.names_maskformer import huggingface_maskformer_names
 from mpformer.model.weights.official import SWINS, maskformer_decoder
 
-_WITH_GROUP_NORM = {"resnet50": "resnet50_gn"}
-"""timm's models with GroupNorm of 32 groups, by the name of the same with batch norm."""
 _GROUPS = 32
 """Of the group norms in both pixel decoders."""
 _TOLD_BY_TENSORS = {"queries", "layers", "heads", "ffn", "dropout"}
@@ -46,14 +44,7 @@ class Form:
 
     def names_of(self, model: Segmenter) -> Callable[[str], Names | None]:
         """As `names`, with the names of the model's backbone."""
-        if not _is_wrapped(model.config.backbone):
-            return self.names
-
-        def names(name: str) -> Names | None:
-            body = name.removeprefix("backbone.body.")
-            return (f"{HUGGING_FACE_ENCODER}._backbone.{body}",) if body != name else self.names(name)
-
-        return names
+        return with_timm_backbone(self.names) if _is_wrapped(model.config.backbone) else self.names
 
 
 def form_of(model: Segmenter) -> Form:
@@ -83,10 +74,10 @@ def _no_backbone(model: Segmenter) -> str | None:
         return f"backbone.output_norms is {backbone.output_norms}: Swin has them there, others have not"
     if not _is_wrapped(backbone):
         return None
-    if _has_group_norm(model) and name not in _WITH_GROUP_NORM:
+    if _has_group_norm(model) and name not in WITH_GROUP_NORM:
         return (
             f"backbone.norm is group_norm: it takes {name} with batch norm (frozen_bn or bn), GroupNorm in "
-            f"{', '.join(_WITH_GROUP_NORM)} alone"
+            f"{', '.join(WITH_GROUP_NORM)} alone"
         )
     if not model.backbone.is_plain:
         return f"backbone.name is {name}, whose maps it does not take as they are here"
@@ -98,7 +89,7 @@ def _backbone_settings(model: Segmenter) -> dict[str, Any]:
     if _is_wrapped(backbone):
         return {
             "model_type": "timm_backbone",
-            "backbone": _WITH_GROUP_NORM[backbone.name] if _has_group_norm(model) else backbone.name,
+            "backbone": WITH_GROUP_NORM[backbone.name] if _has_group_norm(model) else backbone.name,
             "out_indices": list(model.backbone.stages),
             "freeze_batch_norm_2d": backbone.norm == "frozen_bn",
         }

@@ -23,6 +23,16 @@ def huggingface_names(name: str) -> Names | None:
     return translate(name, _HUGGING_FACE)
 
 
+def with_timm_backbone(names: Callable[[str], Names | None]) -> Callable[[str], Names | None]:
+    """The same but for the backbone, which has timm's names in the wrapper of `transformers`."""
+
+    def wrapped(name: str) -> Names | None:
+        body = name.removeprefix("backbone.body.")
+        return (f"{HUGGING_FACE_ENCODER}._backbone.{body}",) if body != name else names(name)
+
+    return wrapped
+
+
 def translate(name: str, rules: Sequence[Rule]) -> Names | None:
     for pattern, build in rules:
         if match := re.fullmatch(pattern, name):
