@@ -336,13 +336,6 @@ def test_norms_in_and_out(tmp_path):
 def test_exports_come_back_bit_equal(backbone, norm, tmp_path):
     model = files.small_model(files.small_config(backbone, norm))
     file = files.save_ours(model, tmp_path / "a.safetensors")
-    if norm == "group_norm" and backbone == "resnet50":
-        export_huggingface(file, tmp_path / "hf")  # as timm's resnet50_gn, which is not read back
-        back = tmp_path / "back.safetensors"
-        refused(
-            lambda: import_weights(tmp_path / "hf", back), "backbone timm_backbone [] is none of resnet18"
-        )
-        return
     export_huggingface(file, tmp_path / "hf")
     import_weights(tmp_path / "hf", tmp_path / "back.safetensors")
     wanted = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
