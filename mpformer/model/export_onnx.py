@@ -207,10 +207,16 @@ def _session(content: bytes) -> onnxruntime.InferenceSession:
 
 @contextlib.contextmanager
 def _failures_told() -> Iterator[None]:
-    """Whatever ONNX Runtime raises is one line: its exceptions have no class in common but `Exception`."""
+    """What ONNX Runtime raises is one line."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as bindings
+
+    # its exceptions have no class in common but `Exception`
+    own = [value for value in vars(bindings).values() if isinstance(value, type)]
+    raised: list[type[Exception]] = [value for value in own if issubclass(value, Exception)]
+    errors: tuple[type[Exception], ...] = (MemoryError, RuntimeError, *raised)
     try:
         yield
-    except Exception as error:
+    except errors as error:
         raise RunError(
             f"export: not written: ONNX Runtime fails on the file: {_first_line(error)}"
         ) from error
